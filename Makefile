@@ -1,0 +1,54 @@
+# Two commands on a machine with Python and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help install demo test lint types contracts unit format clean
+
+help:
+	@echo "make demo    train a small ResNet dense and low-rank, compare, write a report (about 2 minutes)"
+	@echo "make test    everything that CI runs: lint, types, import contracts, tests"
+	@echo "make format  let ruff rewrite the sources"
+	@echo "make clean   remove the virtual environment and what the demo wrote"
+
+# The stamp depends on what is installed, so a changed requirement installs again and an unchanged one does not.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "==> Installing into $(VENV), versions from constraints.txt (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# torch first and by its exact version: otherwise another package's open bound may choose a larger build of it.
+	@$(PIP) install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)" -c constraints.txt
+	@$(PIP) install --quiet --editable '.[dev]' -c constraints.txt
+	@touch $@
+
+install: $(VENV)/installed
+
+demo: install
+	@echo "==> lightning-svd demo"
+	@$(BIN)/lightning-svd demo
+
+test: lint types contracts unit
+
+lint: install
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: install
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+contracts: install
+	@echo "==> import contracts"
+	@$(BIN)/lint-imports
+
+unit: install
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest
+
+format: install
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) lightning-svd-demo

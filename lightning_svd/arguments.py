@@ -1,0 +1,44 @@
+"""Checks of arguments; every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_share(name: str, value: Any, zero: bool = False) -> None:
+    """A number in (0, 1], or in [0, 1] if ``zero`` is allowed."""
+    if not _is_number(value) or not (0.0 <= value <= 1.0) or (value == 0.0 and not zero):
+        raise ValueError(f"`{name}` must be in {'[' if zero else '('}0, 1], got {value!r}")
+
+
+def check_weight(name: str, value: Any) -> None:
+    """A finite number that is not negative."""
+    if not _is_number(value) or not (0.0 <= value < math.inf):
+        raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """An integer of at least ``least``."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """One of ``choices``."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_targets(name: str, value: Any) -> None:
+    """None, a string, or a sequence of strings."""
+    if value is None or isinstance(value, str):
+        return
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"`{name}` must be a list of names or one regular expression, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

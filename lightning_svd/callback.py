@@ -1,0 +1,413 @@
+"""``SVDTrainingCallback``: when things happen during a fit."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_svd import monitor
+from lightning_svd.arguments import check_choice, check_count, check_share, check_targets, check_weight
+from lightning_svd.costs import ModelCost, Unit, count_params, svd_layers
+from lightning_svd.layers import CONV_MODES
+from lightning_svd.optimizers import check_holds_factors
+from lightning_svd.ranks import keep_by_budget, keep_by_energy, smallest_cost
+from lightning_svd.regularizers import SPARSITY, add_gradients
+from lightning_svd.report import SVDReport, plan_table, report_on
+from lightning_svd.run import SVDRun
+from lightning_svd.schedules import SHAPES, cut_steps, removal, strength
+from lightning_svd.surgery import LayerPlan, Targets, compact, decompose, make_dense, make_factored, restore
+
+# Strengths at which each penalty helps a falling budget without doing the pruning alone.
+SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, None: 0.0}
+DEFAULT_TARGET_MACS = 0.5
+
+
+class SVDTrainingCallback(Callback):
+    """Trains a LightningModule in factorised form down to a budget and leaves a smaller, faster model.
+
+    When the fit is set up, each Linear and Conv2d is factorised into its full-rank SVD, U diag(s) V^T, and the
+    factors are trained (Yang et al. 2020, arXiv 2004.09031). In three phases of one run: full rank, while the
+    sparsity strength ramps up; ranks fall towards the budget; ranks are frozen and the low-rank model is finetuned.
+
+    Works with no argument (``target_macs=0.5``). Give at most one of ``target_macs``, ``target_params`` and
+    ``energy_threshold``.
+
+    Args:
+        target_modules: Layers to factorise: a list of names (whole, or their ends after a dot), or one regular
+            expression for whole names. None: every supported layer.
+        exclude_modules: Layers to leave alone, in the same form.
+        conv_mode: The matrix that a convolution is seen as: "channel" (out, in*kh*kw), "spatial" (out*kw, in*kh), or
+            "auto".
+        orthogonality_weight: Weight of ``(|U'U - I|^2 + |V'V - I|^2) / r^2``, which keeps U and V singular vectors.
+        sparsity: Penalty on the singular values: "hoyer", "hoyer_square", "l1" or None.
+        sparsity_weight: Its full weight; None for a measured default of each penalty.
+        sparsity_schedule: How the weight ramps up until ``sparsify_start``: "constant", "linear", "cosine", "cubic".
+        target_macs: Share of the whole dense model's multiply-accumulates to keep, in (0, 1].
+        target_params: Share of the whole dense model's parameters to keep, in (0, 1].
+        energy_threshold: Share of each layer's energy (sum of s^2) to keep, in (0, 1].
+        sparsify_start: Share of the run's optimizer steps before ranks begin to fall.
+        sparsify_end: Share of the run's steps after which ranks are frozen.
+        budget_schedule: How ranks fall in between: "constant" (all at once), "linear", "cosine", "cubic".
+        rank_updates: In how many cuts they fall.
+        min_rank: Fewest ranks that a layer keeps.
+        round_to: Ranks are multiples of this, for hardware that likes them so.
+        final: The model after the fit: "factored" (pairs of plain torch layers), "dense" (plain layers of the
+            original shapes), "decomposed" (this package's layers, compacted).
+        log_every_n_steps: How often scalars are logged; None for the Trainer's.
+        log_spectrum_every_n_epochs: How often spectra are drawn in W&B; 0 for only at the start and the end.
+
+    Attributes:
+        plan: What became of each layer, after the fit was set up.
+        report: An :class:`SVDReport` after the fit, None before.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        target_modules: str | list[str] | None = None,
+        exclude_modules: str | list[str] | None = None,
+        conv_mode: str = "channel",
+        orthogonality_weight: float = 1.0,
+        sparsity: str | None = "hoyer",
+        sparsity_weight: float | None = None,
+        sparsity_schedule: str = "linear",
+        target_macs: float | None = None,
+        target_params: float | None = None,
+        energy_threshold: float | None = None,
+        sparsify_start: float = 0.3,
+        sparsify_end: float = 0.7,
+        budget_schedule: str = "cubic",
+        rank_updates: int = 20,
+        min_rank: int = 1,
+        round_to: int = 1,
+        final: str = "factored",
+        log_every_n_steps: int | None = None,
+        log_spectrum_every_n_epochs: int = 1,
+    ) -> None:
+        super().__init__()
+        check_targets("target_modules", target_modules)
+        check_targets("exclude_modules", exclude_modules)
+        check_choice("conv_mode", conv_mode, (*CONV_MODES, "auto"))
+        check_weight("orthogonality_weight", orthogonality_weight)
+        check_choice("sparsity", sparsity, (*SPARSITY, None))
+        if sparsity_weight is not None:
+            check_weight("sparsity_weight", sparsity_weight)
+        check_choice("sparsity_schedule", sparsity_schedule, SHAPES)
+        check_share("sparsify_start", sparsify_start, zero=True)
+        check_share("sparsify_end", sparsify_end)
+        if sparsify_start > sparsify_end:
+            raise ValueError(f"`sparsify_start` must be <= `sparsify_end` ({sparsify_end!r}), got {sparsify_start!r}")
+        check_choice("budget_schedule", budget_schedule, SHAPES)
+        check_count("rank_updates", rank_updates)
+        check_count("min_rank", min_rank)
+        check_count("round_to", round_to)
+        check_choice("final", final, ("factored", "dense", "decomposed"))
+        if log_every_n_steps is not None:
+            check_count("log_every_n_steps", log_every_n_steps)
+        check_count("log_spectrum_every_n_epochs", log_spectrum_every_n_epochs, least=0)
+        self.target_name, self.target = _target(
+            target_macs=target_macs, target_params=target_params, energy_threshold=energy_threshold
+        )
+
+        self.target_modules: Targets = target_modules
+        self.exclude_modules: Targets = exclude_modules
+        self.conv_mode = conv_mode
+        self.orthogonality_weight = orthogonality_weight
+        self.sparsity = sparsity
+        self.sparsity_weight = SPARSITY_WEIGHTS[sparsity] if sparsity_weight is None else sparsity_weight
+        self.sparsity_schedule = sparsity_schedule
+        self.sparsify_start = sparsify_start
+        self.sparsify_end = sparsify_end
+        self.budget_schedule = budget_schedule
+        self.rank_updates = rank_updates
+        self.min_rank = min_rank
+        self.round_to = round_to
+        self.final = final
+        self.log_every_n_steps = log_every_n_steps
+        self.log_spectrum_every_n_epochs = log_spectrum_every_n_epochs
+
+        self.plan: list[LayerPlan] = []
+        self.report: SVDReport | None = None
+        self._run: SVDRun | None = None
+        self._finished: weakref.ref[nn.Module] | None = None
+
+    # ------------------------------------------------------------------------------------- before the first batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Here, not in on_fit_start: the optimizers are built in between and must get the factors.
+        if stage != "fit":
+            return
+        if self._finished is not None and self._finished() is pl_module:
+            rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
+            return
+        _check_trainer(trainer, pl_module)
+        weights = dict(pl_module.named_parameters(remove_duplicate=False))
+        self.plan = decompose(pl_module, self.target_modules, self.exclude_modules, self.conv_mode)
+        layers = svd_layers(pl_module)
+        self.report, self._run = None, SVDRun(layers, {name: weights[f"{name}.weight"] for name in layers})
+        rank_zero_info(plan_table(self.plan))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._run
+        if run is None:
+            return
+        check_holds_factors(trainer.optimizers, pl_module, run.layers)
+        run.total_steps = _total_steps(trainer)
+        run.adopt(trainer.optimizers)
+        if self.target_name == "params":
+            self._check_reachable(run, count_params(pl_module))
+        if pl_module.example_input_array is not None:
+            run.watch_costs(pl_module)
+            with trainer.precision_plugin.forward_context():
+                _forward_example(pl_module)
+            self._stop_watching_costs(pl_module.example_input_array)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._run is not None:
+            self._run.watch_costs(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._stop_watching_costs(batch)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is None:
+            return
+        cuts = cut_steps(self._run.total_steps, self.sparsify_start, self.sparsify_end, self.rank_updates)
+        self._run.cuts = [step for step in cuts if step > trainer.global_step]
+        self._draw_spectra(trainer)
+
+    # ------------------------------------------------------------------------------------------------- every step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._run is not None:
+            self._run.batch = batch
+            self._run.watch_costs(pl_module)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        if self._run is not None:
+            self._stop_watching_costs(self._run.batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # After the backward pass, accumulation, all-reduce and unscaling, and before clipping: here a gradient added
+        # by hand is what the gradient of `loss + penalty` would be.
+        run = self._run
+        if run is None:
+            return
+        share = strength(
+            trainer.global_step / run.total_steps, self.sparsify_start, self.sparsify_end, self.sparsity_schedule
+        )
+        run.strength = self.sparsity_weight * share
+        run.penalties = add_gradients(run.layers.values(), self.orthogonality_weight, self.sparsity, run.strength)
+        run.split_groups(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        run = self._run
+        if run is None:
+            return
+        self._stop_watching_costs(batch)  # a training step that returned None had no backward pass
+        run.merge_groups()
+        run.batch = None
+        if trainer.global_step > 0 and not _is_trial(trainer):
+            run.dense_weights = {}
+        if self.should_prune(trainer.global_step):
+            self._cut_ranks(run, trainer)
+        if trainer.global_step % (self.log_every_n_steps or _log_interval(trainer)) == 0:
+            pl_module.log_dict(monitor.scalars(run), batch_size=1)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        every = self.log_spectrum_every_n_epochs
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self._draw_spectra(trainer)
+
+    # ---------------------------------------------------------------------------------------------------- the end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        run = self._run
+        if run is None:
+            return
+        if run.cuts:
+            warning = (
+                f"the fit ended at step {trainer.global_step} of {run.total_steps}, before the last rank cut at step "
+                f"{run.cuts[-1]}: the target, {self.target:g} of the {self.target_name}, was not reached"
+            )
+            run.warnings.append(warning)
+            rank_zero_warn(f"SVD training: {warning}")
+        self._draw_spectra(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_train_end, where checkpoints and averaging callbacks still act on the model as it was trained.
+        run, self._run = self._run, None
+        if run is None:
+            return
+        run.close()
+        if _is_trial(trainer):
+            restore(pl_module, run.dense_weights)
+            return
+        cost = run.cost or count_params(pl_module)
+        self.report = report_on(
+            self.plan, run.layers, cost, run.spectra_before, run.timeline, run.warnings, all_dense=self.final == "dense"
+        )
+        _FINISH[self.final](pl_module, cost)
+        self._finished = weakref.ref(pl_module)
+        rank_zero_info(str(self.report))
+        if trainer.is_global_zero:
+            monitor.log_layer_table(trainer.loggers, self.report, trainer.global_step)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        run.close()
+        if run.dense_weights:
+            restore(pl_module, run.dense_weights)
+
+    # -------------------------------------------------------------------------------------------------- decisions
+
+    def should_prune(self, step: int) -> bool:
+        """Whether ranks are cut after this optimizer step; override it to choose other moments."""
+        return self._run is not None and bool(self._run.cuts) and step >= self._run.cuts[0]
+
+    def choose_ranks(self, energies: dict[str, torch.Tensor], cost: ModelCost) -> dict[str, int]:
+        """The ranks to end with, judged by the model as it is now; override it for a criterion of your own.
+
+        Args:
+            energies: For each layer what each kept rank carries, (k,).
+            cost: Of the model.
+        """
+        if self.target_name == "energy":
+            return keep_by_energy(energies, cost, self.target, self.min_rank, self.round_to)
+        unit: Unit = self.target_name
+        return keep_by_budget(energies, cost, self.target * cost.dense(unit), unit, self.min_rank, self.round_to)
+
+    # ------------------------------------------------------------------------------------------------------ parts
+
+    def _stop_watching_costs(self, batch: Any) -> None:
+        run = self._run
+        if run is not None and run.stop_watching(_batch_size(batch)) and self.target_name == "macs":
+            assert run.cost is not None
+            self._check_reachable(run, run.cost)
+
+    def _check_reachable(self, run: SVDRun, cost: ModelCost) -> None:
+        unit: Unit = self.target_name
+        least = smallest_cost(cost, unit, run.full_ranks, self.min_rank, self.round_to) / cost.dense(unit)
+        if least > self.target:
+            raise ValueError(
+                f"`target_{unit}` must be at least {math.ceil(least * 1e4) / 1e4} for this model, its cost when every "
+                f"factorised layer keeps its fewest ranks, got {self.target!r}"
+            )
+
+    def _cut_ranks(self, run: SVDRun, trainer: Trainer) -> None:
+        step = trainer.global_step
+        last = step >= run.cuts[-1]
+        progress = step / run.total_steps
+        removed = 1.0 if last else removal(progress, self.sparsify_start, self.sparsify_end, self.budget_schedule)
+        change = run.cut(step, trainer.current_epoch, removed, self.choose_ranks, trainer.optimizers)
+        if change is not None:
+            rank_zero_info(f"SVD training: {change}")
+
+    def _draw_spectra(self, trainer: Trainer) -> None:
+        run = self._run
+        if run is None or run.drawn_at == trainer.global_step or not trainer.is_global_zero:
+            return
+        run.drawn_at = trainer.global_step
+        monitor.log_spectra(trainer.loggers, run.spectra(), run.spectra_before, trainer.global_step)
+
+
+_FINISH = {"factored": make_factored, "dense": lambda module, cost: make_dense(module), "decomposed": compact}
+
+
+def _target(**targets: float | None) -> tuple[Any, float]:
+    """The one target that was given: ("macs" | "params" | "energy", share)."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    for name, value in given.items():
+        check_share(name, value)
+    if len(given) > 1:
+        raise ValueError(f"give one of {', '.join(f'`{name}`' for name in targets)}, got {', '.join(given)}")
+    name, value = next(iter(given.items()), ("target_macs", DEFAULT_TARGET_MACS))
+    return {"target_macs": "macs", "target_params": "params", "energy_threshold": "energy"}[name], float(value)
+
+
+def _check_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse what would train wrongly and silently."""
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise ValueError(
+            f"SVDTrainingCallback works on one device, got {type(trainer.strategy).__name__}: pass `devices=1`"
+        )
+    if not pl_module.automatic_optimization:
+        raise ValueError(
+            "SVDTrainingCallback needs automatic optimization, got `automatic_optimization = False` in "
+            f"{type(pl_module).__name__}: for a loop of your own use `lightning_svd.decompose` and `add_gradients`"
+        )
+
+
+def _is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which must leave the model as it was."""
+    return bool(vars(trainer)["fast_dev_run"])  # set in Trainer's constructor, without an annotation
+
+
+def _log_interval(trainer: Trainer) -> int:
+    """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
+    return vars(trainer)["log_every_n_steps"] or 1
+
+
+def _total_steps(trainer: Trainer) -> int:
+    """Optimizer steps of the whole run."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise ValueError("SVDTrainingCallback does not work with LBFGS, which steps more than once for a gradient")
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
+            "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
+        )
+    return int(steps)
+
+
+def _batch_size(batch: Any) -> int:
+    """Inputs in a batch; 1 where Lightning cannot tell."""
+    try:
+        return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 1
+
+
+@torch.no_grad()
+def _forward_example(pl_module: LightningModule) -> None:
+    """Run ``example_input_array`` through the model as in evaluation, leaving its modes as they were."""
+    modes = {module: module.training for module in pl_module.modules()}
+    example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
+    pl_module.eval()
+    try:
+        if isinstance(example, dict):
+            pl_module(**example)
+        else:
+            pl_module(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,179 @@
+"""What a model costs: multiply-accumulates and parameters, dense and at any rank.
+
+MACs are what :class:`torch.utils.flop_counter.FlopCounterMode` counts, halved: everything that multiplies matrices or
+convolves, decomposed or not, attention products included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.hooks import RemovableHandle
+
+from lightning_svd.layers import SVDLayer
+
+Unit = Literal["macs", "params"]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer, as a dense layer and per kept rank as two factors.
+
+    Attributes:
+        dense_params: Entries of the dense weight.
+        params_per_rank: Entries of both factors for each rank.
+        dense_macs: MACs of the dense layer in the forward pass that was counted; 0 if none was.
+        macs_per_rank: MACs of both factors for each rank in that pass; 0 if none was.
+    """
+
+    dense_params: int
+    params_per_rank: int
+    dense_macs: int = 0
+    macs_per_rank: int = 0
+
+    @property
+    def break_even(self) -> int:
+        """The largest rank whose factors are cheaper than the dense layer, in parameters and in MACs."""
+        by_params = (self.dense_params - 1) // self.params_per_rank
+        if not self.macs_per_rank:
+            return by_params
+        return min(by_params, (self.dense_macs - 1) // self.macs_per_rank)
+
+    def dense(self, unit: Unit) -> int:
+        """MACs or parameters of the dense layer."""
+        return self.dense_macs if unit == "macs" else self.dense_params
+
+    def per_rank(self, unit: Unit) -> int:
+        """MACs or parameters of each rank."""
+        return self.macs_per_rank if unit == "macs" else self.params_per_rank
+
+    def at(self, rank: int, unit: Unit) -> int:
+        """MACs or parameters at this rank: two factors up to the break-even rank, dense beyond it."""
+        return rank * self.per_rank(unit) if rank <= self.break_even else self.dense(unit)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of a whole model at any ranks.
+
+    Attributes:
+        layers: Name of each decomposed layer -> its cost.
+        other_params: Parameters of everything else, biases included.
+        other_macs: MACs of everything else.
+        batch_size: Inputs in the forward pass that was counted; 0 if none was.
+    """
+
+    layers: Mapping[str, LayerCost]
+    other_params: int
+    other_macs: int = 0
+    batch_size: int = 0
+
+    @property
+    def counted(self) -> bool:
+        """Whether a forward pass was counted, so that MACs are known."""
+        return self.batch_size > 0
+
+    def dense(self, unit: Unit) -> int:
+        """Cost of the dense model."""
+        return self._other(unit) + sum(layer.dense(unit) for layer in self.layers.values())
+
+    def at(self, ranks: Mapping[str, int], unit: Unit) -> int:
+        """Cost of the model at these ranks, a rank for every decomposed layer."""
+        return self._other(unit) + sum(layer.at(ranks[name], unit) for name, layer in self.layers.items())
+
+    def ratio(self, ranks: Mapping[str, int], unit: Unit) -> float:
+        """Share of the dense cost that is left at these ranks."""
+        return self.at(ranks, unit) / max(1, self.dense(unit))
+
+    def _other(self, unit: Unit) -> int:
+        return self.other_macs if unit == "macs" else self.other_params
+
+
+def svd_layers(module: nn.Module) -> dict[str, SVDLayer]:
+    """The factorised layers in ``module`` by name, in the order of ``named_modules``."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, SVDLayer)}
+
+
+def count_params(module: nn.Module) -> ModelCost:
+    """The cost of ``module`` in parameters only."""
+    layers = svd_layers(module)
+    factors = {id(p) for layer in layers.values() for p in (layer.U, layer.s, layer.V)}
+    costs = {name: LayerCost(layer.dense_params, layer.params_per_rank) for name, layer in layers.items()}
+    return ModelCost(costs, sum(p.numel() for p in module.parameters() if id(p) not in factors))
+
+
+@dataclass
+class CostMeter:
+    """Counts the forward pass that runs inside it::
+
+        with CostMeter(model) as meter:
+            model(x)
+        cost = meter.cost(batch_size=len(x))
+
+    The pass is only watched, never changed. Costs are those of the dense model and of each rank, whatever ranks the
+    layers keep while they are watched and in whichever way they compute.
+    """
+
+    module: nn.Module
+    _shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    _inside: int = 0
+    _before: int = 0
+
+    def __enter__(self) -> CostMeter:
+        self._handles: list[RemovableHandle] = []
+        for name, layer in self._layers.items():
+            self._shapes[name] = []
+            self._handles.append(layer.register_forward_pre_hook(self._entering(name)))
+            self._handles.append(layer.register_forward_hook(self._leaving))
+        self._counter = FlopCounterMode(display=False)
+        self._counter.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        trace: TracebackType | None = None,
+    ) -> None:
+        self._counter.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+
+    @cached_property
+    def _layers(self) -> dict[str, SVDLayer]:
+        return svd_layers(self.module)
+
+    def _entering(self, name: str) -> Any:
+        def note_shape(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._shapes[name].append(tuple(args[0].shape))
+            self._before = self._counter.get_total_flops()
+
+        return note_shape
+
+    def _leaving(self, layer: nn.Module, args: Any, output: Any) -> None:
+        self._inside += self._counter.get_total_flops() - self._before
+
+    def cost(self, batch_size: int) -> ModelCost:
+        """What was counted.
+
+        Args:
+            batch_size: How many inputs the pass held.
+        """
+        params = count_params(self.module)
+        layers = {
+            name: LayerCost(
+                params.layers[name].dense_params,
+                params.layers[name].params_per_rank,
+                sum(layer.dense_macs(shape) for shape in self._shapes[name]),
+                sum(layer.macs_per_rank(shape) for shape in self._shapes[name]),
+            )
+            for name, layer in self._layers.items()
+        }
+        other = (self._counter.get_total_flops() - self._inside) // 2
+        return ModelCost(layers, params.other_params, other, batch_size)

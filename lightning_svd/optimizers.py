@@ -1,0 +1,111 @@
+"""What factorised layers ask of the user's optimizers.
+
+Weight decay must act on s and never on U and V, which it would pull off orthonormality; on s it is exactly decay of
+the layer's Frobenius norm. And the momentum of a pruned rank must go with it, or the optimizer moves the rank on.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_svd.layers import SVDLayer
+
+
+class DecayOnSingularValues:
+    """Keeps an optimizer's weight decay on s and off U and V, without changing its groups between steps.
+
+    Schedulers, checkpoints and the user's own code rely on the parameter groups as they were made. So a group is only
+    split for the duration of a step: :meth:`split` just before it, :meth:`merge`, which the optimizer's own post-step
+    hook calls, right after. s takes the decay of the group that holds its U, which a user who exempts vectors from
+    decay means for weights.
+    """
+
+    def __init__(self, optimizer: Optimizer, layers: Iterable[SVDLayer]) -> None:
+        self._optimizer = optimizer
+        self._layers = list(layers)
+        self._whole: list[dict[str, Any]] | None = None
+        self._hook = optimizer.register_step_post_hook(lambda *_: self.merge())
+
+    def split(self) -> None:
+        """Give U, V and s groups of their own with the decay they should have."""
+        self.merge()
+        groups = self._whole = self._optimizer.param_groups
+        decays = self._decays(groups)
+        self._optimizer.param_groups = [part for group in groups for part in _parts(group, decays)]
+
+    def merge(self) -> None:
+        """Restore the user's groups; harmless when they are whole."""
+        if self._whole is None:
+            return
+        self._optimizer.param_groups, self._whole = self._whole, None
+
+    def remove(self) -> None:
+        """Let go of the optimizer."""
+        self.merge()
+        self._hook.remove()
+
+    def _decays(self, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, float]:
+        """The weight decay that each factor should have where it differs from its group's."""
+        of_group = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
+        decays: dict[nn.Parameter, float] = {}
+        for layer in self._layers:
+            if layer.U in of_group:
+                decays |= {layer.U: 0.0, layer.V: 0.0, layer.s: of_group[layer.U]}
+        return {p: decay for p, decay in decays.items() if p in of_group and of_group[p] != decay}
+
+
+def _parts(group: dict[str, Any], decays: dict[nn.Parameter, float]) -> list[dict[str, Any]]:
+    """The group itself, or it split by the decay its parameters should have."""
+    if not any(p in decays for p in group["params"]):
+        return [group]
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        by_decay.setdefault(decays.get(p, group["weight_decay"]), []).append(p)
+    return [{**group, "params": params, "weight_decay": decay} for decay, params in by_decay.items()]
+
+
+def check_holds_factors(optimizers: Sequence[Optimizer], module: nn.Module, layers: dict[str, SVDLayer]) -> None:
+    """Refuse optimizers that would leave factors untrained.
+
+    Args:
+        optimizers: All that train ``module``.
+        module: The model.
+        layers: Its factorised layers by name.
+
+    Raises:
+        ValueError: If an optimizer holds parameters that the model no longer has, or a trainable factor is not in
+            exactly one optimizer.
+    """
+    held = Counter(p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    stale = len(held.keys() - set(module.parameters()))
+    if stale:
+        raise ValueError(
+            f"an optimizer holds {stale} parameters that the model does not have: was it built before the layers were "
+            "factorised? Build it in `configure_optimizers` from `self.parameters()`"
+        )
+    for name, layer in layers.items():
+        for factor in ("U", "s", "V"):
+            parameter = getattr(layer, factor)
+            if parameter.requires_grad and held[parameter] != 1:
+                raise ValueError(
+                    f"`{name}.{factor}` must be in exactly one optimizer, found it in {held[parameter]}: does "
+                    "`configure_optimizers` choose parameters by name? A factorised layer has U, s, V instead of weight"
+                )
+
+
+@torch.no_grad()
+def forget_pruned(optimizers: Sequence[Optimizer], layers: Iterable[SVDLayer]) -> None:
+    """Clear the optimizers' memory (momentum, second moments) of the ranks that are not kept."""
+    masks: dict[Tensor, Tensor] = {p: layer.mask for layer in layers for p in (layer.U, layer.s, layer.V)}
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            if p in masks:
+                for value in state.values():
+                    if isinstance(value, Tensor) and value.shape == p.shape:
+                        value.mul_(masks[p])

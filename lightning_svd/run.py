@@ -1,0 +1,145 @@
+"""The state of one training run in factorised form; knows no Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_svd.costs import CostMeter, ModelCost, Unit
+from lightning_svd.layers import SVDLayer
+from lightning_svd.optimizers import DecayOnSingularValues, forget_pruned
+from lightning_svd.ranks import interpolate, strongest
+from lightning_svd.regularizers import Penalties
+from lightning_svd.report import RankChange
+
+ChooseRanks = Callable[[dict[str, Tensor], ModelCost], dict[str, int]]
+
+
+@dataclass
+class SVDRun:
+    """One run: its layers, how far it is, and what happened.
+
+    Attributes:
+        layers: The factorised layers by name.
+        dense_weights: The weights before they were factorised, to undo a run exactly; empty once it has stepped.
+        total_steps: Optimizer steps of the whole run.
+        cuts: Steps after which ranks are still to be cut, ascending.
+        cost: Of the model; None until a forward pass was counted.
+        penalties: The regularisers' values in the last step.
+        strength: The sparsity weight in the last step.
+        timeline: Every rank change so far.
+        warnings: What the user should know at the end.
+    """
+
+    layers: dict[str, SVDLayer]
+    dense_weights: dict[str, nn.Parameter]
+    total_steps: int = 0
+    cuts: list[int] = field(default_factory=list)
+    cost: ModelCost | None = None
+    penalties: Penalties | None = None
+    strength: float = 0.0
+    timeline: list[RankChange] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    batch: Any = None
+    drawn_at: int = -1
+    _meter: CostMeter | None = None
+    _decays: dict[int, DecayOnSingularValues] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spectra_before = self.spectra()
+
+    @cached_property
+    def full_ranks(self) -> dict[str, int]:
+        """The rank that each layer has room for."""
+        return {name: layer.full_rank for name, layer in self.layers.items()}
+
+    def ranks(self) -> dict[str, int]:
+        """The rank that each layer keeps."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def spectra(self) -> dict[str, list[float]]:
+        """The kept singular values of each layer, magnitudes in descending order."""
+        return {name: layer.spectrum() for name, layer in self.layers.items()}
+
+    # What a forward pass costs is read off the first one that happens, whichever it is.
+
+    def watch_costs(self, module: nn.Module) -> None:
+        """Begin to count a forward pass of ``module``, unless one was counted."""
+        if self.cost is None and self._meter is None:
+            self._meter = CostMeter(module)
+            self._meter.__enter__()
+
+    def stop_watching(self, batch_size: int) -> bool:
+        """End the counting; True if costs are known by it."""
+        if self._meter is None:
+            return False
+        self._meter.__exit__()
+        self.cost, self._meter = self._meter.cost(batch_size), None
+        return True
+
+    # Optimizers
+
+    def adopt(self, optimizers: Sequence[Optimizer]) -> None:
+        """Keep these optimizers' weight decay off U and V from now on."""
+        self._decays = {
+            id(optimizer): DecayOnSingularValues(optimizer, self.layers.values()) for optimizer in optimizers
+        }
+
+    def split_groups(self, optimizer: Optimizer) -> None:
+        """To be called just before ``optimizer`` steps."""
+        self._decays[id(optimizer)].split()
+
+    def merge_groups(self) -> None:
+        """Make the user's parameter groups whole, where a step was skipped too."""
+        for decay in self._decays.values():
+            decay.merge()
+
+    def close(self) -> None:
+        """Let go of the model and the optimizers, whatever state the run is in."""
+        self.stop_watching(1)
+        for decay in self._decays.values():
+            decay.remove()
+
+    # Ranks
+
+    def cut(
+        self, step: int, epoch: int, removed: float, choose_ranks: ChooseRanks, optimizers: Sequence[Optimizer]
+    ) -> RankChange | None:
+        """Cut ranks on their way to what ``choose_ranks`` says now; None if that changes no rank.
+
+        Args:
+            step: Optimizer steps so far.
+            epoch: Current epoch.
+            removed: Share of the ranks to remove that are to be gone, in [0, 1].
+            choose_ranks: From what each kept rank carries and the model's cost to the ranks to end with.
+            optimizers: Those whose memory of the pruned ranks is cleared.
+        """
+        assert self.cost is not None
+        before = self.ranks()
+        energies = {name: layer.energies() for name, layer in self.layers.items()}
+        kept = {name: energies[name][layer.mask] for name, layer in self.layers.items()}
+        targets = interpolate(self.full_ranks, choose_ranks(kept, self.cost), removed)
+        for name, layer in self.layers.items():
+            candidates = torch.where(layer.mask, energies[name], -1.0)
+            layer.keep(strongest(candidates, min(layer.rank, targets[name])))
+        forget_pruned(optimizers, self.layers.values())
+        self.cuts = [later for later in self.cuts if later > step]
+        if self.ranks() == before:
+            return None
+        change = RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params"))
+        self.timeline.append(change)
+        return change
+
+    def ratio(self, unit: Unit) -> float:
+        """Share of the dense model's cost at the present ranks."""
+        return self.cost.ratio(self.ranks(), unit) if self.cost else 1.0
+
+    def rank_ratio(self) -> float:
+        """Share of all ranks that is kept."""
+        return sum(self.ranks().values()) / sum(self.full_ranks.values())

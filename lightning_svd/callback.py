@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from typing import Any
 
@@ -296,7 +297,7 @@ class SVDTrainingCallback(Callback):
         """The ranks to end with, judged by the model as it is now; override it for a criterion of your own.
 
         Args:
-            energies: For each layer what each kept rank carries, (k,).
+            energies: For each layer what each of its ranks carries, (r,), dropped ones as they were then.
             cost: Of the model.
         """
         if self.target_name == "energy":
@@ -314,6 +315,8 @@ class SVDTrainingCallback(Callback):
 
     def _check_reachable(self, run: SVDRun, cost: ModelCost) -> None:
         unit: Unit = self.target_name
+        if not cost.dense(unit):
+            raise ValueError("`target_macs`: the first forward pass used no layer whose MACs could be counted")
         least = smallest_cost(cost, unit, run.full_ranks, self.min_rank, self.round_to) / cost.dense(unit)
         if least > self.target:
             raise ValueError(
@@ -392,7 +395,9 @@ def _total_steps(trainer: Trainer) -> int:
 def _batch_size(batch: Any) -> int:
     """Inputs in a batch; 1 where Lightning cannot tell."""
     try:
-        return extract_batch_size(batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an ambiguous batch only blurs the counts per input
+            return extract_batch_size(batch)
     except MisconfigurationException:
         return 1
 

@@ -34,7 +34,7 @@ p.note {{ color: var(--soft); margin: .2rem 0 .8rem; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-th:first-child, td:first-child, .text {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; }}
 .warning {{ border-left: 3px solid #c2410c; padding-left: .8rem; }}
 </style>
 {library}
@@ -151,7 +151,8 @@ def _rank_curves(report: SVDReport) -> go.Figure:
         figure.add_scatter(
             x=steps, y=ratios, name=name, mode="lines", line={"shape": "hv", "width": 3.5, "color": color}
         )
-    figure.update_layout(height=420, margin={"l": 50, "r": 10, "t": 10, "b": 45}, hovermode="closest")
+    figure.update_layout(height=480, margin={"l": 50, "r": 10, "t": 10, "b": 10}, hovermode="closest")
+    figure.update_layout(legend={"orientation": "h", "y": -0.15, "itemwidth": 30})  # below: a phone has no room beside
     figure.update_xaxes(title="optimizer step")
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
     return figure
@@ -177,5 +178,5 @@ def _spectra(layers: Sequence[LayerReport]) -> go.Figure:
 
 
 def _div(figure: go.Figure) -> str:
-    config = {"responsive": True, "displaylogo": False}
+    config = {"responsive": True, "displayModeBar": False}
     return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))

@@ -6,6 +6,7 @@ Everything here decides and nothing acts: numbers in, numbers or masks out.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -57,9 +58,10 @@ def keep_by_budget(
     """Ranks whose cost fits a budget over the whole model and which carry the most.
 
     Each layer's energy counts as a share of the layer's own, since normalisation layers make a layer's scale
-    arbitrary. Maximising the sum of these shares under the budget is a knapsack; it is filled greedily along each
-    layer's upper concave hull of (cost, share), whose last point is the dense layer with every rank, and what is then
-    left over goes to the single ranks that still fit.
+    arbitrary; and what passes through all layers is about the product of these shares, so the sum of their logarithms
+    is what is maximised (the plain sum would starve some layers for others where spectra are flat). This is a
+    knapsack. It is filled greedily along each layer's upper concave hull of (cost, log share), whose last point is
+    the dense layer with every rank, and what is then left over goes to the single ranks that still fit.
 
     Args:
         energies: For each layer what each of its candidate ranks carries, (k,).
@@ -99,13 +101,13 @@ def _ladder(layer: LayerCost, candidates: int, min_rank: int, round_to: int) -> 
         yield candidates
 
 
-Curve = list[tuple[int, int, float]]  # rank, cost, share of the layer's energy; ascending in all three
+Curve = list[tuple[int, int, float]]  # rank, cost, logarithm of the share of the layer's energy; all ascending
 
 
 def _curve(layer: LayerCost, energy: Tensor, ladder: list[int], unit: Unit) -> Curve:
-    shares = energy.double().sort(descending=True).values.cumsum(0).tolist()
-    total = shares[-1] or 1.0
-    return [(rank, layer.at(rank, unit), shares[rank - 1] / total if rank else 0.0) for rank in ladder]
+    carried = energy.double().sort(descending=True).values.cumsum(0)
+    shares = carried / carried[-1] if carried[-1] > 0 else torch.ones_like(carried)
+    return [(rank, layer.at(rank, unit), math.log(shares[rank - 1])) for rank in ladder]
 
 
 def _hull(curve: Curve) -> Curve:

@@ -117,17 +117,18 @@ class SVDRun:
             step: Optimizer steps so far.
             epoch: Current epoch.
             removed: Share of the ranks to remove that are to be gone, in [0, 1].
-            choose_ranks: From what each kept rank carries and the model's cost to the ranks to end with.
+            choose_ranks: From what each rank carries, dropped ones as they were then, and the model's cost to the
+                ranks to end with.
             optimizers: Those whose memory of the pruned ranks is cleared.
         """
         assert self.cost is not None
         before = self.ranks()
         energies = {name: layer.energies() for name, layer in self.layers.items()}
-        kept = {name: energies[name][layer.mask] for name, layer in self.layers.items()}
-        targets = interpolate(self.full_ranks, choose_ranks(kept, self.cost), removed)
+        ranks = interpolate(self.full_ranks, choose_ranks(energies, self.cost), removed)
         for name, layer in self.layers.items():
-            candidates = torch.where(layer.mask, energies[name], -1.0)
-            layer.keep(strongest(candidates, min(layer.rank, targets[name])))
+            # Kept ranks go first; dropped ones come back only where a layer gets more room than it had.
+            first = torch.where(layer.mask, energies[name].max() + 1.0, 0.0)
+            layer.keep(strongest(energies[name] + first, ranks[name]))
         forget_pruned(optimizers, self.layers.values())
         self.cuts = [later for later in self.cuts if later > step]
         if self.ranks() == before:

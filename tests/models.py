@@ -1,0 +1,90 @@
+"""Small LightningModules, data and Trainers for tests of the callback."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class SmallNet(LightningModule):
+    """Two convolutions and two linear layers on 8x8 images, 4 classes."""
+
+    def __init__(self, optimizer: str = "SGD", **options: Any) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.options = {"lr": 0.05} | options
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.ReLU()
+        )
+        self.hidden = nn.Linear(24 * 4, 40)
+        self.head = nn.Linear(40, 4)
+        self.losses: list[float] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = F.avg_pool2d(self.features(x), 2)
+        return self.head(F.relu(self.hidden(maps.flatten(1))))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.losses.append(loss.item())
+        self.log("train_loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return getattr(torch.optim, self.optimizer)(self.parameters(), **self.options)
+
+
+class ValidatedNet(SmallNet):
+    """The same with validation and test."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y), batch_size=len(x))
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("test_loss", F.cross_entropy(self(x), y), batch_size=len(x))
+
+
+class SmallMLP(SmallNet):
+    """The same task without a convolution."""
+
+    def __init__(self, optimizer: str = "SGD", **options: Any) -> None:
+        super().__init__(optimizer, **options)
+        self.features = nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU())
+        self.hidden = nn.Linear(48, 40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.hidden(self.features(x))))
+
+
+def data(count: int = 64, batch_size: int = 8, dtype: torch.dtype = torch.float32) -> DataLoader:
+    """Four blurry classes, always the same, in a fixed order."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % 4
+    centres = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
+    images = centres[labels] + 0.5 * torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return DataLoader(TensorDataset(images.to(dtype), labels), batch_size)
+
+
+def quiet_trainer(**options: Any) -> Trainer:
+    """A Trainer on the CPU that writes nothing unless it is told to."""
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 4,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return Trainer(**(defaults | options))
+
+
+def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two state dicts are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

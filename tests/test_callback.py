@@ -1,0 +1,454 @@
+"""The callback drives a whole fit: what it trains, what it refuses, what it leaves behind."""
+
+import copy
+import csv
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.loggers import CSVLogger
+from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_svd import SVDLayer, SVDTrainingCallback, decompose, svd_layers
+from lightning_svd.factorization import roundoff
+
+
+def macs(model, batch=2):
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(batch, 1, 8, 8, dtype=next(model.parameters()).dtype))
+    return counter.get_total_flops() // 2
+
+
+def params(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+class Recorder(Callback):
+    """Keeps outputs of the model as it was trained, before the callback gives it its final form."""
+
+    def on_train_end(self, trainer, pl_module):
+        batch = next(iter(data(dtype=pl_module.dtype)))[0]
+        with torch.no_grad():
+            self.outputs = pl_module.eval()(batch)
+        pl_module.train()
+
+
+# ------------------------------------------------------------------------------------------------- reaching a target
+
+
+@pytest.mark.parametrize("net", [SmallNet, SmallMLP])
+@pytest.mark.parametrize("conv_mode", ["channel", "spatial", "auto"])
+@pytest.mark.parametrize("optimizer", [{"optimizer": "SGD", "momentum": 0.9}, {"optimizer": "AdamW", "lr": 1e-3}])
+def test_final_model_costs_what_was_asked_for(net, conv_mode, optimizer):
+    model = net(**optimizer)
+    dense = macs(model)
+    callback = SVDTrainingCallback(target_macs=0.4, conv_mode=conv_mode)
+    quiet_trainer(callbacks=[callback]).fit(model, data())
+    # From below, and closer than the dearest single rank of these nets, 4 % of their MACs.
+    assert 0.36 <= macs(model) / dense <= 0.4
+    assert callback.report.macs_ratio == pytest.approx(macs(model) / dense, rel=1e-9)
+    assert callback.report.params == params(model)
+
+
+def test_a_parameter_budget_and_an_energy_threshold_are_met():
+    model = SmallNet()
+    dense = params(model)
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_params=0.3)]).fit(model, data())
+    assert 0.28 <= params(model) / dense <= 0.3
+
+    callback = SVDTrainingCallback(energy_threshold=0.8)
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    for layer in callback.report.layers:
+        assert layer.form == "dense" or layer.rank <= layer.break_even
+    assert callback.report.macs_ratio < 1
+
+
+def test_target_of_one_prunes_nothing():
+    callback = SVDTrainingCallback(target_macs=1.0)
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    assert callback.report.rank_ratio == 1
+    assert callback.report.macs_ratio == 1
+    assert callback.report.timeline == ()
+
+
+def test_works_with_no_argument():
+    callback = SVDTrainingCallback()
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    assert 0.47 <= callback.report.macs_ratio <= 0.5
+
+
+@pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
+def test_final_forms_predict_what_was_trained(final):
+    model, recorder = SmallNet().double(), Recorder()
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4, final=final), recorder]).fit(
+        model, data(dtype=torch.float64)
+    )
+    with torch.no_grad():
+        outputs = model.eval()(next(iter(data(dtype=torch.float64)))[0])
+    assert (outputs - recorder.outputs).abs().max() <= roundoff((96, 108), torch.float64) * recorder.outputs.abs().max()
+    kinds = {type(module) for module in model.modules()}
+    assert any(issubclass(kind, SVDLayer) for kind in kinds) == (final == "decomposed")
+    if final == "dense":
+        assert model.state_dict().keys() == SmallNet().state_dict().keys()
+
+
+def test_ranks_fall_and_freeze_where_they_should():
+    callback = SVDTrainingCallback(target_macs=0.4, sparsify_start=0.25, sparsify_end=0.75, rank_updates=5)
+    quiet_trainer(callbacks=[callback], max_epochs=5).fit(SmallNet(), data())
+    timeline = callback.report.timeline
+    assert 1 < len(timeline) <= 5
+    assert all(10 < change.step <= 30 for change in timeline)
+    for earlier, later in itertools.pairwise(timeline):
+        assert sum(later.ranks.values()) <= sum(earlier.ranks.values())
+    assert timeline[-1].macs_ratio == pytest.approx(callback.report.macs_ratio)
+
+
+def test_no_svd_is_computed_while_training(monkeypatch):
+    class NoSVD(Callback):
+        def on_train_start(self, trainer, pl_module):
+            for name in ("svd", "svdvals", "eigh", "qr"):
+                monkeypatch.setattr(torch.linalg, name, lambda *_, **__: pytest.fail("decomposed while training"))
+
+    quiet_trainer(callbacks=[SVDTrainingCallback(), NoSVD()]).fit(SmallNet(), data())
+
+
+# ------------------------------------------------------------------------------------------------ what is optimised
+
+
+def penalty(layer, sparsity_weight):
+    """The paper's regularisers as plain formulas for autograd."""
+    U, s, V = layer.factors()
+    eye = torch.eye(layer.rank, dtype=s.dtype)
+    defects = [(factor.mT @ factor - eye).square().sum() for factor in (U, V)]
+    return sum(defects) / layer.rank**2 + sparsity_weight * s.abs().sum() / s.square().sum().sqrt()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"optimizer": "Adam", "lr": 1e-3}])
+def test_training_equals_a_hand_written_loop_with_the_summed_loss(options):
+    model = SmallNet(**options).double()
+    reference = copy.deepcopy(model)
+    decompose(reference)
+    layers = svd_layers(reference).values()
+    optimizer = reference.configure_optimizers()
+    for x, y in data(dtype=torch.float64):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(reference(x), y) + sum(penalty(layer, 0.02) for layer in layers)
+        loss.backward()
+        optimizer.step()
+
+    callback = SVDTrainingCallback(
+        target_macs=1.0, sparsity_weight=0.02, sparsity_schedule="constant", sparsify_end=1.0, final="decomposed"
+    )
+    quiet_trainer(callbacks=[callback], max_epochs=1).fit(model, data(dtype=torch.float64))
+    # 8 steps of arithmetic in another order; compact() makes layers dense that keep every rank, so compare weights.
+    for name, layer in svd_layers(reference).items():
+        weight = model.get_submodule(name).weight
+        assert (weight - layer.weight).abs().max() <= 8 * roundoff(layer.matrix_shape, torch.float64)
+
+
+def test_weight_decay_acts_on_singular_values_only():
+    model = SmallNet(lr=0.1, weight_decay=0.5).double()
+    before = {name: p.detach().clone() for name, p in decomposed(model).named_parameters()}
+
+    class ZeroLoss(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return 0.0 * super().training_step(batch, batch_idx)
+
+    model.__class__ = ZeroLoss
+    kept = Keep()
+    callback = SVDTrainingCallback(target_macs=1.0, sparsity=None, orthogonality_weight=0.0)
+    quiet_trainer(callbacks=[callback, kept], max_epochs=1).fit(model, data(dtype=torch.float64))
+    for name, value in kept.parameters.items():
+        decayed = before[name] * (1.0 if name.endswith((".U", ".V")) else (1 - 0.1 * 0.5) ** 8)
+        torch.testing.assert_close(value, decayed, rtol=1e-12, atol=1e-15)
+
+
+class Keep(Callback):
+    """Keeps the parameters at the end of training."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.parameters = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+def decomposed(model):
+    twin = copy.deepcopy(model)
+    decompose(twin)
+    return twin
+
+
+def test_the_users_loss_is_not_touched():
+    strong = SVDTrainingCallback(target_macs=1.0, sparsity_weight=100.0, sparsity_schedule="constant")
+    model, plain = SmallNet(), SmallNet()
+    plain.load_state_dict(model.state_dict())
+    quiet_trainer(callbacks=[strong], max_steps=1, max_epochs=-1).fit(model, data())
+    quiet_trainer(max_steps=1, max_epochs=-1).fit(plain, data())
+    assert model.losses == pytest.approx(plain.losses, rel=1e-5)  # one float32 forward pass in factors
+
+
+def test_learning_rates_are_the_dense_runs():
+    class WithScheduler(SmallNet):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=32)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.rates = [*getattr(self, "rates", []), [group["lr"] for group in self.optimizers().param_groups]]
+
+    dense, ours = WithScheduler(weight_decay=1e-3), WithScheduler(weight_decay=1e-3)
+    quiet_trainer().fit(dense, data())
+    quiet_trainer(callbacks=[SVDTrainingCallback()]).fit(ours, data())
+    assert ours.rates == dense.rates
+
+
+# ------------------------------------------------------------------------------------------------------- what it costs
+
+
+def test_costs_are_counted_the_same_from_example_sanity_check_or_first_batch():
+    class WithExample(SmallNet):
+        @property
+        def example_input_array(self):
+            return torch.zeros(1, 1, 8, 8)
+
+    reports = []
+    for net, options, loaders in (
+        (WithExample, {}, [data()]),
+        (ValidatedNet, {"num_sanity_val_steps": 1}, [data(), data()]),
+        (SmallNet, {}, [data()]),
+    ):
+        callback = SVDTrainingCallback()
+        quiet_trainer(callbacks=[callback], max_epochs=1, **options).fit(net(), *loaders)
+        reports.append((callback.report.dense_macs, callback.report.dense_params))
+    assert reports == [(macs(SmallNet(), batch=1), params(SmallNet()))] * 3
+
+
+# ----------------------------------------------------------------------------------------------------- what it prints
+
+
+def test_plan_before_the_first_batch_then_a_line_per_change_then_a_report(caplog):
+    class Marker(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 0:
+                logging.getLogger("lightning.pytorch").info("FIRST BATCH")
+
+    callback = SVDTrainingCallback(exclude_modules=["head"])
+    with caplog.at_level(logging.INFO):
+        quiet_trainer(callbacks=[callback, Marker()]).fit(SmallNet(), data())
+    text = caplog.text
+    plan, _, rest = text.partition("FIRST BATCH")
+    assert "features.2" in plan and "excluded by `exclude_modules`" in plan
+    assert rest.count("SVD training: step") == len(callback.report.timeline) > 0
+    assert rest.rstrip().endswith("of the ranks") and "Low-rank model" in rest
+
+
+def test_report_tells_the_same_as_text_json_markdown_and_html(tmp_path):
+    callback = SVDTrainingCallback(exclude_modules=["head"])
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    report = callback.report
+    read = json.loads(report.to_json(tmp_path / "report.json"))
+    assert read["macs_ratio"] == report.macs_ratio
+    assert [layer["name"] for layer in read["layers"]] == [layer.name for layer in report.layers]
+    page = report.to_html(tmp_path / "report.html", {"Accuracy": ("91 %", "90 % <b>")}).read_text()
+    for layer in report.layers:
+        assert layer.name in page and layer.name in report.to_markdown() and layer.name in str(report)
+    assert "90 % &lt;b&gt;" in page and "excluded by" in page
+    assert report.skipped == (("head", "Linear", "excluded by `exclude_modules`"),)
+
+
+def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
+    seen = {}
+
+    class Reader(Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.update(trainer.callback_metrics)
+
+    loggers = [CSVLogger(tmp_path, name="a"), CSVLogger(tmp_path, name="b")]
+    callback = SVDTrainingCallback(target_macs=0.4)
+    quiet_trainer(callbacks=[callback, Reader()], logger=loggers, log_every_n_steps=4).fit(SmallNet(), data())
+    expected = {"rank_ratio", "macs_ratio", "params_ratio", "orthogonality_error", "orthogonality_penalty"}
+    expected = {f"svd/{name}" for name in expected | {"sparsity_penalty", "sparsity_strength"}}
+    expected |= {"svd_rank/features_0", "svd_rank/features_2", "svd_rank/hidden", "svd_rank/head"}
+    assert expected <= seen.keys()
+    for logger in loggers:
+        lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+        rows = [row for row in csv.DictReader(lines) if row["svd/macs_ratio"]]
+        assert [int(row["step"]) for row in rows] == [3, 7, 11, 15, 19, 23, 27, 31]
+        assert float(rows[0]["svd/macs_ratio"]) == 1
+        assert float(rows[-1]["svd/macs_ratio"]) == pytest.approx(callback.report.macs_ratio)
+        assert float(rows[-1]["svd_rank/hidden"]) == callback.report.timeline[-1].ranks["hidden"]
+        assert float(rows[-1]["svd/sparsity_strength"]) == 0
+
+
+# ----------------------------------------------------------------------------------------------------- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_macs": 35}, r"`target_macs` must be in \(0, 1\], got 35"),
+        ({"target_macs": 0}, r"`target_macs` must be in \(0, 1\], got 0"),
+        ({"target_params": float("nan")}, "`target_params` must be in"),
+        ({"energy_threshold": "0.9"}, "`energy_threshold` must be in .* got '0.9'"),
+        ({"target_macs": 0.5, "target_params": 0.5}, "give one of `target_macs`, `target_params`, `energy_threshold`"),
+        ({"conv_mode": "depth"}, "`conv_mode` must be one of 'channel', 'spatial', 'auto', got 'depth'"),
+        ({"sparsity": "l2"}, "`sparsity` must be one of .* got 'l2'"),
+        ({"sparsity_weight": -1.0}, "`sparsity_weight` must be a finite number >= 0, got -1.0"),
+        ({"orthogonality_weight": float("inf")}, "`orthogonality_weight` must be a finite number >= 0, got inf"),
+        ({"sparsity_schedule": "step"}, "`sparsity_schedule` must be one of"),
+        ({"budget_schedule": None}, "`budget_schedule` must be one of"),
+        ({"sparsify_start": 0.8}, r"`sparsify_start` must be <= `sparsify_end` \(0.7\), got 0.8"),
+        ({"sparsify_end": 1.5}, r"`sparsify_end` must be in \(0, 1\], got 1.5"),
+        ({"min_rank": 0}, "`min_rank` must be an integer >= 1, got 0"),
+        ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),
+        ({"rank_updates": True}, "`rank_updates` must be an integer >= 1, got True"),
+        ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
+        ({"log_every_n_steps": 0}, "`log_every_n_steps` must be an integer >= 1, got 0"),
+        ({"target_modules": 3}, "`target_modules` must be a list of names or one regular expression, got 3"),
+    ],
+)
+def test_constructor_names_the_argument_and_the_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SVDTrainingCallback(**arguments)
+
+
+class NoLayers(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Flatten()
+        self.hidden = self.head = nn.Identity()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.features(x)[:, :4] * self.scale
+
+
+class Manual(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(1, 8, 8), 0
+
+
+def poisoned():
+    model = SmallNet()
+    model.hidden.weight.data[3, 4] = float("nan")
+    return model
+
+
+class OptimizerFromConstructor(SmallNet):
+    def __init__(self):
+        super().__init__()
+        self.built = torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def configure_optimizers(self):
+        return self.built
+
+
+class OptimizerByName(SmallNet):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for name, p in self.named_parameters() if name.endswith((".U", ".s"))], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "trainer", "loader", "message"),
+    [
+        (poisoned, {}, {}, data, "`hidden`: expected finite weights, got 1 NaN or infinite of 3840"),
+        (SmallNet, {"target_modules": ["nope"]}, {}, data, "`target_modules`: 'nope' matches no layer"),
+        (SmallNet, {"exclude_modules": "x.*"}, {}, data, r"`exclude_modules`: 'x.\*' matches no layer"),
+        (NoLayers, {}, {}, data, "NoLayers has no layer to factorise"),
+        (SmallNet, {"target_macs": 0.01}, {}, data, r"`target_macs` must be at least 0\.\d+ for this model.*got 0.01"),
+        (SmallNet, {"target_params": 0.01}, {}, data, r"`target_params` must be at least 0\.\d+ for this model"),
+        (Manual, {}, {}, data, "needs automatic optimization"),
+        (SmallNet, {}, {"devices": 2, "strategy": "ddp_spawn"}, data, "works on one device"),
+        (SmallNet, {}, {"max_epochs": -1}, data, "needs its length, got inf steps: pass `max_steps`"),
+        (lambda: SmallNet("LBFGS"), {}, {}, data, "does not work with LBFGS"),
+        (OptimizerFromConstructor, {}, {}, data, "an optimizer holds .* parameters that the model does not have"),
+        (OptimizerByName, {}, {}, data, r"`features.0.V` must be in exactly one optimizer, found it in 0"),
+    ],
+)
+def test_refuses_before_the_first_step_and_leaves_the_model_as_it_was(model, arguments, trainer, loader, message):
+    model = model()
+    before, weights = copy.deepcopy(model.state_dict()), {id(p) for p in model.parameters()}
+    callback = SVDTrainingCallback(**arguments)
+    with pytest.raises(ValueError, match=message):
+        # ddp_spawn is refused in its child process otherwise; `setup` is called here as the Trainer does.
+        if trainer.get("strategy"):
+            callback.setup(quiet_trainer(**trainer), model, "fit")
+        else:
+            quiet_trainer(callbacks=[callback], **trainer).fit(model, loader())
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before)
+    assert weights == {id(p) for p in model.parameters()}
+    assert not svd_layers(model)
+
+
+def test_a_dataset_of_unknown_length_works_with_max_steps():
+    loader = DataLoader(Endless(), batch_size=4)
+    callback = SVDTrainingCallback()
+    quiet_trainer(callbacks=[callback], max_steps=10, max_epochs=-1).fit(SmallNet(), loader)
+    assert callback.report.macs_ratio <= 0.5
+
+
+# ---------------------------------------------------------------------------------------------------- what it leaves
+
+
+def test_fast_dev_run_leaves_the_layers_as_they_were():
+    model = SmallNet()
+    weights = {name: p for name, p in model.named_parameters() if name.endswith("weight")}
+    values = {name: p.detach().clone() for name, p in weights.items()}
+    callback = SVDTrainingCallback()
+    quiet_trainer(callbacks=[callback], fast_dev_run=True).fit(model, data())
+    assert dict(model.named_parameters()).keys() == dict(SmallNet().named_parameters()).keys()
+    for name, p in weights.items():
+        assert model.get_parameter(name) is p
+        assert torch.equal(p, values[name])
+    assert callback.report is None
+
+
+def test_a_second_fit_trains_the_low_rank_model_further():
+    model, callback = SmallNet(), SVDTrainingCallback(target_macs=0.4)
+    quiet_trainer(callbacks=[callback]).fit(model, data())
+    report, before, cost = callback.report, copy.deepcopy(model.state_dict()), macs(model)
+    quiet_trainer(callbacks=[callback], max_epochs=1).fit(model, data())
+    assert callback.report is report
+    assert macs(model) == cost
+    assert model.state_dict().keys() == before.keys() and not same_state(model.state_dict(), before)
+
+
+def test_an_early_end_is_said_in_the_report():
+    stop = EarlyStopping("train_loss", stopping_threshold=100.0, check_on_train_epoch_end=True)
+    callback = SVDTrainingCallback()
+    with pytest.warns(UserWarning, match="the fit ended at step 8 of 32.*was not reached"):
+        quiet_trainer(callbacks=[callback, stop]).fit(SmallNet(), data())
+    assert "was not reached" in callback.report.warnings[0]
+    assert "was not reached" in str(callback.report)
+
+
+def test_an_exception_in_the_middle_leaves_a_usable_model_and_whole_groups():
+    class Failing(SmallNet):
+        def training_step(self, batch, batch_idx):
+            if self.global_step == 20:
+                raise RuntimeError("boom")
+            return super().training_step(batch, batch_idx)
+
+    model, callback = Failing(weight_decay=0.1), SVDTrainingCallback()
+    trainer = quiet_trainer(callbacks=[callback])
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(model, data())
+    assert len(trainer.optimizers[0].param_groups) == 1
+    assert torch.isfinite(model(torch.zeros(2, 1, 8, 8))).all()
+    assert callback.report is None

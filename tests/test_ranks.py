@@ -1,0 +1,233 @@
+"""Which ranks to keep: budgets are met, not wasted, and spent well; refusals say what is reachable."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from lightning_svd.costs import LayerCost, ModelCost
+from lightning_svd.ranks import interpolate, keep_by_budget, keep_by_energy, smallest_cost, strongest
+
+EPS = torch.finfo(torch.float64).eps
+sides = st.integers(3, 40)
+layer_costs = st.builds(
+    # Two factors of a spatial convolution cost a little more or less than positions * (m + n).
+    lambda m, n, positions, extra: LayerCost(m * n, m + n, positions * m * n, positions * (m + n) + extra),
+    sides,
+    sides,
+    st.integers(1, 50),
+    st.integers(0, 20),
+)
+thoroughly = settings(max_examples=300, deadline=None, derandomize=True)
+
+
+def full_rank(layer):
+    """min(m, n) from m n and m + n."""
+    total, product = layer.params_per_rank, layer.dense_params
+    return next(k for k in range(1, total) if k * (total - k) == product)
+
+
+def problem(layers, other, seed):
+    """A model of these layers, and energies as in training: decaying, in no order."""
+    cost = ModelCost({str(i): layer for i, layer in enumerate(layers)}, other, other, batch_size=1)
+    generator = torch.Generator().manual_seed(seed)
+    energies = {}
+    for name, layer in cost.layers.items():
+        rank = full_rank(layer)
+        decay = torch.rand((), generator=generator, dtype=torch.float64) ** torch.arange(rank)
+        noise = torch.randn(rank, generator=generator, dtype=torch.float64).square()
+        energies[name] = (decay * noise)[torch.randperm(rank, generator=generator)]
+    return energies, cost
+
+
+def allowed(layer, candidates, min_rank=1, round_to=1):
+    """Every rank that a layer may have, written down from the documentation: cheaper than dense, or all it has."""
+    cheap = [k for k in range(min_rank, candidates + 1) if k % round_to == 0 and k <= layer.break_even]
+    return cheap if cheap and candidates <= layer.break_even else [*cheap, candidates]
+
+
+def value(energies, ranks):
+    """Sum over layers of the share of energy that is kept."""
+    kept = {name: energy.sort(descending=True).values[: ranks[name]].sum() for name, energy in energies.items()}
+    return sum(float(kept[name] / energies[name].sum()) for name in energies)
+
+
+@thoroughly
+@given(
+    layers=st.lists(layer_costs, min_size=1, max_size=5),
+    other=st.integers(0, 500),
+    seed=st.integers(0, 2**32 - 1),
+    share=st.floats(0, 1),
+    unit=st.sampled_from(["macs", "params"]),
+    min_rank=st.integers(1, 6),
+    round_to=st.sampled_from([1, 2, 4, 8]),
+    already_kept=st.just(1.0) | st.floats(0.1, 1),
+)
+def test_a_budget_is_met_and_what_is_left_buys_nothing(
+    layers, other, seed, share, unit, min_rank, round_to, already_kept
+):
+    energies, cost = problem(layers, other, seed)
+    energies = {name: energy[: max(1, round(already_kept * len(energy)))] for name, energy in energies.items()}
+    full = {name: len(energy) for name, energy in energies.items()}
+    least = smallest_cost(cost, unit, full, min_rank, round_to)
+    budget = least + share * (cost.dense(unit) - least)
+    ranks = keep_by_budget(energies, cost, budget, unit, min_rank, round_to)
+    spent = cost.at(ranks, unit)
+    assert spent <= budget
+    for name, layer in cost.layers.items():
+        ladder = allowed(layer, full[name], min_rank, round_to)
+        assert ranks[name] in ladder
+        for more in ladder[ladder.index(ranks[name]) + 1 :]:
+            assert spent + layer.at(more, unit) - layer.at(ranks[name], unit) > budget
+
+
+@thoroughly
+@given(layers=st.lists(layer_costs, min_size=1, max_size=5), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_the_dense_cost_as_budget_keeps_everything(unit, layers, seed):
+    energies, cost = problem(layers, 7, seed)
+    ranks = keep_by_budget(energies, cost, cost.dense(unit), unit)
+    assert ranks == {name: len(energy) for name, energy in energies.items()}
+
+
+def largest_hull_gain(layer, energy, unit):
+    """What the most valuable segment of the upper concave hull of (cost, share of energy) is worth."""
+    shares = energy.sort(descending=True).values.cumsum(0) / energy.sum()
+    points = [(layer.at(k, unit), float(shares[k - 1])) for k in allowed(layer, len(energy))]
+    gains = [0.0]
+    while len(points) > 1:
+        slopes = [(v - points[0][1]) / (c - points[0][0]) for c, v in points[1:]]
+        steepest = 1 + max(range(len(slopes)), key=slopes.__getitem__)
+        gains.append(points[steepest][1] - points[0][1])
+        points = points[steepest:]
+    return max(gains)
+
+
+small = st.integers(3, 7)
+small_costs = st.builds(
+    lambda m, n, p: LayerCost(m * n, m + n, p * m * n, p * (m + n)), small, small, st.integers(1, 9)
+)
+
+
+@thoroughly
+@given(
+    layers=st.lists(small_costs, min_size=2, max_size=3),
+    seed=st.integers(0, 2**32 - 1),
+    share=st.floats(0, 1),
+    unit=st.sampled_from(["macs", "params"]),
+)
+def test_greedy_misses_the_optimum_by_less_than_one_step(layers, seed, share, unit):
+    # Dantzig 1957: filled along concave hulls, a knapsack is optimal up to the first step that no longer fits.
+    energies, cost = problem(layers, 0, seed)
+    ladders = [allowed(layer, len(energies[name])) for name, layer in cost.layers.items()]
+    choices = [dict(zip(energies, choice, strict=True)) for choice in itertools.product(*ladders)]
+    costs = [cost.at(choice, unit) for choice in choices]
+    budget = min(costs) + share * (max(costs) - min(costs))
+    best = max(value(energies, choice) for choice, price in zip(choices, costs, strict=True) if price <= budget)
+    step = max(largest_hull_gain(layer, energies[name], unit) for name, layer in cost.layers.items())
+    found = value(energies, keep_by_budget(energies, cost, budget, unit))
+    assert best - step - 100 * EPS <= found <= best + 100 * EPS  # sums of at most 100 shares
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_global_budget_beats_the_same_rank_ratio_everywhere(seed, target):
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(16, 64, (8, 3), generator=generator).tolist()
+    energies, cost = problem([LayerCost(m * n, m + n, p * m * n, p * (m + n)) for m, n, p in sizes], 0, seed)
+    budget = target * cost.dense("macs")
+    uniform = [{name: max(1, k * len(energy) // 64) for name, energy in energies.items()} for k in range(1, 65)]
+    affordable = [value(energies, ranks) for ranks in uniform if cost.at(ranks, "macs") <= budget]
+    assert value(energies, keep_by_budget(energies, cost, budget, "macs")) > max(affordable)
+
+
+def test_each_layer_counts_by_its_own_scale():
+    layers = [LayerCost(100, 20, 100, 20), LayerCost(100, 20, 100, 20)]
+    energies, cost = problem(layers, 0, seed=0)
+    louder = {"0": energies["0"] * 1e12, "1": energies["1"]}
+    assert keep_by_budget(louder, cost, 120, "macs") == keep_by_budget(energies, cost, 120, "macs")
+
+
+@thoroughly
+@given(layers=st.lists(layer_costs, min_size=1, max_size=4), other=st.integers(0, 5000), seed=st.integers(0, 9))
+def test_an_unreachable_budget_names_the_smallest_that_is_reachable(layers, other, seed):
+    energies, cost = problem(layers, other, seed)
+    full = {name: len(energy) for name, energy in energies.items()}
+    least = smallest_cost(cost, "params", full)
+    assume(least < cost.dense("params"))
+    with pytest.raises(ValueError, match="the budget must be at least") as refused:
+        keep_by_budget(energies, cost, least - 1, "params")
+    named = float(re.search(r"at least ([\d.]+) of the dense params", str(refused.value))[1])
+    assert named == pytest.approx(least / cost.dense("params"), abs=1e-4)  # four decimals
+    # Whoever takes the message at its word must get through.
+    assert keep_by_budget(energies, cost, named * cost.dense("params"), "params")
+
+
+def test_a_layer_smaller_than_min_rank_keeps_every_rank():
+    energies, cost = problem([LayerCost(12, 7, 12, 7)], 0, seed=0)
+    assert keep_by_budget(energies, cost, 12, "macs", min_rank=5) == {"0": 3}
+
+
+def test_a_layer_that_carries_nothing_does_not_disturb():
+    _, cost = problem([LayerCost(100, 20, 100, 20)] * 2, 0, seed=0)
+    ranks = keep_by_budget({"0": torch.zeros(10), "1": torch.ones(10)}, cost, 120, "macs")
+    assert ranks["1"] == 10
+
+
+# ----------------------------------------------------------------------------------------------------------- by energy
+
+TEN = ModelCost({"fc": LayerCost(100, 20)}, 0)  # 10 x 10, break-even 4
+
+
+@pytest.mark.parametrize(
+    ("energy", "threshold", "options", "rank"),
+    [
+        ([100, 1, 1, 1, 0, 0, 0, 0, 0, 0], 0.75, {}, 1),
+        ([0, 0, 1, 0, 1, 0, 0, 0, 0, 0], 0.9, {}, 2),
+        ([100, 1, 1, 1, 0, 0, 0, 0, 0, 0], 1.0, {}, 4),
+        ([100, 1, 1, 1, 0, 0, 0, 0, 0, 0], 0.75, {"min_rank": 3}, 3),
+        ([100, 1, 1, 1, 0, 0, 0, 0, 0, 0], 0.75, {"round_to": 2}, 2),
+        ([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], 0.9, {}, 10),  # 5 of 10 would cost as much as dense
+        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], 0.9, {"round_to": 8}, 10),
+        ([1, 1, 1], 1.0, {}, 3),
+        ([1, 1, 1], 0.5, {"round_to": 4}, 3),  # no more than there are
+        ([0, 0, 0], 0.5, {}, 1),
+    ],
+)
+def test_keep_by_energy_by_hand(energy, threshold, options, rank):
+    energies = {"fc": torch.tensor(energy, dtype=torch.float32)}
+    assert keep_by_energy(energies, TEN, threshold, **options) == {"fc": rank}
+
+
+# ------------------------------------------------------------------------------------------------------- in between
+
+
+def test_interpolation_leads_from_full_to_final():
+    full, final = {"a": 64, "b": 10, "c": 7}, {"a": 3, "b": 10, "c": 1}
+    assert interpolate(full, final, 0.0) == full
+    assert interpolate(full, final, 1.0) == final
+    assert interpolate(full, final, 0.5) == {"a": 34, "b": 10, "c": 4}
+
+
+@thoroughly
+@given(full=st.integers(1, 4096), kept=st.floats(0, 1), removed=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_interpolation_never_turns_back(full, kept, removed):
+    final = round(kept * full)
+    earlier, later = (interpolate({"a": full}, {"a": final}, share)["a"] for share in sorted(removed))
+    assert final <= later <= earlier <= full
+
+
+@pytest.mark.parametrize(
+    ("energies", "rank", "mask"),
+    [
+        ([1.0, 4.0, 2.0, 3.0], 2, [False, True, False, True]),
+        ([1.0, 1.0, 1.0], 2, [True, True, False]),
+        ([1.0, 2.0], 0, [False, False]),
+        ([1.0, 2.0], 2, [True, True]),
+    ],
+)
+def test_strongest_takes_the_largest_and_among_equals_the_earlier(energies, rank, mask):
+    assert strongest(torch.tensor(energies), rank).tolist() == mask

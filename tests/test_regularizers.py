@@ -1,0 +1,188 @@
+"""Closed-form penalties and gradients, held against autograd on the formula as the paper writes it."""
+
+import copy
+
+import pytest
+import torch
+from helpers import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_svd.factorization import roundoff
+from lightning_svd.regularizers import SPARSITY, add_gradients, hoyer, orthogonality
+from lightning_svd.surgery import decompose, svd_layers
+
+FORMULAS = {
+    "l1": lambda s: s.abs().sum(),
+    "hoyer": lambda s: s.abs().sum() / s.square().sum().sqrt(),
+    "hoyer_square": lambda s: s.abs().sum().square() / s.square().sum(),
+}
+
+
+def orthogonality_formula(A):
+    rank = A.shape[1]
+    return (A.mT @ A - torch.eye(rank, dtype=A.dtype)).square().sum() / rank**2
+
+
+@pytest.mark.parametrize("name", SPARSITY)
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [3.0, 1.0, 0.5, 0.1],
+        [-3.0, 1.0, -0.5],
+        [2.0, 0.0, 1.0, 0.0],
+        [2.0, 2.0, 2.0],
+        [-7.0],
+        [1e-30, 2e-30],
+        [1e30, 1.0],
+    ],
+)
+def test_sparsity_and_its_gradient_are_those_of_the_formula(name, entries):
+    s = torch.tensor(entries, dtype=torch.float64, requires_grad=True)
+    expected = FORMULAS[name](s)
+    (expected_gradient,) = torch.autograd.grad(expected, s)
+    value, gradient = SPARSITY[name](s.detach())
+    assert_same(value, expected.detach(), s.shape)
+    # The gradient is a difference that may cancel, of terms of the size value / |s|.
+    error = (gradient - expected_gradient).abs().max()
+    assert error <= roundoff(s.shape, s.dtype) * value / s.detach().norm()
+
+
+@pytest.mark.parametrize("name", SPARSITY)
+@pytest.mark.parametrize(
+    "entries",
+    [[], [0.0], [0.0, 0.0, 0.0], [3.0], [2.0] * 5, [1.0, 0.0, 2.0], [1e-30] * 4, [1e30] * 4, [1e30, 1e-30], [-1e-30]],
+)
+def test_sparsity_is_finite_in_float32_at_any_scale(name, entries):
+    s = torch.tensor(entries)
+    value, gradient = SPARSITY[name](s)
+    assert value.isfinite() and gradient.isfinite().all()
+    assert gradient.shape == s.shape
+    if not s.any():
+        assert value == 0 and not gradient.any()
+
+
+def test_hoyer_does_not_depend_on_the_scale():
+    s = torch.tensor([3.0, 1.0, -0.5, 0.0])
+    value, gradient = hoyer(s)
+    for scale in (2.0**60, 2.0**-60):  # exact, unlike a power of ten
+        scaled_value, scaled_gradient = hoyer(scale * s)
+        assert scaled_value == value
+        assert torch.equal(scaled_gradient * scale, gradient)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=1, max_size=16).filter(any))
+def test_hoyer_lies_between_one_and_the_root_of_the_rank(entries):
+    s = torch.tensor(entries)
+    tolerance = 1 + roundoff(s.shape, s.dtype)
+    assert 1 / tolerance <= hoyer(s)[0] <= len(s) ** 0.5 * tolerance
+
+
+@pytest.mark.parametrize(("rank", "direction"), [(1, 0), (4, -1)])
+def test_hoyer_pulls_small_values_down_and_lets_large_ones_grow(rank, direction):
+    s = torch.tensor([4.0, 1.0, 1.0, 0.5], dtype=torch.float64)[:rank]
+    gradient = hoyer(s)[1]
+    assert gradient[0].sign() == direction
+    assert (gradient[1:] > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 4), (3, 5), (5, 1)])
+def test_orthogonality_and_its_gradient_are_those_of_the_formula(shape):
+    A = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    expected = orthogonality_formula(A)
+    (expected_gradient,) = torch.autograd.grad(expected, A)
+    value, gradient = orthogonality(A.detach())
+    assert_same(value, expected.detach(), shape)
+    assert_same(gradient, expected_gradient, shape)
+
+
+def test_orthogonality_of_no_rank_is_zero():
+    value, gradient = orthogonality(torch.empty(5, 0))
+    assert value == 0 and gradient.shape == (5, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- add_gradients
+
+
+def model(pruned=True):
+    """Two layers away from orthonormality, one of them pruned, with gradients of a loss."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(6, 5)).double()
+    decompose(net)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    if pruned:
+        net[0].keep(torch.tensor([True, False, True, True, False, True]))
+    net(torch.randn(2, 3, 3, 3, dtype=torch.float64)).square().sum().backward()
+    return net
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("sparsity", [*SPARSITY, None])
+def test_gradients_are_those_of_loss_plus_penalty(sparsity, pruned):
+    net, twin = model(pruned), model(pruned)
+    factors = [layer.factors() for layer in svd_layers(twin).values()]
+    straightness = sum(orthogonality_formula(A) for U, _, V in factors for A in (U, V))
+    sparseness = sum(FORMULAS[sparsity](s) for _, s, _ in factors) if sparsity else torch.tensor(0.0).double()
+    (0.7 * straightness + 0.3 * sparseness).backward()  # adds to the gradients of the loss
+    penalties = add_gradients(svd_layers(net).values(), 0.7, sparsity, 0.3)
+    shape = net[0].matrix_shape
+    assert_same(penalties.orthogonality, straightness.detach(), shape)
+    assert_same(penalties.sparsity, sparseness.detach(), shape)
+    for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+        assert_same(p.grad, q.grad, shape), name
+
+
+def test_only_kept_ranks_get_exactly_weight_times_gradient():
+    net = model()
+    layer, kept = net[0], net[0].mask
+    before = {name: p.grad.clone() for name, p in layer.named_parameters()}
+    added = {"U": orthogonality(layer.U[:, kept]), "V": orthogonality(layer.V[:, kept]), "s": hoyer(layer.s[kept])}
+    add_gradients([layer], orthogonality_weight=0.5, sparsity="hoyer", sparsity_weight=0.25)
+    for name, weight in (("U", 0.5), ("V", 0.5), ("s", 0.25)):
+        grad = getattr(layer, name).grad
+        assert torch.equal(grad[..., ~kept], before[name][..., ~kept])
+        assert torch.equal(grad[..., kept], before[name][..., kept] + weight * added[name][1].detach())
+    assert torch.equal(layer.bias.grad, before["bias"])
+
+
+def test_a_missing_gradient_is_created_like_backward_does():
+    layer = copy.deepcopy(model())[0]
+    layer.zero_grad(set_to_none=True)
+    add_gradients([layer], orthogonality_weight=1.0, sparsity="l1", sparsity_weight=1.0)
+    assert all(getattr(layer, name).grad.any() for name in "UsV")
+    assert all(getattr(layer, name).grad.is_contiguous() for name in "UsV")
+    assert not layer.s.grad[~layer.mask].any()
+    assert layer.bias.grad is None
+
+
+def test_a_frozen_factor_is_left_alone():
+    layer = model()[0]
+    layer.zero_grad(set_to_none=True)
+    layer.U.requires_grad_(False)
+    layer.s.requires_grad_(False)
+    add_gradients([layer], sparsity_weight=1.0)
+    assert layer.U.grad is None and layer.s.grad is None
+    assert layer.V.grad is not None
+
+
+def test_a_weight_of_zero_adds_nothing_but_still_measures():
+    layer = model()[0]
+    layer.zero_grad(set_to_none=True)
+    penalties = add_gradients([layer], orthogonality_weight=0.0, sparsity_weight=0.0)
+    assert all(p.grad is None for p in layer.parameters())
+    assert penalties.orthogonality > 0 and penalties.sparsity > 0
+
+
+def test_orthogonality_error_is_zero_when_orthonormal_and_per_rank_otherwise():
+    layer = nn.Sequential(nn.Linear(6, 5)).double()
+    decompose(layer)
+    factorised = layer[0]
+    assert add_gradients([factorised]).orthogonality_error <= roundoff((6, 5), torch.float64)
+    with torch.no_grad():
+        factorised.U.mul_(2)  # U'U - I = 3 I, V'V - I = 0: the mean of 9 and 0 over both factors' ranks
+    error = add_gradients([factorised]).orthogonality_error
+    assert float(error) == pytest.approx(4.5**0.5, rel=roundoff((6, 5), torch.float64))

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_svd.checkpoints import load_low_rank, save_low_rank
 from lightning_svd.costs import svd_layers
 from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
 from lightning_svd.regularizers import add_gradients
@@ -25,7 +26,9 @@ __all__ = [
     "add_gradients",
     "compact",
     "decompose",
+    "load_low_rank",
     "plan",
+    "save_low_rank",
     "summarize",
     "svd_layers",
     "to_dense",

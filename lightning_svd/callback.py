@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 import weakref
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import Optimizer
 
 from lightning_svd import monitor
 from lightning_svd.arguments import check_choice, check_count, check_share, check_targets, check_weight
+from lightning_svd.checkpoint_io import SVDCheckpointIO
+from lightning_svd.checkpoints import VERSION, check_version
 from lightning_svd.costs import ModelCost, Unit, count_params, svd_layers
-from lightning_svd.layers import CONV_MODES
 from lightning_svd.optimizers import check_holds_factors
-from lightning_svd.ranks import keep_by_budget, keep_by_energy, smallest_cost
+from lightning_svd.pairs import CONV_MODES
+from lightning_svd.ranks import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.regularizers import SPARSITY, add_gradients
 from lightning_svd.report import SVDReport, plan_table, report_on
 from lightning_svd.run import SVDRun
 from lightning_svd.schedules import SHAPES, cut_steps, removal, strength
 from lightning_svd.surgery import LayerPlan, Targets, compact, decompose, make_dense, make_factored, restore
+from lightning_svd.trainers import (
+    batch_size,
+    check_trainer,
+    decompose_after_configure_model,
+    forward_example,
+    gradient_scale,
+    is_trial,
+    log_interval,
+    steps_done,
+    total_steps,
+    unwrap_configure_model,
+)
 
 # Strengths at which each penalty helps a falling budget without doing the pruning alone.
 SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, None: 0.0}
@@ -149,12 +159,23 @@ class SVDTrainingCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Here, not in on_fit_start: the optimizers are built in between and must get the factors.
+        SVDCheckpointIO.install(trainer)
         if stage != "fit":
             return
         if self._finished is not None and self._finished() is pl_module:
             rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
             return
-        _check_trainer(trainer, pl_module)
+        check_trainer(self, trainer)
+        self._run = None
+        if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
+            decompose_after_configure_model(pl_module)  # layers may be built there
+        else:
+            self.begin(pl_module)
+
+    def begin(self, pl_module: LightningModule) -> None:
+        """Factorise the layers of ``pl_module`` and begin a run; nothing if one has begun."""
+        if self._run is not None:
+            return
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
         self.plan = decompose(pl_module, self.target_modules, self.exclude_modules, self.conv_mode)
         layers = svd_layers(pl_module)
@@ -162,18 +183,19 @@ class SVDTrainingCallback(Callback):
         rank_zero_info(plan_table(self.plan))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        unwrap_configure_model(pl_module)
         run = self._run
         if run is None:
             return
         check_holds_factors(trainer.optimizers, pl_module, run.layers)
-        run.total_steps = _total_steps(trainer)
+        run.total_steps = total_steps(trainer)
         run.adopt(trainer.optimizers)
         if self.target_name == "params":
             self._check_reachable(run, count_params(pl_module))
         if pl_module.example_input_array is not None:
             run.watch_costs(pl_module)
             with trainer.precision_plugin.forward_context():
-                _forward_example(pl_module)
+                forward_example(pl_module)
             self._stop_watching_costs(pl_module.example_input_array)
 
     def on_validation_batch_start(
@@ -197,7 +219,7 @@ class SVDTrainingCallback(Callback):
         if self._run is None:
             return
         cuts = cut_steps(self._run.total_steps, self.sparsify_start, self.sparsify_end, self.rank_updates)
-        self._run.cuts = [step for step in cuts if step > trainer.global_step]
+        self._run.cuts = [step for step in cuts if step > self._run.last_cut]
         self._draw_spectra(trainer)
 
     # ------------------------------------------------------------------------------------------------- every step
@@ -209,6 +231,7 @@ class SVDTrainingCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         if self._run is not None:
+            self._run.backwards += 1
             self._stop_watching_costs(self._run.batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -217,12 +240,39 @@ class SVDTrainingCallback(Callback):
         run = self._run
         if run is None:
             return
-        share = strength(
-            trainer.global_step / run.total_steps, self.sparsify_start, self.sparsify_end, self.sparsity_schedule
-        )
-        run.strength = self.sparsity_weight * share
-        run.penalties = add_gradients(run.layers.values(), self.orthogonality_weight, self.sparsity, run.strength)
         run.split_groups(optimizer)
+        if run.gradients_added:
+            run.gradients_added = False
+        else:
+            self._add_gradients(run, trainer, optimizer)
+
+    def add_gradients(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Add the regularisers' gradient now, for code of your own that clips between ``manual_backward`` and ``step``.
+
+        In manual optimization it is added just before each ``optimizer.step()``; where gradients are clipped by hand
+        before that, call this first.
+
+        Args:
+            trainer: The Trainer that fits.
+            optimizer: The one that is going to step.
+        """
+        if self._run is not None:
+            self._add_gradients(self._run, trainer, getattr(optimizer, "optimizer", optimizer))
+            self._run.gradients_added = True
+
+    def _add_gradients(self, run: SVDRun, trainer: Trainer, optimizer: Optimizer) -> None:
+        ramp = strength(
+            steps_done(trainer) / run.total_steps, self.sparsify_start, self.sparsify_end, self.sparsity_schedule
+        )
+        run.strength = self.sparsity_weight * ramp
+        scale = gradient_scale(trainer, optimizer)
+        if trainer.lightning_module.automatic_optimization:
+            # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
+            scale *= run.backwards / trainer.accumulate_grad_batches
+        run.backwards = 0
+        layers = run.layers_of(optimizer)
+        if layers and scale:
+            run.penalties = add_gradients(layers, self.orthogonality_weight, self.sparsity, run.strength, scale)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -233,11 +283,12 @@ class SVDTrainingCallback(Callback):
         self._stop_watching_costs(batch)  # a training step that returned None had no backward pass
         run.merge_groups()
         run.batch = None
-        if trainer.global_step > 0 and not _is_trial(trainer):
+        done = steps_done(trainer)
+        if trainer.global_step > 0 and not is_trial(trainer):
             run.dense_weights = {}
-        if self.should_prune(trainer.global_step):
-            self._cut_ranks(run, trainer)
-        if trainer.global_step % (self.log_every_n_steps or _log_interval(trainer)) == 0:
+        if self.should_prune(done):
+            self._cut_ranks(run, trainer, done)
+        if done % (self.log_every_n_steps or log_interval(trainer)) == 0:
             pl_module.log_dict(monitor.scalars(run), batch_size=1)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -266,7 +317,7 @@ class SVDTrainingCallback(Callback):
         if run is None:
             return
         run.close()
-        if _is_trial(trainer):
+        if is_trial(trainer):
             restore(pl_module, run.dense_weights)
             return
         cost = run.cost or count_params(pl_module)
@@ -280,12 +331,22 @@ class SVDTrainingCallback(Callback):
             monitor.log_layer_table(trainer.loggers, self.report, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        unwrap_configure_model(pl_module)
         run, self._run = self._run, None
         if run is None:
             return
         run.close()
         if run.dense_weights:
             restore(pl_module, run.dense_weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"version": VERSION} | (self._run.state_dict() if self._run is not None else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_version(state_dict["version"], f"the checkpoint's state of {type(self).__name__}")
+        # Without a run this is a test or a validation, and the report of the fit before it must stay.
+        if self._run is not None and "last_cut" in state_dict:
+            self._run.load_state_dict(state_dict)
 
     # -------------------------------------------------------------------------------------------------- decisions
 
@@ -309,7 +370,7 @@ class SVDTrainingCallback(Callback):
 
     def _stop_watching_costs(self, batch: Any) -> None:
         run = self._run
-        if run is not None and run.stop_watching(_batch_size(batch)) and self.target_name == "macs":
+        if run is not None and run.stop_watching(batch_size(batch)) and self.target_name == "macs":
             assert run.cost is not None
             self._check_reachable(run, run.cost)
 
@@ -320,16 +381,17 @@ class SVDTrainingCallback(Callback):
         least = smallest_cost(cost, unit, run.full_ranks, self.min_rank, self.round_to) / cost.dense(unit)
         if least > self.target:
             raise ValueError(
-                f"`target_{unit}` must be at least {math.ceil(least * 1e4) / 1e4} for this model, its cost when every "
+                f"`target_{unit}` must be at least {share_above(least)} for this model, its cost when every "
                 f"factorised layer keeps its fewest ranks, got {self.target!r}"
             )
 
-    def _cut_ranks(self, run: SVDRun, trainer: Trainer) -> None:
-        step = trainer.global_step
+    def _cut_ranks(self, run: SVDRun, trainer: Trainer, step: int) -> None:
         last = step >= run.cuts[-1]
         progress = step / run.total_steps
         removed = 1.0 if last else removal(progress, self.sparsify_start, self.sparsify_end, self.budget_schedule)
-        change = run.cut(step, trainer.current_epoch, removed, self.choose_ranks, trainer.optimizers)
+        # One decision for all processes: ranks that differ between them would diverge and never say so.
+        masks = trainer.strategy.broadcast(run.choose_masks(removed, self.choose_ranks))
+        change = run.cut(step, trainer.current_epoch, masks, trainer.optimizers)
         if change is not None:
             rank_zero_info(f"SVD training: {change}")
 
@@ -353,66 +415,3 @@ def _target(**targets: float | None) -> tuple[Any, float]:
         raise ValueError(f"give one of {', '.join(f'`{name}`' for name in targets)}, got {', '.join(given)}")
     name, value = next(iter(given.items()), ("target_macs", DEFAULT_TARGET_MACS))
     return {"target_macs": "macs", "target_params": "params", "energy_threshold": "energy"}[name], float(value)
-
-
-def _check_trainer(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse what would train wrongly and silently."""
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
-        raise ValueError(
-            f"SVDTrainingCallback works on one device, got {type(trainer.strategy).__name__}: pass `devices=1`"
-        )
-    if not pl_module.automatic_optimization:
-        raise ValueError(
-            "SVDTrainingCallback needs automatic optimization, got `automatic_optimization = False` in "
-            f"{type(pl_module).__name__}: for a loop of your own use `lightning_svd.decompose` and `add_gradients`"
-        )
-
-
-def _is_trial(trainer: Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which must leave the model as it was."""
-    return bool(vars(trainer)["fast_dev_run"])  # set in Trainer's constructor, without an annotation
-
-
-def _log_interval(trainer: Trainer) -> int:
-    """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
-    return vars(trainer)["log_every_n_steps"] or 1
-
-
-def _total_steps(trainer: Trainer) -> int:
-    """Optimizer steps of the whole run."""
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, LBFGS):
-            raise ValueError("SVDTrainingCallback does not work with LBFGS, which steps more than once for a gradient")
-    steps = trainer.estimated_stepping_batches
-    if not 0 < steps < math.inf:
-        raise ValueError(
-            f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
-            "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
-        )
-    return int(steps)
-
-
-def _batch_size(batch: Any) -> int:
-    """Inputs in a batch; 1 where Lightning cannot tell."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an ambiguous batch only blurs the counts per input
-            return extract_batch_size(batch)
-    except MisconfigurationException:
-        return 1
-
-
-@torch.no_grad()
-def _forward_example(pl_module: LightningModule) -> None:
-    """Run ``example_input_array`` through the model as in evaluation, leaving its modes as they were."""
-    modes = {module: module.training for module in pl_module.modules()}
-    example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
-    pl_module.eval()
-    try:
-        if isinstance(example, dict):
-            pl_module(**example)
-        else:
-            pl_module(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

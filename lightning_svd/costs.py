@@ -12,6 +12,7 @@ from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
@@ -108,6 +109,16 @@ def count_params(module: nn.Module) -> ModelCost:
     return ModelCost(costs, sum(p.numel() for p in module.parameters() if id(p) not in factors))
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Both products of scaled dot-product attention, shapes (batch, heads, positions, width)."""
+    batch, heads, queries, width = query
+    return int(2 * batch * heads * queries * key[-2] * (width + value[-1]))
+
+
+# torch counts attention's kernels on CUDA and its plain products, but not the fused kernel on the CPU.
+_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 @dataclass
 class CostMeter:
     """Counts the forward pass that runs inside it::
@@ -129,9 +140,9 @@ class CostMeter:
         self._handles: list[RemovableHandle] = []
         for name, layer in self._layers.items():
             self._shapes[name] = []
-            self._handles.append(layer.register_forward_pre_hook(self._entering(name)))
+            self._handles.append(layer.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._leaving))
-        self._counter = FlopCounterMode(display=False)
+        self._counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
         self._counter.__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -150,8 +161,8 @@ class CostMeter:
         return svd_layers(self.module)
 
     def _entering(self, name: str) -> Any:
-        def note_shape(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._shapes[name].append(tuple(args[0].shape))
+        def note_shape(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            self._shapes[name].append(tuple((*args, *kwargs.values())[0].shape))
             self._before = self._counter.get_total_flops()
 
         return note_shape

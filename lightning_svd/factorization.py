@@ -61,14 +61,14 @@ def reconstruct(U: Tensor, s: Tensor, V: Tensor) -> Tensor:
 
 
 def truncate(factors: Factors, kept: Tensor) -> Factors:
-    """Only the kept rank-one terms.
+    """Only the kept rank-one terms, differentiable.
 
     Args:
         factors: U (m, r), s (r,), V (n, r).
-        kept: Boolean mask (r,) or integer indices (k,).
+        kept: Their indices (k,); not a mask, whose count would have to be asked of the device.
     """
     U, s, V = factors
-    return Factors(U[:, kept], s[kept], V[:, kept])
+    return Factors(U.index_select(1, kept), s.index_select(0, kept), V.index_select(1, kept))
 
 
 def roundoff(shape: tuple[int, ...], dtype: torch.dtype, factor: float = 32.0) -> float:

@@ -8,16 +8,24 @@ two ways: rebuild W and apply it once, or apply the two factors one after the ot
 from __future__ import annotations
 
 from math import prod
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_svd.factorization import Factors, reconstruct, svd, truncate
-
-CONV_MODES = ("channel", "spatial")
-LayerT = TypeVar("LayerT", nn.Linear, nn.Conv2d)
+from lightning_svd.pairs import (
+    CONV_MODES,
+    empty_dense,
+    factored_pair,
+    fill,
+    fold_conv_weight,
+    geometry,
+    kernel,
+    stages,
+    unfold_conv_weight,
+)
 
 
 class SVDLayer(nn.Module):
@@ -27,7 +35,9 @@ class SVDLayer(nn.Module):
         U: Left singular vectors (m, r).
         s: Singular values (r,); training may make them negative, only their magnitude counts.
         V: Right singular vectors (n, r).
-        mask: Boolean buffer (r,): which ranks are kept.
+        mask: Boolean buffer (r,): which ranks are kept, as it is saved.
+        kept: Indices of the kept ranks, or None for all: what the arithmetic goes by. It follows :meth:`keep` and
+            loading, and nothing else: what averages or swaps a model's buffers leaves it alone.
         bias: As in the dense layer.
         dense_kind: Name of the dense layer's class.
     """
@@ -47,8 +57,7 @@ class SVDLayer(nn.Module):
         self.V = nn.Parameter(factors.V, requires_grad)
         self.register_parameter("bias", cast("nn.Parameter | None", bias))
         self.register_buffer("mask", torch.ones_like(factors.s, dtype=torch.bool))
-        # None while every rank is kept: then nothing needs gathering. Derived from the mask, hence not persistent.
-        self.register_buffer("kept", None, persistent=False)
+        self.kept: Tensor | None = None
 
     @property
     def full_rank(self) -> int:
@@ -68,15 +77,20 @@ class SVDLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight these factors stand for, in the dense layer's shape, differentiable."""
-        return self._fold(reconstruct(*self.factors()))
+        return self.fold(self.factors())
+
+    def fold(self, factors: Factors) -> Tensor:
+        """The dense weight that these or other factors of this layer's shape stand for."""
+        return self._fold(reconstruct(*factors))
 
     def factors(self) -> Factors:
         """The kept U (m, k), s (k,), V (n, k), differentiable."""
         full = Factors(self.U, self.s, self.V)
         if self.kept is None:
             return full
-        # index_select, not boolean indexing: the number of kept ranks is known without asking the device.
-        return Factors(self.U.index_select(1, self.kept), self.s[self.kept], self.V.index_select(1, self.kept))
+        if self.kept.device != self.s.device:
+            self.kept = self.kept.to(self.s.device)
+        return truncate(full, self.kept)
 
     @torch.no_grad()
     def keep(self, mask: Tensor) -> None:
@@ -95,6 +109,12 @@ class SVDLayer(nn.Module):
         self.mask.copy_(mask)
         self._gather_from_mask()
 
+    def kept_mask(self) -> Tensor:
+        """Boolean (r,): the ranks the arithmetic goes by."""
+        if self.kept is None:
+            return torch.ones_like(self.s, dtype=torch.bool)
+        return torch.zeros_like(self.s, dtype=torch.bool).index_fill_(0, self.kept.to(self.s.device), True)
+
     def _gather_from_mask(self) -> None:
         self.kept = None if bool(self.mask.all()) else self.mask.nonzero().squeeze(1)
 
@@ -112,14 +132,14 @@ class SVDLayer(nn.Module):
     @torch.no_grad()
     def spectrum(self) -> list[float]:
         """The kept singular values' magnitudes in descending order."""
-        magnitudes = self.s[self.mask].detach().abs().float()
+        magnitudes = self.factors().s.detach().abs().float()
         return magnitudes.sort(descending=True).values.tolist()
 
     @torch.no_grad()
     def compact(self) -> None:
         """Drop the storage of the pruned ranks; not while an optimizer holds the factors."""
         # clone: a view would keep, and save, the whole storage.
-        for name, value in zip("UsV", truncate(Factors(self.U, self.s, self.V), self.mask), strict=True):
+        for name, value in zip("UsV", self.factors(), strict=True):
             setattr(self, name, nn.Parameter(value.detach().clone(), getattr(self, name).requires_grad))
         self.mask = torch.ones_like(self.s, dtype=torch.bool)
         self.kept = None
@@ -148,9 +168,9 @@ class SVDLayer(nn.Module):
         rebuild = self.rank * self.dense_params + self.dense_macs(input_shape)
         return self.rank == 0 or rebuild <= self.rank * self.macs_per_rank(input_shape)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # its name is the dense layer's, for calls by keyword
         """The dense layer's output, computed in the cheaper way for this input."""
-        return self.forward_rebuilt(x) if self.rebuilding_is_cheaper(x.shape) else self.forward_factored(x)
+        return self.forward_rebuilt(input) if self.rebuilding_is_cheaper(input.shape) else self.forward_factored(input)
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
         """Rebuild W, then apply it as the dense layer does."""
@@ -160,21 +180,37 @@ class SVDLayer(nn.Module):
         """Apply V, then U, never forming W."""
         raise NotImplementedError
 
-    def dense(self) -> nn.Module:
+    @torch.no_grad()
+    def dense(self) -> nn.Linear | nn.Conv2d:
         """A new plain layer with the weight these factors stand for."""
-        raise NotImplementedError
+        return fill(empty_dense(self), self.weight, self)
 
+    @torch.no_grad()
     def factored(self) -> nn.Sequential:
-        """Two new plain layers in sequence, of the kept rank, sqrt|s| merged into each."""
-        raise NotImplementedError
+        """Two new plain layers in sequence, of the kept rank (1 if none is kept), sqrt|s| merged into each."""
+        U, V = self._balanced()
+        pair = factored_pair(self, max(1, self.rank), getattr(self, "conv_mode", None))
+        for layer, weight in zip(pair, (self._fold_right(V), self._fold_left(U)), strict=True):
+            fill(layer, weight, self)
+        return pair
 
     def _fold(self, matrix: Tensor) -> Tensor:
         """A matrix (m, n) in the shape of the dense weight."""
         raise NotImplementedError
 
+    def _fold_right(self, V: Tensor) -> Tensor:
+        """V (n, k) as the weight of the first of two plain layers."""
+        raise NotImplementedError
+
+    def _fold_left(self, U: Tensor) -> Tensor:
+        """U (m, k) as the weight of the second of two plain layers."""
+        raise NotImplementedError
+
     def _balanced(self) -> tuple[Tensor, Tensor]:
         """Detached left (m, k) and right (n, k) factors of equal scale, so that neither overflows in half precision."""
         U, s, V = self.factors()
+        if self.rank == 0:
+            U, s, V = (factor.new_zeros(*factor.shape[:-1], 1) for factor in (U, s, V))
         root = s.abs().sqrt()
         return (U * (root * s.sign())).detach(), (V * root).detach()
 
@@ -187,18 +223,19 @@ class SVDLinear(SVDLayer):
 
     dense_kind = "Linear"
 
-    def __init__(self, linear: nn.Linear, name: str = "weight") -> None:
+    def __init__(self, linear: nn.Linear, name: str = "weight", factors: Factors | None = None) -> None:
         """Factorise ``linear``; its bias is taken over as it is, the same tensor.
 
         Args:
             linear: The dense layer; left unchanged.
             name: What to call it in an error.
+            factors: To be taken instead of the SVD of its weight.
 
         Raises:
             ValueError: If the weight holds NaN or infinity.
         """
         weight = linear.weight
-        super().__init__(_factors_like(weight, weight, name), linear.bias, weight.requires_grad)
+        super().__init__(factors or _factors_like(weight, weight, name), linear.bias, weight.requires_grad)
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def dense_macs(self, input_shape: tuple[int, ...]) -> int:
@@ -214,21 +251,14 @@ class SVDLinear(SVDLayer):
         U, s, V = self.factors()
         return F.linear(F.linear(x, V.mT), U * s, self.bias)
 
-    @torch.no_grad()
-    def dense(self) -> nn.Linear:
-        layer = nn.Linear(self.in_features, self.out_features, **_options(self))
-        return _filled(layer, self.weight, self)
-
-    @torch.no_grad()
-    def factored(self) -> nn.Sequential:
-        left, right = self._balanced()
-        options = _options(self)
-        first = nn.Linear(self.in_features, self.rank, **(options | {"bias": False}))
-        second = nn.Linear(self.rank, self.out_features, **options)
-        return nn.Sequential(_filled(first, right.mT, self), _filled(second, left, self))
-
     def _fold(self, matrix: Tensor) -> Tensor:
         return matrix
+
+    def _fold_right(self, V: Tensor) -> Tensor:
+        return V.mT
+
+    def _fold_left(self, U: Tensor) -> Tensor:
+        return U
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
@@ -243,13 +273,16 @@ class SVDConv2d(SVDLayer):
 
     dense_kind = "Conv2d"
 
-    def __init__(self, conv: nn.Conv2d, conv_mode: str = "channel", name: str = "weight") -> None:
+    def __init__(
+        self, conv: nn.Conv2d, conv_mode: str = "channel", name: str = "weight", factors: Factors | None = None
+    ) -> None:
         """Factorise ``conv``; its bias is taken over as it is, the same tensor.
 
         Args:
             conv: The dense layer, without groups; left unchanged.
             conv_mode: "channel" or "spatial".
             name: What to call it in an error.
+            factors: To be taken instead of the SVD of its weight.
 
         Raises:
             ValueError: If the weight holds NaN or infinity, the layer has groups, or the mode is unknown.
@@ -258,11 +291,11 @@ class SVDConv2d(SVDLayer):
             raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, got {conv_mode!r}")
         if conv.groups != 1:
             raise ValueError(f"`{name}`: expected a convolution without groups, got groups={conv.groups}")
-        matrix = unfold_conv_weight(conv.weight, conv_mode)
-        super().__init__(_factors_like(matrix, conv.weight, name), conv.bias, conv.weight.requires_grad)
+        factors = factors or _factors_like(unfold_conv_weight(conv.weight, conv_mode), conv.weight, name)
+        super().__init__(factors, conv.bias, conv.weight.requires_grad)
         self.conv_mode = conv_mode
         self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size = _kernel(conv.weight)
+        self.kernel_size = kernel(conv.weight)
         self.stride, self.dilation = conv.stride, conv.dilation
         self.padding, self.padding_mode = conv.padding, conv.padding_mode
 
@@ -294,57 +327,24 @@ class SVDConv2d(SVDLayer):
         return 0 if self.padding == "valid" else 2 * int(self.padding[axis])
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        # The output's layout follows the weight's; keep the input's, or a later `.view` in the user's model fails.
-        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        weight = weight.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        return _convolve(x, weight, self.bias, self._geometry(), self.padding_mode)
+        return _convolve(x, self.weight, self.bias, geometry(self), self.padding_mode)
 
     def forward_factored(self, x: Tensor) -> Tensor:
+        if self.rank == 0:
+            return self.forward_rebuilt(x)  # there is no convolution to no maps
         U, s, V = self.factors()
-        first, second = self._stages()
+        first, second = stages(self, self.conv_mode)
         maps = _convolve(x, self._fold_right(V), None, first, self.padding_mode)
         return _convolve(maps, self._fold_left(U * s), self.bias, second, self.padding_mode)
-
-    @torch.no_grad()
-    def dense(self) -> nn.Conv2d:
-        options = self._geometry() | _options(self) | {"padding_mode": self.padding_mode}
-        return _filled(nn.Conv2d(self.in_channels, self.out_channels, self.kernel_size, **options), self.weight, self)
-
-    @torch.no_grad()
-    def factored(self) -> nn.Sequential:
-        U, V = self._balanced()
-        left, right = self._fold_left(U), self._fold_right(V)
-        first, second = (stage | _options(self) | {"padding_mode": self.padding_mode} for stage in self._stages())
-        reduce = nn.Conv2d(self.in_channels, self.rank, _kernel(right), **(first | {"bias": False}))
-        expand = nn.Conv2d(self.rank, self.out_channels, _kernel(left), **second)
-        return nn.Sequential(_filled(reduce, right, self), _filled(expand, left, self))
-
-    def _geometry(self) -> dict[str, Any]:
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
-
-    def _stages(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The geometry of the two convolutions that the factors are."""
-        pointwise = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-        if self.conv_mode == "channel":
-            return self._geometry(), pointwise
-        rows, columns = dict(pointwise), dict(pointwise)
-        rows |= {"stride": (self.stride[0], 1), "dilation": (self.dilation[0], 1)}
-        columns |= {"stride": (1, self.stride[1]), "dilation": (1, self.dilation[1])}
-        if isinstance(self.padding, str):
-            return rows | {"padding": self.padding}, columns | {"padding": self.padding}
-        return rows | {"padding": (self.padding[0], 0)}, columns | {"padding": (0, self.padding[1])}
 
     def _fold(self, matrix: Tensor) -> Tensor:
         return fold_conv_weight(matrix, (self.out_channels, self.in_channels, *self.kernel_size), self.conv_mode)
 
     def _fold_right(self, V: Tensor) -> Tensor:
-        """V (n, k) as the first convolution's weight."""
         kh, kw = self.kernel_size
         return V.mT.reshape(-1, self.in_channels, kh, kw if self.conv_mode == "channel" else 1)
 
     def _fold_left(self, U: Tensor) -> Tensor:
-        """U (m, k) as the second convolution's weight."""
         kw = 1 if self.conv_mode == "channel" else self.kernel_size[1]
         return U.reshape(self.out_channels, kw, -1).transpose(1, 2).unsqueeze(2)
 
@@ -355,28 +355,6 @@ class SVDConv2d(SVDLayer):
         )
 
 
-def conv_matrix_shape(shape: tuple[int, ...], conv_mode: str) -> tuple[int, int]:
-    """(m, n) of a convolution's weight (out, in, kh, kw) seen as the matrix of its mode."""
-    out, in_, kh, kw = shape
-    return (out, in_ * kh * kw) if conv_mode == "channel" else (out * kw, in_ * kh)
-
-
-def unfold_conv_weight(weight: Tensor, conv_mode: str) -> Tensor:
-    """A convolution's weight (out, in, kh, kw) as the matrix of its mode; see :class:`SVDConv2d`."""
-    if conv_mode == "channel":
-        return weight.flatten(1)
-    out, in_, kh, kw = weight.shape
-    return weight.permute(0, 3, 1, 2).reshape(out * kw, in_ * kh)
-
-
-def fold_conv_weight(matrix: Tensor, shape: tuple[int, ...], conv_mode: str) -> Tensor:
-    """The inverse of :func:`unfold_conv_weight`."""
-    if conv_mode == "channel":
-        return matrix.reshape(shape)
-    out, in_, kh, kw = shape
-    return matrix.reshape(out, kw, in_, kh).permute(0, 2, 3, 1)
-
-
 def _factors_like(matrix: Tensor, weight: Tensor, name: str) -> Factors:
     """The SVD of a layer's matrix, in the dtype of its weight, each factor contiguous."""
     return Factors(*(factor.to(weight.dtype).contiguous() for factor in svd(matrix, name)))
@@ -385,19 +363,6 @@ def _factors_like(matrix: Tensor, weight: Tensor, name: str) -> Factors:
 def _options(layer: SVDLayer) -> dict[str, Any]:
     # On "meta" nothing is allocated or initialised; `_filled` brings the values.
     return {"bias": layer.bias is not None, "device": "meta"}
-
-
-def _kernel(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[2], weight.shape[3]
-
-
-def _filled(layer: LayerT, weight: Tensor, like: SVDLayer) -> LayerT:
-    """``layer`` with this weight and, where it has one, the very bias of ``like``."""
-    # contiguous: some kernels and every saved file want plain storage, not a transposed view.
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), like.s.requires_grad)
-    if layer.bias is not None:
-        layer.bias = cast(nn.Parameter, like.bias)
-    return layer.train(like.training)
 
 
 def _positions(input_shape: tuple[int, ...]) -> int:
@@ -411,6 +376,9 @@ def _conv_size(size: int, kernel: int, stride: int, pads: int, dilation: int) ->
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any], padding_mode: str) -> Tensor:
     """``F.conv2d`` with nn.Conv2d's padding modes."""
+    # The output's layout follows the weight's strides, even those of dimensions of size 1. Plain ones leave the choice
+    # to the input, as in the dense layer; otherwise a later `.view` in the user's model may fail.
+    weight = weight.reshape(-1).view(weight.shape)
     if padding_mode == "zeros":
         return F.conv2d(x, weight, bias, **geometry)
     padded = F.pad(x, _pad_amounts(weight, geometry), mode=padding_mode)

@@ -28,8 +28,9 @@ class DecayOnSingularValues:
 
     def __init__(self, optimizer: Optimizer, layers: Iterable[SVDLayer]) -> None:
         self._optimizer = optimizer
-        self._layers = list(layers)
+        self.layers = list(layers)
         self._whole: list[dict[str, Any]] | None = None
+        self._parts: list[list[dict[str, Any]]] = []
         self._hook = optimizer.register_step_post_hook(lambda *_: self.merge())
 
     def split(self) -> None:
@@ -37,12 +38,16 @@ class DecayOnSingularValues:
         self.merge()
         groups = self._whole = self._optimizer.param_groups
         decays = self._decays(groups)
-        self._optimizer.param_groups = [part for group in groups for part in _parts(group, decays)]
+        self._parts = [_parts(group, decays) for group in groups]
+        self._optimizer.param_groups = [part for parts in self._parts for part in parts]
 
     def merge(self) -> None:
         """Restore the user's groups; harmless when they are whole."""
         if self._whole is None:
             return
+        for group, parts in zip(self._whole, self._parts, strict=True):
+            # What the optimizer noted in its group during the step stays.
+            group.update({key: value for key, value in parts[0].items() if key not in ("params", "weight_decay")})
         self._optimizer.param_groups, self._whole = self._whole, None
 
     def remove(self) -> None:
@@ -54,7 +59,7 @@ class DecayOnSingularValues:
         """The weight decay that each factor should have where it differs from its group's."""
         of_group = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
         decays: dict[nn.Parameter, float] = {}
-        for layer in self._layers:
+        for layer in self.layers:
             if layer.U in of_group:
                 decays |= {layer.U: 0.0, layer.V: 0.0, layer.s: of_group[layer.U]}
         return {p: decay for p, decay in decays.items() if p in of_group and of_group[p] != decay}
@@ -102,7 +107,7 @@ def check_holds_factors(optimizers: Sequence[Optimizer], module: nn.Module, laye
 @torch.no_grad()
 def forget_pruned(optimizers: Sequence[Optimizer], layers: Iterable[SVDLayer]) -> None:
     """Clear the optimizers' memory (momentum, second moments) of the ranks that are not kept."""
-    masks: dict[Tensor, Tensor] = {p: layer.mask for layer in layers for p in (layer.U, layer.s, layer.V)}
+    masks: dict[Tensor, Tensor] = {p: layer.kept_mask() for layer in layers for p in (layer.U, layer.s, layer.V)}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             if p in masks:

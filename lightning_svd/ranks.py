@@ -47,6 +47,11 @@ def smallest_cost(
     )
 
 
+def share_above(share: float) -> float:
+    """A short number not below ``share``, to be named in a message and used in its place."""
+    return math.ceil(share * 1e4) / 1e4
+
+
 def keep_by_budget(
     energies: Mapping[str, Tensor],
     cost: ModelCost,
@@ -84,9 +89,8 @@ def keep_by_budget(
     spent = cost.at(ranks, unit)
     if spent > budget:
         dense = cost.dense(unit)
-        raise ValueError(
-            f"the budget must be at least {spent / dense:.4f} of the dense {unit}, got {budget / dense:.4f}"
-        )
+        least = share_above(spent / dense)
+        raise ValueError(f"the budget must be at least {least} of the dense {unit}, got {budget / dense:.6g}")
     curves = {name: _curve(cost.layers[name], energies[name], ladders[name], unit) for name in ladders}
     for only_hull in (True, False):
         spent = _fill(ranks, curves, spent, budget, only_hull)

@@ -84,6 +84,7 @@ def add_gradients(
     orthogonality_weight: float = 1.0,
     sparsity: str | None = "hoyer",
     sparsity_weight: float = 0.0,
+    scale: float = 1.0,
 ) -> Penalties:
     """Add the weighted regularisers' gradient to ``.grad`` of the kept ranks; call it between backward and step.
 
@@ -95,6 +96,7 @@ def add_gradients(
         orthogonality_weight: Factor of the orthogonality penalty.
         sparsity: A key of ``SPARSITY``, or None.
         sparsity_weight: Factor of the sparsity penalty.
+        scale: Of the gradients that are there, a loss scaler's for instance.
 
     Returns:
         The penalties, each without its weight.
@@ -104,13 +106,13 @@ def add_gradients(
         U, s, V = layer.factors()
         for parameter, factor in ((layer.U, U), (layer.V, V)):
             value, gradient = orthogonality(factor)
-            _accumulate(parameter, gradient, orthogonality_weight, layer.kept)
+            _accumulate(parameter, gradient, scale * orthogonality_weight, layer.kept)
             orthogonalities.append(value)
             defects.append(value * layer.rank**2)
             ranks += layer.rank
         if sparsity is not None:
             value, gradient = SPARSITY[sparsity](s)
-            _accumulate(layer.s, gradient, sparsity_weight, layer.kept)
+            _accumulate(layer.s, gradient, scale * sparsity_weight, layer.kept)
             sparsities.append(value)
     zero = orthogonalities[0].new_zeros(())
     return Penalties(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_svd.costs import CostMeter, ModelCost, Unit
+from lightning_svd.costs import CostMeter, LayerCost, ModelCost, Unit
 from lightning_svd.layers import SVDLayer
 from lightning_svd.optimizers import DecayOnSingularValues, forget_pruned
 from lightning_svd.ranks import interpolate, strongest
@@ -35,6 +35,11 @@ class SVDRun:
         strength: The sparsity weight in the last step.
         timeline: Every rank change so far.
         warnings: What the user should know at the end.
+        batch: The present batch, while its forward pass is counted.
+        backwards: Backward passes since the last optimizer step.
+        gradients_added: Whether the regularisers' gradient is in ``.grad`` already, ahead of the step.
+        last_cut: The step of the last cut.
+        drawn_at: The step at which spectra were last drawn.
     """
 
     layers: dict[str, SVDLayer]
@@ -47,6 +52,9 @@ class SVDRun:
     timeline: list[RankChange] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     batch: Any = None
+    backwards: int = 0
+    gradients_added: bool = False
+    last_cut: int = 0
     drawn_at: int = -1
     _meter: CostMeter | None = None
     _decays: dict[int, DecayOnSingularValues] = field(default_factory=dict)
@@ -91,6 +99,10 @@ class SVDRun:
             id(optimizer): DecayOnSingularValues(optimizer, self.layers.values()) for optimizer in optimizers
         }
 
+    def layers_of(self, optimizer: Optimizer) -> list[SVDLayer]:
+        """The factorised layers that ``optimizer`` trains."""
+        return self._decays[id(optimizer)].layers
+
     def split_groups(self, optimizer: Optimizer) -> None:
         """To be called just before ``optimizer`` steps."""
         self._decays[id(optimizer)].split()
@@ -108,34 +120,68 @@ class SVDRun:
 
     # Ranks
 
-    def cut(
-        self, step: int, epoch: int, removed: float, choose_ranks: ChooseRanks, optimizers: Sequence[Optimizer]
-    ) -> RankChange | None:
-        """Cut ranks on their way to what ``choose_ranks`` says now; None if that changes no rank.
+    def choose_masks(self, removed: float, choose_ranks: ChooseRanks) -> dict[str, Tensor]:
+        """The ranks to keep, on the way to what ``choose_ranks`` says now; changes nothing.
 
         Args:
-            step: Optimizer steps so far.
-            epoch: Current epoch.
             removed: Share of the ranks to remove that are to be gone, in [0, 1].
             choose_ranks: From what each rank carries, dropped ones as they were then, and the model's cost to the
                 ranks to end with.
-            optimizers: Those whose memory of the pruned ranks is cleared.
+
+        Returns:
+            Layer name -> boolean mask (r,) on the CPU.
         """
         assert self.cost is not None
-        before = self.ranks()
         energies = {name: layer.energies() for name, layer in self.layers.items()}
         ranks = interpolate(self.full_ranks, choose_ranks(energies, self.cost), removed)
+        masks = {}
         for name, layer in self.layers.items():
             # Kept ranks go first; dropped ones come back only where a layer gets more room than it had.
-            first = torch.where(layer.mask, energies[name].max() + 1.0, 0.0)
-            layer.keep(strongest(energies[name] + first, ranks[name]))
+            first = torch.where(layer.kept_mask(), energies[name].max() + 1.0, 0.0)
+            masks[name] = strongest(energies[name] + first, ranks[name]).cpu()
+        return masks
+
+    def cut(
+        self, step: int, epoch: int, masks: Mapping[str, Tensor], optimizers: Sequence[Optimizer]
+    ) -> RankChange | None:
+        """Keep these ranks; None if that changes no layer's rank.
+
+        Args:
+            step: Steps so far.
+            epoch: Current epoch.
+            masks: Layer name -> boolean mask (r,).
+            optimizers: Those whose memory of the pruned ranks is cleared.
+        """
+        before = self.ranks()
+        for name, layer in self.layers.items():
+            layer.keep(masks[name].to(layer.mask.device))
         forget_pruned(optimizers, self.layers.values())
-        self.cuts = [later for later in self.cuts if later > step]
+        self.last_cut, self.cuts = step, [later for later in self.cuts if later > step]
         if self.ranks() == before:
             return None
         change = RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params"))
         self.timeline.append(change)
         return change
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the factors: numbers, strings, lists and dicts."""
+        return {
+            "last_cut": self.last_cut,
+            "timeline": [asdict(change) for change in self.timeline],
+            "warnings": list(self.warnings),
+            "spectra_before": self.spectra_before,
+            "cost": asdict(self.cost) if self.cost else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self.last_cut = state["last_cut"]
+        self.timeline = [RankChange(**change) for change in state["timeline"]]
+        self.warnings = list(state["warnings"])
+        self.spectra_before = state["spectra_before"]
+        if state["cost"]:
+            layers = {name: LayerCost(**cost) for name, cost in state["cost"]["layers"].items()}
+            self.cost = ModelCost(**(state["cost"] | {"layers": layers}))
 
     def ratio(self, unit: Unit) -> float:
         """Share of the dense model's cost at the present ranks."""

@@ -18,7 +18,7 @@ def progress_between(progress: float, start: float, end: float) -> float:
     """How far ``progress`` is on its way from ``start`` to ``end``, clamped to [0, 1]."""
     if progress >= end:
         return 1.0
-    return max(0.0, (progress - start) / (end - start))
+    return 0.0 if progress <= start else (progress - start) / (end - start)
 
 
 def strength(progress: float, start: float, end: float, shape: str) -> float:

@@ -10,14 +10,15 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_svd.costs import ModelCost, count_params, svd_layers
-from lightning_svd.layers import CONV_MODES, SVDConv2d, SVDLayer, SVDLinear, conv_matrix_shape
+from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
+from lightning_svd.pairs import CONV_MODES, MARK, conv_matrix_shape
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Form = Literal["factored", "dense", "decomposed"]
@@ -79,7 +80,7 @@ def plan(
     }
     targeted = _matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
     excluded = _matching(layers, exclude_modules, "exclude_modules")
-    reasons = _Reasons(module, targeted, excluded)
+    reasons = _Reasons(module, targeted, excluded, conv_mode)
     return [_plan_layer(name, layer, conv_mode, reasons.why_not(name, layer)) for name, layer in layers.items()]
 
 
@@ -114,7 +115,7 @@ def decompose(
     # All SVDs before the first change, so that a weight that is refused leaves the module as it was.
     factorised = [(modules[p.name], _factorise(modules[p.name], p)) for p in layer_plans if not p.skipped]
     for layer, twin in factorised:
-        _become(layer, twin)
+        become(layer, twin)
     return layer_plans
 
 
@@ -132,7 +133,7 @@ def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
     costs = (cost or count_params(module)).layers
     for name, layer in svd_layers(module).items():
         if layer.rank > costs[name].break_even:
-            _become(layer, layer.dense())
+            become(layer, layer.dense())
         else:
             layer.compact()
     return module
@@ -141,14 +142,14 @@ def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
 def make_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
     """As :func:`compact`, then each factorised layer becomes two plain torch layers in sequence, in place."""
     for layer in svd_layers(compact(module, cost)).values():
-        _become(layer, layer.factored())
+        become(layer, layer.factored())
     return module
 
 
 def make_dense(module: ModuleT) -> ModuleT:
     """Each factorised layer becomes a plain layer with the weight its kept ranks stand for, in place."""
     for layer in svd_layers(module).values():
-        _become(layer, layer.dense())
+        become(layer, layer.dense())
     return module
 
 
@@ -160,7 +161,7 @@ def restore(module: ModuleT, weights: Mapping[str, nn.Parameter]) -> ModuleT:
         weights: Name of each factorised layer -> the ``weight`` it had.
     """
     for name, layer in svd_layers(module).items():
-        _become(layer, layer.dense())
+        become(layer, layer.dense())
         module.get_submodule(name).weight = weights[name]
     return module
 
@@ -184,15 +185,17 @@ def _holds_matrix(module: nn.Module) -> bool:
 class _Reasons:
     """Why layers are skipped."""
 
-    def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str]) -> None:
-        self.targeted, self.excluded = targeted, excluded
+    def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str) -> None:
+        self.targeted, self.excluded, self.conv_mode = targeted, excluded, conv_mode
         self.owners = Counter(
             id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
         )
         self.read_past_forward = {
             id(getattr(parent, child)): type(parent).__name__
             for parent in module.modules()
-            for child in _READ_PAST_FORWARD.get(type(parent), ())
+            for kind, children in _READ_PAST_FORWARD.items()
+            if isinstance(parent, kind)
+            for child in children
         }
 
     def why_not(self, name: str, layer: nn.Module) -> str | None:
@@ -205,21 +208,21 @@ class _Reasons:
             yield "excluded by `exclude_modules`"
         if name not in self.targeted:
             yield "not in `target_modules`"
-        if type(layer) not in (nn.Linear, nn.Conv2d):
-            base = next((t for t in (nn.Linear, nn.Conv2d) if isinstance(layer, t)), None)
-            yield f"subclass of {base.__name__}, which may have a forward of its own" if base else "unsupported type"
         weight = _weight(layer)
         if is_lazy(weight):
             yield "not initialised yet"
         if weight.is_meta:
             yield "on the meta device, without values"
+        if type(layer) not in (nn.Linear, nn.Conv2d):
+            base = next((t for t in (nn.Linear, nn.Conv2d) if isinstance(layer, t)), None)
+            yield f"subclass of {base.__name__}, which may have a forward of its own" if base else "unsupported type"
         if self.owners[id(weight)] > 1:
             yield "weight tied to another module's"
         if id(layer) in self.read_past_forward:
             yield f"{self.read_past_forward[id(layer)]} reads its weight directly"
         if getattr(layer, "groups", 1) != 1:
             yield f"grouped convolution (groups={layer.groups})"
-        if LayerPlan("", "", (), _matrix_shape(tuple(weight.shape), "channel")).break_even == 0:
+        if _seen_as_matrix(tuple(weight.shape), self.conv_mode).break_even == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"
 
 
@@ -230,29 +233,22 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _matrix_shape(weight_shape: tuple[int, ...], conv_mode: str) -> tuple[int, int]:
+def _seen_as_matrix(weight_shape: tuple[int, ...], conv_mode: str) -> LayerPlan:
+    """The plan's numbers for a weight of this shape."""
     if len(weight_shape) == 2:
-        return weight_shape[0], weight_shape[1]
-    return conv_matrix_shape(weight_shape, conv_mode)
+        return LayerPlan("", "", weight_shape, (weight_shape[0], weight_shape[1]))
+    modes = CONV_MODES if conv_mode == "auto" else (conv_mode,)
+    plans = [LayerPlan("", "", weight_shape, conv_matrix_shape(weight_shape, mode), mode) for mode in modes]
+    # "auto": where the break-even rank is the larger share of the full rank, less must be removed before it pays.
+    return max(plans, key=lambda seen: seen.break_even / seen.full_rank)
 
 
 def _plan_layer(name: str, layer: nn.Module, conv_mode: str, skipped: str | None) -> LayerPlan:
-    weight = _weight(layer)
+    weight, kind = _weight(layer), type(layer).__name__
     shape = () if is_lazy(weight) else tuple(weight.shape)
     if skipped:
-        return LayerPlan(name, type(layer).__name__, shape, skipped=skipped)
-    mode = None if len(shape) == 2 else _cheaper_mode(shape) if conv_mode == "auto" else conv_mode
-    return LayerPlan(name, type(layer).__name__, shape, _matrix_shape(shape, mode or ""), mode)
-
-
-def _cheaper_mode(shape: tuple[int, ...]) -> str:
-    """The mode whose break-even rank is the larger share of the full rank, so that less must be removed to gain."""
-
-    def headroom(mode: str) -> float:
-        matrix = LayerPlan("", "", shape, conv_matrix_shape(shape, mode))
-        return matrix.break_even / matrix.full_rank
-
-    return max(CONV_MODES, key=headroom)
+        return LayerPlan(name, kind, shape, skipped=skipped)
+    return replace(_seen_as_matrix(shape, conv_mode), name=name, kind=kind)
 
 
 def _matching(layers: dict[str, nn.Module], targets: Targets, argument: str) -> set[str]:
@@ -293,14 +289,19 @@ def _factorise(layer: nn.Module, layer_plan: LayerPlan) -> SVDLayer:
     return SVDConv2d(layer, layer_plan.conv_mode, name)
 
 
-def _become(module: nn.Module, twin: nn.Module) -> None:
+_CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks and the training flag among them
+_OF_SVD_LAYERS = ("kept", "conv_mode", MARK)
+
+
+def become(module: nn.Module, twin: nn.Module) -> None:
     """Change ``module`` into ``twin`` in place; hooks, references and the user's own attributes stay.
 
     The only place that touches nn.Module's private containers: torch has no public way to change a module's class.
     """
-    for container in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-        vars(module)[container] = vars(twin)[container]
-    vars(module).update(
-        {key: value for key, value in vars(twin).items() if not key.startswith("_") and key != "training"}
-    )
+    for attribute in _OF_SVD_LAYERS:
+        vars(module).pop(attribute, None)
+    for key, value in vars(twin).items():
+        if key in _CONTAINERS or key not in _OF_EVERY_MODULE:
+            vars(module)[key] = value
     module.__class__ = type(twin)

@@ -232,7 +232,17 @@ def test_pruned_ranks_can_come_back(kind):
 
 
 @pytest.mark.parametrize("kind", DENSE)
-@pytest.mark.parametrize("compute", ["forward", "forward_rebuilt", "forward_factored", "dense", "factored"])
+def test_what_swaps_buffers_leaves_the_kept_ranks_alone(kind):
+    _, layer, x = factorise(kind)
+    kept = prune(layer, "scattered").mask.clone()
+    before = layer(x)
+    layer.mask.fill_(True)  # as averaging and swapping of buffers do
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.kept_mask(), kept)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("compute", ["forward", "forward_rebuilt", "forward_factored", "dense"])
 def test_without_any_rank_only_the_bias_is_left(kind, compute):
     dense, layer, x = factorise(kind)
     prune(layer, "none")
@@ -241,7 +251,7 @@ def test_without_any_rank_only_the_bias_is_left(kind, compute):
     assert torch.equal(output, bias.expand_as(dense(x)))
 
 
-# ------------------------------------------------------------------------------------------------ plain layers and files
+# ----------------------------------------------------------------------------------------------- plain layers and files
 
 
 @pytest.mark.parametrize("mask", ["all", "scattered", "one"])

@@ -40,8 +40,16 @@ def test_shapes_never_turn_back(shape, earlier, later):
 
 @pytest.mark.parametrize(
     ("progress", "start", "end", "expected"),
-    [(0.0, 0.25, 0.75, 0.0), (0.25, 0.25, 0.75, 0.0), (0.5, 0.25, 0.75, 0.5), (0.75, 0.25, 0.75, 1.0)]
-    + [(1.0, 0.25, 0.75, 1.0), (0.5, 0.5, 0.5, 1.0), (0.4, 0.5, 0.5, 0.0), (0.0, 0.0, 0.0, 1.0)],
+    [
+        (0.0, 0.25, 0.75, 0.0),
+        (0.25, 0.25, 0.75, 0.0),
+        (0.5, 0.25, 0.75, 0.5),
+        (0.75, 0.25, 0.75, 1.0),
+        (1.0, 0.25, 0.75, 1.0),
+        (0.4, 0.5, 0.5, 0.0),
+        (0.5, 0.5, 0.5, 1.0),
+        (0.0, 0.0, 0.0, 1.0),
+    ],
 )
 def test_progress_between_is_clamped(progress, start, end, expected):
     assert progress_between(progress, start, end) == expected
@@ -96,7 +104,7 @@ def test_cuts_ascend_within_the_run_to_its_end(total, bounds, cuts):
     steps = cut_steps(total, start, end, cuts)
     assert steps == sorted(set(steps))
     assert 1 <= len(steps) <= cuts
-    assert 1 <= steps[0] and steps[-1] == max(1, round(end * total))
+    assert steps[0] >= 1 and steps[-1] == max(1, round(end * total))
     # Rounding can merge two cuts only where they are less than two steps apart.
     if (end - start) * total >= 2 * cuts:
         assert len(steps) == cuts

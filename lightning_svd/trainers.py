@@ -1,0 +1,134 @@
+"""What the callback asks of a Trainer and its LightningModule: facts, and refusals."""
+
+from __future__ import annotations
+
+import math
+import types
+import warnings
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch.optim import LBFGS, Optimizer
+
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
+
+
+def check_trainer(callback: Callback, trainer: Trainer) -> None:
+    """Refuse what would train wrongly and silently.
+
+    Raises:
+        ValueError: Naming the strategy, plugin or callback, and what to do.
+    """
+    us, strategy = type(callback).__name__, trainer.strategy
+    if strategy.restore_checkpoint_after_setup or strategy.handles_gradient_accumulation:
+        raise ValueError(
+            f"{us} does not work with {type(strategy).__name__}, which shards parameters or owns the optimizer's step: use "
+            "one device or DDP"
+        )
+    if type(trainer.precision_plugin).__name__ in PRECISIONS_WITH_LAYERS:
+        raise ValueError(
+            f"{us} does not work with {type(trainer.precision_plugin).__name__}, which replaces layers too"
+        )
+    for position, other in enumerate(trainer.callbacks):
+        kinds = {kind.__name__ for kind in type(other).__mro__}
+        if "ModelPruning" in kinds:
+            raise ValueError(f"{us} does not work with {type(other).__name__}: both change the same weights")
+        if kinds & set(AVERAGING) and position < trainer.callbacks.index(callback):
+            raise ValueError(
+                f"{type(other).__name__} is before {us} in `callbacks` and would average the dense weights: put it after"
+            )
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Length of the whole run in the unit of :func:`steps_done`.
+
+    Raises:
+        ValueError: If it is not known, or an optimizer steps more than once for a gradient.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise ValueError("SVDTrainingCallback does not work with LBFGS, which steps more than once for a gradient")
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
+            "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
+        )
+    return int(steps)
+
+
+def steps_done(trainer: Trainer) -> int:
+    """How much of the run is done: optimizer steps or, in manual optimization, where a batch may have many, batches.
+
+    Where `max_steps` ends a manual run, optimizer steps all the same.
+    """
+    if trainer.lightning_module.automatic_optimization or trainer.estimated_stepping_batches == trainer.max_steps:
+        return trainer.global_step
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+
+def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """What gradients are multiplied by when the optimizer is about to step: a fused one unscales them itself."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(scaler.get_scale()) if fused and scaler is not None else 1.0
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which must leave the model as it was."""
+    return bool(vars(trainer)["fast_dev_run"])  # set in Trainer's constructor, without an annotation
+
+
+def log_interval(trainer: Trainer) -> int:
+    """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
+    return vars(trainer)["log_every_n_steps"] or 1
+
+
+def batch_size(batch: Any) -> int:
+    """Inputs in a batch; 1 where Lightning cannot tell."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an ambiguous batch only blurs the counts per input
+            return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 1
+
+
+@torch.no_grad()
+def forward_example(pl_module: LightningModule) -> None:
+    """Run ``example_input_array`` through the model as in evaluation, leaving its modes as they were."""
+    modes = {module: module.training for module in pl_module.modules()}
+    example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
+    pl_module.eval()
+    try:
+        if isinstance(example, dict):
+            pl_module(**example)
+        else:
+            pl_module(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def decompose_after_configure_model(pl_module: LightningModule) -> None:
+    """Have the layers factorised when ``configure_model`` has run, the last hook that may build some.
+
+    A method bound to the instance, not a closure: copies and pickles of the module then hold their own.
+    """
+    vars(pl_module)["configure_model"] = types.MethodType(_configure_model_and_decompose, pl_module)
+
+
+def unwrap_configure_model(pl_module: LightningModule) -> None:
+    """Take the wrapper off; harmless where there is none."""
+    vars(pl_module).pop("configure_model", None)
+
+
+def _configure_model_and_decompose(pl_module: LightningModule) -> None:
+    type(pl_module).configure_model(pl_module)
+    for callback in pl_module.trainer.callbacks:
+        begin = getattr(callback, "begin", None)
+        if begin is not None:
+            begin(pl_module)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -77,8 +77,8 @@ def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mappin
     if layers != saved:
         differ = sorted(name for name in layers.keys() | saved.keys() if layers.get(name, 0) != saved.get(name, 0))
         raise ValueError(
-            f"the checkpoint was written with other factorised layers, see {', '.join(map(repr, differ[:5]))}: resume with "
-            "the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
+            f"the checkpoint was written with other factorised layers, see {', '.join(map(repr, differ[:5]))}: resume "
+            "with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
         )
     factored = dict(state)
     for name, entry in exact.items():
@@ -120,7 +120,7 @@ def _low_rank_twin(plain: nn.Linear | nn.Conv2d, entry: Mapping[str, Any]) -> nn
         pair = factored_pair(plain, entry["first"].shape[0], entry["conv_mode"])
         for part, weight in zip(pair, (entry["first"], entry["second"]), strict=True):
             part.weight = nn.Parameter(weight)
-        pair[1].bias = plain.bias
+        pair[1].register_parameter("bias", cast("nn.Parameter | None", plain.bias))
         return pair
     factors = Factors(entry["U"], entry["s"], entry["V"])
     if isinstance(plain, nn.Linear):
@@ -133,9 +133,8 @@ def _low_rank_twin(plain: nn.Linear | nn.Conv2d, entry: Mapping[str, Any]) -> nn
 
 def low_rank_pairs(module: nn.Module) -> dict[str, nn.Sequential]:
     """The pairs of plain layers that stand for one each, by name."""
-    return {
-        name: child for name, child in module.named_modules() if isinstance(child, nn.Sequential) and is_pair(child)
-    }
+    sequences = {name: child for name, child in module.named_modules() if isinstance(child, nn.Sequential)}
+    return {name: sequence for name, sequence in sequences.items() if is_pair(sequence)}
 
 
 def check_version(found: Any, what: str) -> None:
@@ -181,9 +180,7 @@ def load_low_rank(module: nn.Module, path: str | Path) -> nn.Module:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if header is None:
-        raise ValueError(
-            f"{path} is a safetensors file without ranks in its header: it was not written by `save_low_rank`"
-        )
+        raise ValueError(f"{path} has no ranks in its header: it was not written by `save_low_rank`")
     check_version(header["version"], str(path))
     pairs = {name: _pair_for(module, name, entry, path) for name, entry in header["layers"].items()}
     _check_shapes(module, pairs, shapes, path)
@@ -222,7 +219,9 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _rank(pair: nn.Sequential) -> int:
-    return int(pair[0].weight.shape[0])  # type: ignore[union-attr, arg-type]
+    weight = pair[0].weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def _mode(pair: nn.Sequential) -> str | None:

@@ -26,21 +26,40 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
     us, strategy = type(callback).__name__, trainer.strategy
     if strategy.restore_checkpoint_after_setup or strategy.handles_gradient_accumulation:
         raise ValueError(
-            f"{us} does not work with {type(strategy).__name__}, which shards parameters or owns the optimizer's step: use "
-            "one device or DDP"
+            f"{us} does not work with {type(strategy).__name__}, which shards parameters or owns the optimizer's step: "
+            "use one device or DDP"
         )
-    if type(trainer.precision_plugin).__name__ in PRECISIONS_WITH_LAYERS:
-        raise ValueError(
-            f"{us} does not work with {type(trainer.precision_plugin).__name__}, which replaces layers too"
-        )
-    for position, other in enumerate(trainer.callbacks):
+    precision = type(trainer.precision_plugin).__name__
+    if precision in PRECISIONS_WITH_LAYERS:
+        raise ValueError(f"{us} does not work with {precision}, which replaces layers too")
+    callbacks = callbacks_of(trainer)
+    for position, other in enumerate(callbacks):
         kinds = {kind.__name__ for kind in type(other).__mro__}
         if "ModelPruning" in kinds:
             raise ValueError(f"{us} does not work with {type(other).__name__}: both change the same weights")
-        if kinds & set(AVERAGING) and position < trainer.callbacks.index(callback):
+        if kinds & set(AVERAGING) and position < callbacks.index(callback):
             raise ValueError(
-                f"{type(other).__name__} is before {us} in `callbacks` and would average the dense weights: put it after"
+                f"{type(other).__name__} is before {us} in `callbacks` and would average the dense weights: put it "
+                "after"
             )
+
+
+# Attributes that Trainer's constructor sets without an annotation.
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks in their order."""
+    return list(vars(trainer)["callbacks"])
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which must leave the model as it was."""
+    return bool(vars(trainer)["fast_dev_run"])
+
+
+def log_interval(trainer: Trainer) -> int:
+    """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
+    return vars(trainer)["log_every_n_steps"] or 1
 
 
 def total_steps(trainer: Trainer) -> int:
@@ -67,7 +86,7 @@ def steps_done(trainer: Trainer) -> int:
     """
     if trainer.lightning_module.automatic_optimization or trainer.estimated_stepping_batches == trainer.max_steps:
         return trainer.global_step
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
@@ -75,16 +94,6 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
     return float(scaler.get_scale()) if fused and scaler is not None else 1.0
-
-
-def is_trial(trainer: Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which must leave the model as it was."""
-    return bool(vars(trainer)["fast_dev_run"])  # set in Trainer's constructor, without an annotation
-
-
-def log_interval(trainer: Trainer) -> int:
-    """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
-    return vars(trainer)["log_every_n_steps"] or 1
 
 
 def batch_size(batch: Any) -> int:
@@ -128,7 +137,7 @@ def unwrap_configure_model(pl_module: LightningModule) -> None:
 
 def _configure_model_and_decompose(pl_module: LightningModule) -> None:
     type(pl_module).configure_model(pl_module)
-    for callback in pl_module.trainer.callbacks:
+    for callback in callbacks_of(pl_module.trainer):
         begin = getattr(callback, "begin", None)
         if begin is not None:
             begin(pl_module)

@@ -330,12 +330,6 @@ class NoLayers(SmallNet):
         return self.features(x)[:, :4] * self.scale
 
 
-class Manual(SmallNet):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Endless(IterableDataset):
     def __iter__(self):
         while True:
@@ -371,8 +365,6 @@ class OptimizerByName(SmallNet):
         (NoLayers, {}, {}, data, "NoLayers has no layer to factorise"),
         (SmallNet, {"target_macs": 0.01}, {}, data, r"`target_macs` must be at least 0\.\d+ for this model.*got 0.01"),
         (SmallNet, {"target_params": 0.01}, {}, data, r"`target_params` must be at least 0\.\d+ for this model"),
-        (Manual, {}, {}, data, "needs automatic optimization"),
-        (SmallNet, {}, {"devices": 2, "strategy": "ddp_spawn"}, data, "works on one device"),
         (SmallNet, {}, {"max_epochs": -1}, data, "needs its length, got inf steps: pass `max_steps`"),
         (lambda: SmallNet("LBFGS"), {}, {}, data, "does not work with LBFGS"),
         (OptimizerFromConstructor, {}, {}, data, "an optimizer holds .* parameters that the model does not have"),
@@ -384,11 +376,7 @@ def test_refuses_before_the_first_step_and_leaves_the_model_as_it_was(model, arg
     before, weights = copy.deepcopy(model.state_dict()), {id(p) for p in model.parameters()}
     callback = SVDTrainingCallback(**arguments)
     with pytest.raises(ValueError, match=message):
-        # ddp_spawn is refused in its child process otherwise; `setup` is called here as the Trainer does.
-        if trainer.get("strategy"):
-            callback.setup(quiet_trainer(**trainer), model, "fit")
-        else:
-            quiet_trainer(callbacks=[callback], **trainer).fit(model, loader())
+        quiet_trainer(callbacks=[callback], **trainer).fit(model, loader())
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,8 @@ def run_demo(
         (dense, low-rank) for each seed.
     """
     console = Console()
+    # Lightning 2.6's own use of a name that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = []
     for seed in seeds:

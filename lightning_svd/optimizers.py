@@ -28,10 +28,12 @@ class DecayOnSingularValues:
 
     def __init__(self, optimizer: Optimizer, layers: Iterable[SVDLayer]) -> None:
         self._optimizer = optimizer
-        self.layers = list(layers)
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        self.layers = [layer for layer in layers if not held.isdisjoint((layer.U, layer.s, layer.V))]
+        self.must_split = False
         self._whole: list[dict[str, Any]] | None = None
         self._parts: list[list[dict[str, Any]]] = []
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.merge())
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
     def split(self) -> None:
         """Give U, V and s groups of their own with the decay they should have."""
@@ -40,6 +42,15 @@ class DecayOnSingularValues:
         decays = self._decays(groups)
         self._parts = [_parts(group, decays) for group in groups]
         self._optimizer.param_groups = [part for parts in self._parts for part in parts]
+
+    def _stepped(self) -> None:
+        if self.must_split and self._whole is None and self.layers:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__}.step() was called on the optimizer itself, past the Trainer's hooks, "
+                "so the factors missed their regularisers: in `training_step` step what `self.optimizers()` returns, "
+                "without `use_pl_optimizer=False`"
+            )
+        self.merge()
 
     def merge(self) -> None:
         """Restore the user's groups; harmless when they are whole."""
@@ -60,8 +71,9 @@ class DecayOnSingularValues:
         of_group = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
         decays: dict[nn.Parameter, float] = {}
         for layer in self.layers:
+            decays |= {layer.U: 0.0, layer.V: 0.0}
             if layer.U in of_group:
-                decays |= {layer.U: 0.0, layer.V: 0.0, layer.s: of_group[layer.U]}
+                decays[layer.s] = of_group[layer.U]
         return {p: decay for p, decay in decays.items() if p in of_group and of_group[p] != decay}
 
 

@@ -1,0 +1,132 @@
+"""A run that is interrupted and resumed ends as the run that was not, bit for bit.
+
+Run as a script this module is a process that trains and may be killed: ``test_resume.py FOLDER KILL_AT_STEP``.
+"""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from models import ValidatedNet, data, quiet_trainer
+from torch import nn
+
+from lightning_svd import SVDTrainingCallback, svd_layers
+
+STEPS, PER_EPOCH = 24, 8
+SGD = {"optimizer": "SGD", "momentum": 0.9, "weight_decay": 0.01}
+ADAM = {"optimizer": "Adam", "lr": 1e-3, "weight_decay": 0.01}
+
+pytestmark = [
+    # Lightning's own: a resumed Trainer need not write files, nor has a dataset in order any state to restore.
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+class Net(ValidatedNet):
+    """With running statistics and a schedule of the learning rate for every step."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.features.insert(1, nn.BatchNorm2d(12))
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.options["lr"], total_steps=STEPS)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class At(Callback):
+    """Acts at the start of a training batch, or of the validation after one."""
+
+    def __init__(self, step, act, validating=False):
+        self.step, self.act, self.validating = step, act, validating
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step and not self.validating:
+            self.act()
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.global_step == self.step and self.validating:
+            self.act()
+
+
+class Keep(Callback):
+    """Keeps everything that training leaves, before the model gets its final form."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.end = {
+            "weights": {key: value.clone() for key, value in pl_module.state_dict().items()},
+            "kept": {name: layer.kept for name, layer in svd_layers(pl_module).items()},
+            "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+            "step": trainer.global_step,
+        }
+
+
+def fit(options, *callbacks, ckpt_path=None, svd=True, **trainer):
+    """Fit a new model in a new Trainer; everything that is left of it."""
+    torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
+    keep, ours = Keep(), SVDTrainingCallback(target_macs=0.4, sparsify_start=0.2, sparsify_end=0.8, rank_updates=6)
+    model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
+    trainer |= {"max_epochs": STEPS // PER_EPOCH, "enable_checkpointing": writes}
+    trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)
+    trainer.fit(model, data(), data(16), ckpt_path=ckpt_path)
+    if not svd:
+        return keep.end
+    report = dataclasses.asdict(ours.report)
+    return keep.end | {"report": report, "final": {key: value.clone() for key, value in model.state_dict().items()}}
+
+
+def every_step(folder):
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+
+
+def last(folder, **options):
+    return ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False, **options)
+
+
+def assert_equal(actual, expected, where="end"):
+    """Equal bit for bit, in nested containers too."""
+    assert type(actual) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert actual.dtype == expected.dtype and torch.equal(actual, expected), where
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys(), where
+        for key in expected:
+            assert_equal(actual[key], expected[key], f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(actual) == len(expected), where
+        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_equal(a, b, f"{where}[{index}]")
+    else:
+        assert actual == expected, where
+
+
+# -------------------------------------------------------------------------------------------------------- every step
+
+
+def test_lightning_itself_resumes_the_dense_run_exactly(tmp_path):
+    expected = fit(SGD, every_step(tmp_path), svd=False)
+    for step in range(1, STEPS):
+        assert_equal(fit(SGD, ckpt_path=tmp_path / f"step={step}.ckpt", svd=False), expected)
+
+
+@pytest.mark.parametrize("options", [SGD, ADAM], ids=["sgd", "adam"])
+def test_resuming_at_any_step_ends_the_same(options, tmp_path):
+    expected = fit(options, every_step(tmp_path))
+    assert expected["step"] == STEPS and len(expected["report"]["timeline"]) >= 3
+    for step in range(1, STEPS):
+        assert_equal(fit(options, ckpt_path=tmp_path / f"step={step}.ckpt"), expected, f"from step {step}")
+
+
+if __name__ == "__main__":
+    pass

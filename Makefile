@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test lint types contracts unit format clean
+.PHONY: help install demo test lint types contracts unit compatibility format clean
 
 help:
 	@echo "make demo    train a small ResNet dense and low-rank, compare, write a report (about 2 minutes)"
 	@echo "make test    everything that CI runs: lint, types, import contracts, tests"
+	@echo "make compatibility  write docs/compatibility.md from the tests"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
 
@@ -45,6 +46,9 @@ contracts: install
 unit: install
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest
+
+compatibility: install
+	@$(BIN)/python tests/compatibility.py
 
 format: install
 	@$(BIN)/ruff check --fix .

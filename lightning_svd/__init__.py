@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_svd.checkpoints import load_low_rank, save_low_rank
 from lightning_svd.costs import svd_layers
 from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
+from lightning_svd.low_rank_files import load_low_rank, save_low_rank
 from lightning_svd.regularizers import add_gradients
 from lightning_svd.report import LayerReport, RankChange, SVDReport, summarize
 from lightning_svd.surgery import LayerPlan, compact, decompose, plan, to_dense, to_factored

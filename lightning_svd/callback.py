@@ -17,7 +17,7 @@ from lightning_svd.arguments import check_choice, check_count, check_share, chec
 from lightning_svd.checkpoint_io import SVDCheckpointIO
 from lightning_svd.checkpoints import VERSION, check_version
 from lightning_svd.costs import ModelCost, Unit, count_params, svd_layers
-from lightning_svd.optimizers import check_holds_factors
+from lightning_svd.optimizers import DecayOnSingularValues, check_holds_factors
 from lightning_svd.pairs import CONV_MODES
 from lightning_svd.ranks import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.regularizers import SPARSITY, add_gradients
@@ -153,6 +153,7 @@ class SVDTrainingCallback(Callback):
         self.plan: list[LayerPlan] = []
         self.report: SVDReport | None = None
         self._run: SVDRun | None = None
+        self._interrupted: dict[str, Any] = {}
         self._finished: weakref.ref[nn.Module] | None = None
 
     # ------------------------------------------------------------------------------------- before the first batch
@@ -166,7 +167,7 @@ class SVDTrainingCallback(Callback):
             rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
             return
         check_trainer(self, trainer)
-        self._run = None
+        self._run, self._interrupted = None, {}
         if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
             decompose_after_configure_model(pl_module)  # layers may be built there
         else:
@@ -228,11 +229,16 @@ class SVDTrainingCallback(Callback):
         if self._run is not None:
             self._run.batch = batch
             self._run.watch_costs(pl_module)
+            _expect_hooks(self._run, True)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._run is not None:
+            self._run.backwards = 0
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         if self._run is not None:
             self._run.backwards += 1
-            self._stop_watching_costs(self._run.batch)
+            self._stop_watching_costs(self._run.batch, trained=True)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # After the backward pass, accumulation, all-reduce and unscaling, and before clipping: here a gradient added
@@ -241,10 +247,10 @@ class SVDTrainingCallback(Callback):
         if run is None:
             return
         run.split_groups(optimizer)
-        if run.gradients_added:
-            run.gradients_added = False
-        else:
-            self._add_gradients(run, trainer, optimizer)
+        decay = run._decays[id(optimizer)]
+        if not decay.gradients_added:
+            self._add_gradients(run, trainer, decay, gradient_scale(trainer, optimizer))
+        decay.gradients_added = False
 
     def add_gradients(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Add the regularisers' gradient now, for code of your own that clips between ``manual_backward`` and ``step``.
@@ -257,22 +263,24 @@ class SVDTrainingCallback(Callback):
             optimizer: The one that is going to step.
         """
         if self._run is not None:
-            self._add_gradients(self._run, trainer, getattr(optimizer, "optimizer", optimizer))
-            self._run.gradients_added = True
+            optimizer = getattr(optimizer, "optimizer", optimizer)
+            decay = self._run._decays[id(optimizer)]
+            self._add_gradients(self._run, trainer, decay, gradient_scale(trainer, optimizer, stepping=False))
+            decay.gradients_added = True
 
-    def _add_gradients(self, run: SVDRun, trainer: Trainer, optimizer: Optimizer) -> None:
+    def _add_gradients(self, run: SVDRun, trainer: Trainer, decay: DecayOnSingularValues, scale: float) -> None:
         ramp = strength(
             steps_done(trainer) / run.total_steps, self.sparsify_start, self.sparsify_end, self.sparsity_schedule
         )
         run.strength = self.sparsity_weight * ramp
-        scale = gradient_scale(trainer, optimizer)
         if trainer.lightning_module.automatic_optimization:
             # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
             scale *= run.backwards / trainer.accumulate_grad_batches
-        run.backwards = 0
-        layers = run.layers_of(optimizer)
+        layers = decay.layers
         if layers and scale:
-            run.penalties = add_gradients(layers, self.orthogonality_weight, self.sparsity, run.strength, scale)
+            run.penalties = add_gradients(
+                layers, self.orthogonality_weight, self.sparsity, run.strength, scale, decay.held()
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -282,6 +290,7 @@ class SVDTrainingCallback(Callback):
             return
         self._stop_watching_costs(batch)  # a training step that returned None had no backward pass
         run.merge_groups()
+        _expect_hooks(run, False)
         run.batch = None
         done = steps_done(trainer)
         if trainer.global_step > 0 and not is_trial(trainer):
@@ -330,17 +339,24 @@ class SVDTrainingCallback(Callback):
         if trainer.is_global_zero:
             monitor.log_layer_table(trainer.loggers, self.report, trainer.global_step)
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._abandon(pl_module)  # a tuner's early exit comes here past `on_fit_end` and `on_exception`
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._abandon(pl_module)
+
+    def _abandon(self, pl_module: LightningModule) -> None:
         unwrap_configure_model(pl_module)
         run, self._run = self._run, None
         if run is None:
             return
         run.close()
+        self._interrupted = run.state_dict()  # for a checkpoint that is written because of the exception
         if run.dense_weights:
             restore(pl_module, run.dense_weights)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"version": VERSION} | (self._run.state_dict() if self._run is not None else {})
+        return {"version": VERSION} | (self._run.state_dict() if self._run is not None else self._interrupted)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_version(state_dict["version"], f"the checkpoint's state of {type(self).__name__}")
@@ -368,10 +384,14 @@ class SVDTrainingCallback(Callback):
 
     # ------------------------------------------------------------------------------------------------------ parts
 
-    def _stop_watching_costs(self, batch: Any) -> None:
+    def _stop_watching_costs(self, batch: Any, trained: bool = False) -> None:
         run = self._run
-        if run is not None and run.stop_watching(batch_size(batch)) and self.target_name == "macs":
-            assert run.cost is not None
+        if run is None or not run.stop_watching(batch_size(batch)):
+            return
+        assert run.cost is not None
+        if not trained and not any(layer.dense_macs for layer in run.cost.layers.values()):
+            run.cost = None  # a training step that returned early, say; the next pass will tell
+        elif self.target_name == "macs":
             self._check_reachable(run, run.cost)
 
     def _check_reachable(self, run: SVDRun, cost: ModelCost) -> None:
@@ -401,6 +421,12 @@ class SVDTrainingCallback(Callback):
             return
         run.drawn_at = trainer.global_step
         monitor.log_spectra(trainer.loggers, run.spectra(), run.spectra_before, trainer.global_step)
+
+
+def _expect_hooks(run: SVDRun, yes: bool) -> None:
+    """Whether from now on an optimizer that steps past the Trainer's hooks is an error."""
+    for decay in run._decays.values():
+        decay.must_split = yes
 
 
 _FINISH = {"factored": make_factored, "dense": lambda module, cost: make_dense(module), "decomposed": compact}

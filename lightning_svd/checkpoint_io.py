@@ -59,21 +59,20 @@ class SVDCheckpointIO(CheckpointIO):
         return checkpoint
 
     def _state_to_resume(self, checkpoint: dict[str, Any], beside: Any, path: Any) -> dict[str, Any]:
-        state: dict[str, Any] = checkpoint["state_dict"]
-        if not svd_layers(self._module()):
-            if beside is None:
-                return state
-            raise ValueError(
-                f"{path} resumes SVD training, but the model is not factorised, since an earlier fit has finished it: "
-                "build the model anew and pass it to `fit` with this checkpoint"
-            )
-        if beside is None:
+        module = self._module()
+        if beside is not None:
+            try:
+                return to_factored_state(module, checkpoint["state_dict"], beside["layers"])
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        if svd_layers(module):
             what = "only weights" if "optimizer_states" not in checkpoint else "the state of a dense training"
             raise ValueError(
                 f"{path} holds {what}, from which SVD training cannot resume: load its weights into the model with "
                 "`load_from_checkpoint`, and call `fit` without `ckpt_path`"
             )
-        return to_factored_state(self._module(), state, beside["layers"])
+        state: dict[str, Any] = checkpoint["state_dict"]
+        return state
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a file."""

@@ -1,32 +1,29 @@
-"""Files that open anywhere, with the exact factors beside them.
+"""Checkpoints that open anywhere, with the exact factors beside them.
 
 A checkpoint that is written during a fit holds dense weights under the user's own names in its ``state_dict``, so that
 whoever has the LightningModule's class can load it, and the factors under a key of its own, so that a fit with the
-callback resumes exactly. A low-rank file holds a compact model's plain weights as safetensors, the ranks in its header.
+callback resumes exactly.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
 from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
 from lightning_svd.pairs import MARK, factored_pair, is_pair, merged, merged_weight
-from lightning_svd.surgery import become, to_factored
+from lightning_svd.surgery import become
 
 KEY = "lightning_svd"
 VERSION = 1
 
 State = dict[str, Any]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @torch.no_grad()
@@ -41,7 +38,7 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
         The dense state dict, and layer name -> its exact tensors and how they were one layer.
     """
     dense, exact = dict(state), {}
-    for name, layer in svd_layers(module).items():
+    for name, layer in under_every_name(module, svd_layers(module)):
         prefix = f"{name}." if name else ""
         if f"{prefix}U" in dense:
             factors = Factors(*(dense.pop(f"{prefix}{factor}") for factor in "UsV"))
@@ -50,19 +47,19 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
             dense[f"{prefix}weight"] = layer.fold(truncate(factors, mask.nonzero().squeeze(1).to(factors.s.device)))
             mode = getattr(layer, "conv_mode", None)
             exact[name] = {**factors._asdict(), "mask": mask, "conv_mode": mode}
-    for name, pair in low_rank_pairs(module).items():
+    for name, pair in under_every_name(module, low_rank_pairs(module)):
         prefix = f"{name}." if name else ""
         if f"{prefix}0.weight" in dense:
             first, second = dense.pop(f"{prefix}0.weight"), dense.pop(f"{prefix}1.weight")
             dense[f"{prefix}weight"] = merged_weight(pair, first, second)
             if f"{prefix}1.bias" in dense:
                 dense[f"{prefix}bias"] = dense.pop(f"{prefix}1.bias")
-            exact[name] = {"first": first, "second": second, "conv_mode": _mode(pair)}
+            exact[name] = {"first": first, "second": second, "conv_mode": mode_of(pair)}
     return dense, exact
 
 
 def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, Any]) -> State:
-    """The inverse of :func:`to_dense_state` for a model that is factorised as it was then.
+    """The inverse of :func:`to_dense_state` for a model whose layers have the form they had then.
 
     Args:
         module: The model that is going to load the state.
@@ -70,45 +67,81 @@ def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mappin
         exact: The factors beside it.
 
     Raises:
-        ValueError: If other layers, or the same in another mode, are factorised in ``module``.
+        ValueError: If other layers, or the same in another mode or at another stage, are low-rank in ``module``.
     """
-    layers = {name: getattr(layer, "conv_mode", None) for name, layer in svd_layers(module).items()}
-    saved = {name: entry["conv_mode"] for name, entry in exact.items()}
-    if layers != saved:
-        differ = sorted(name for name in layers.keys() | saved.keys() if layers.get(name, 0) != saved.get(name, 0))
-        raise ValueError(
-            f"the checkpoint was written with other factorised layers, see {', '.join(map(repr, differ[:5]))}: resume "
-            "with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
-        )
+    pairs = dict(under_every_name(module, low_rank_pairs(module)))
+    layers = dict(under_every_name(module, svd_layers(module)))
+    here = {name: ("pair", mode_of(pair), rank_of(pair)) for name, pair in pairs.items()}
+    here |= {name: ("factors", getattr(layer, "conv_mode", None), layer.full_rank) for name, layer in layers.items()}
+    saved = {name: _form(entry) for name, entry in exact.items()}
+    if here != saved:
+        raise ValueError(_why_not_resumed(here, saved))
     factored = dict(state)
-    for name, entry in exact.items():
+    # Pairs first: their two layers may be factorised in turn.
+    for name, entry in sorted(exact.items(), key=lambda item: "first" not in item[1]):
         prefix = f"{name}." if name else ""
         del factored[f"{prefix}weight"]
-        factored |= {f"{prefix}{part}": entry[part] for part in ("U", "s", "V", "mask")}
+        if "first" not in entry:
+            factored |= {f"{prefix}{part}": entry[part] for part in ("U", "s", "V", "mask")}
+            continue
+        factored |= {f"{prefix}0.weight": entry["first"], f"{prefix}1.weight": entry["second"]}
+        if f"{prefix}bias" in factored:
+            factored[f"{prefix}1.bias"] = factored.pop(f"{prefix}bias")
     return factored
+
+
+_FormOf = tuple[str, str | None, int]  # "pair" or "factors", the convolution's mode, the rank there is room for
+
+
+def _form(entry: Mapping[str, Any]) -> _FormOf:
+    if "first" in entry:
+        return "pair", entry["conv_mode"], entry["first"].shape[0]
+    return "factors", entry["conv_mode"], entry["s"].numel()
+
+
+def _why_not_resumed(here: Mapping[str, _FormOf], saved: Mapping[str, _FormOf]) -> str:
+    """What to do where the low-rank layers of a model are not those of a checkpoint."""
+    both = here.keys() & saved.keys()
+    rooms = [(here[name][2], saved[name][2]) for name in both if here[name][1] == saved[name][1]]
+    pairs_here, pairs_saved = ({name for name, form in forms.items() if form[0] == "pair"} for forms in (here, saved))
+    if not here or pairs_here - pairs_saved or any(room < was for room, was in rooms):
+        return (
+            "the checkpoint resumes SVD training, but the model is low-rank already, since an earlier fit has finished "
+            "it: build the model anew and pass it to `fit` with this checkpoint"
+        )
+    if pairs_saved - pairs_here or any(room > was for room, was in rooms):
+        return (
+            "the checkpoint was written when its SVD training had finished: load its weights into the model with "
+            "`load_from_checkpoint`, and call `fit` without `ckpt_path`"
+        )
+    differ = sorted(name for name in here.keys() | saved.keys() if here.get(name) != saved.get(name))
+    return (
+        f"the checkpoint was written with other factorised layers, see {', '.join(map(repr, differ[:5]))}: resume "
+        "with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
+    )
 
 
 def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, Any]) -> State:
     """Give a low-rank model the ranks of a checkpoint, in place, and the state to load into it.
 
-    Layers that are plain and whole stay so, and load the dense weight.
+    A layer that is plain, or of which the checkpoint holds only the dense weight, loads that.
 
     Args:
         module: A model after its fit, each low-rank layer a pair, a factorised layer, or plain.
         state: A dense state dict.
-        exact: The factors beside it.
+        exact: The factors beside it; empty for a weights-only file.
     """
     state = dict(state)
-    for name, entry in exact.items():
-        layer = module.get_submodule(name)
-        if not (is_pair(layer) or isinstance(layer, SVDLayer)):
-            continue
+    layers: dict[str, nn.Module] = {**svd_layers(module), **low_rank_pairs(module)}
+    for name, layer in [*under_every_name(module, layers)]:
         prefix = f"{name}." if name else ""
+        if f"{prefix}weight" not in state:
+            continue
         plain = merged(layer) if is_pair(layer) else layer.dense()  # type: ignore[operator]
         plain.weight.data = state.pop(f"{prefix}weight")
         if plain.bias is not None:
             plain.bias.data = state.pop(f"{prefix}bias")
-        twin = _low_rank_twin(plain, entry)
+        twin = _low_rank_twin(plain, exact[name]) if name in exact else plain
         become(layer, twin)
         state |= {f"{prefix}{key}": value for key, value in twin.state_dict().items()}
     return state
@@ -137,93 +170,31 @@ def low_rank_pairs(module: nn.Module) -> dict[str, nn.Sequential]:
     return {name: sequence for name, sequence in sequences.items() if is_pair(sequence)}
 
 
+def under_every_name(module: nn.Module, found: Mapping[str, ModuleT]) -> Iterator[tuple[str, ModuleT]]:
+    """As ``found``, a shared layer under each of the names that it has in a state dict."""
+    by_id = {id(layer): layer for layer in found.values()}
+    names = module.named_modules(remove_duplicate=False)
+    return ((name, by_id[id(child)]) for name, child in names if id(child) in by_id)
+
+
 def check_version(found: Any, what: str) -> None:
     """Refuse a file of a version that this package does not know."""
     if found != VERSION:
         raise ValueError(f"{what} has format version {found}, this lightning-svd reads version {VERSION}: update it")
 
 
-def save_low_rank(module: nn.Module, path: str | Path) -> Path:
-    """Write a low-rank model's weights as safetensors, with the ranks in the header.
-
-    Args:
-        module: After a fit with ``final="factored"``, or with factorised layers, which are compacted in a copy.
-        path: File to write.
-
-    Returns:
-        The path.
-    """
-    compacted = to_factored(module) if svd_layers(module) else module
-    ranks = {name: {"rank": _rank(pair), "conv_mode": _mode(pair)} for name, pair in low_rank_pairs(compacted).items()}
-    save_model(compacted, str(path), {KEY: json.dumps({"version": VERSION, "layers": ranks})})
-    return Path(path)
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a plain layer."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
-def load_low_rank(module: nn.Module, path: str | Path) -> nn.Module:
-    """Load a low-rank file into a freshly built dense model, in place.
-
-    Args:
-        module: As it was before it was factorised; its own weights do not matter.
-        path: Of a file that :func:`save_low_rank` wrote.
-
-    Returns:
-        ``module``.
-
-    Raises:
-        ValueError: If the file is not such a file, is damaged, is of another version, or does not fit the model, which
-            is then as it was.
-    """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(KEY, "null"))
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    if header is None:
-        raise ValueError(f"{path} has no ranks in its header: it was not written by `save_low_rank`")
-    check_version(header["version"], str(path))
-    pairs = {name: _pair_for(module, name, entry, path) for name, entry in header["layers"].items()}
-    _check_shapes(module, pairs, shapes, path)
-    for name, pair in pairs.items():
-        become(module.get_submodule(name), pair.to_empty(device=_device(module)))
-    load_model(module, str(path))
-    return module
+def rank_of(pair: nn.Sequential) -> int:
+    """The rank of a pair."""
+    return weight_of(pair[0]).shape[0]
 
 
-def _pair_for(module: nn.Module, name: str, entry: Mapping[str, Any], path: str | Path) -> nn.Sequential:
-    try:
-        layer = module.get_submodule(name)
-    except AttributeError:
-        raise ValueError(f"{path} has a low-rank layer `{name}`, which {type(module).__name__} does not have") from None
-    if type(layer) not in (nn.Linear, nn.Conv2d):
-        raise ValueError(f"`{name}` must be a plain Linear or Conv2d to load {path}, got {type(layer).__name__}")
-    return factored_pair(layer, entry["rank"], entry["conv_mode"])
-
-
-def _check_shapes(
-    module: nn.Module, pairs: Mapping[str, nn.Sequential], shapes: Mapping[str, tuple[int, ...]], path: str | Path
-) -> None:
-    """Refuse a file whose tensors are not those of the model once ``pairs`` are in it."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-    for name, pair in pairs.items():
-        prefix = f"{name}." if name else ""
-        expected = {key: shape for key, shape in expected.items() if key not in (f"{prefix}weight", f"{prefix}bias")}
-        expected |= {f"{prefix}{key}": tuple(value.shape) for key, value in pair.state_dict().items()}
-    for key, shape in shapes.items():
-        if expected.get(key) != shape:
-            raise ValueError(f"{path} does not fit the model: `{key}` is {shape} there, {expected.get(key)} here")
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _rank(pair: nn.Sequential) -> int:
-    weight = pair[0].weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0]
-
-
-def _mode(pair: nn.Sequential) -> str | None:
+def mode_of(pair: nn.Sequential) -> str | None:
+    """The mode of a pair of convolutions, None for linear layers."""
     mode: str = vars(pair)[MARK]
     return None if mode == "linear" else mode

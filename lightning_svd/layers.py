@@ -310,6 +310,10 @@ class SVDConv2d(SVDLayer):
         (m, n), in_w = self.matrix_shape, input_shape[-1]
         return images * out_h * (in_w * n + out_w * m)
 
+    def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
+        # An input of another shape is the dense convolution's to refuse.
+        return len(input_shape) not in (3, 4) or super().rebuilding_is_cheaper(input_shape)
+
     def _output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
         """Images in the batch, height and width of the output."""
         sizes = [

@@ -24,16 +24,31 @@ class DecayOnSingularValues:
     split for the duration of a step: :meth:`split` just before it, :meth:`merge`, which the optimizer's own post-step
     hook calls, right after. s takes the decay of the group that holds its U, which a user who exempts vectors from
     decay means for weights.
+
+    Attributes:
+        must_split: Whether a step without :meth:`split` before it is an error; off at first, since a learning rate
+            finder steps the optimizer for its trials.
+        gradients_added: Whether the regularisers' gradient is in ``.grad`` already, ahead of the step.
     """
 
     def __init__(self, optimizer: Optimizer, layers: Iterable[SVDLayer]) -> None:
-        self._optimizer = optimizer
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        self.layers = [layer for layer in layers if not held.isdisjoint((layer.U, layer.s, layer.V))]
         self.must_split = False
+        self.gradients_added = False
+        self._optimizer = optimizer
+        self._layers = list(layers)
         self._whole: list[dict[str, Any]] | None = None
         self._parts: list[list[dict[str, Any]]] = []
         self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
+
+    def held(self) -> set[nn.Parameter]:
+        """The parameters that the optimizer trains at present: a finetuning schedule may add some."""
+        return {p for group in self._optimizer.param_groups for p in group["params"]}
+
+    @property
+    def layers(self) -> list[SVDLayer]:
+        """The factorised layers of which the optimizer trains a factor."""
+        held = self.held()
+        return [layer for layer in self._layers if not held.isdisjoint((layer.U, layer.s, layer.V))]
 
     def split(self) -> None:
         """Give U, V and s groups of their own with the decay they should have."""
@@ -70,7 +85,7 @@ class DecayOnSingularValues:
         """The weight decay that each factor should have where it differs from its group's."""
         of_group = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
         decays: dict[nn.Parameter, float] = {}
-        for layer in self.layers:
+        for layer in self._layers:
             decays |= {layer.U: 0.0, layer.V: 0.0}
             if layer.U in of_group:
                 decays[layer.s] = of_group[layer.U]

@@ -6,7 +6,7 @@ added to ``.grad`` after the backward pass, so the user's loss stays what it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,12 @@ def orthogonality(factor: Tensor) -> ValueAndGradient:
 
     The penalty of Yang et al. 2020 (equation 3) for one of the two factors, r being the ranks A has.
     """
-    rank = factor.shape[1]
-    defect = factor.mT @ factor
-    defect.diagonal().sub_(1.0)
-    scale = 1.0 / max(1, rank) ** 2
-    return defect.square().sum() * scale, (factor @ defect).mul_(4.0 * scale)
+    scale = 1.0 / max(1, factor.shape[1]) ** 2
+    # In manual optimization steps are taken under autocast, whose half-precision products would drown the defect.
+    with torch.autocast(factor.device.type, enabled=False):
+        defect = factor.mT @ factor
+        defect.diagonal().sub_(1.0)
+        return defect.square().sum() * scale, (factor @ defect).mul_(4.0 * scale)
 
 
 def l1(s: Tensor) -> ValueAndGradient:
@@ -85,6 +86,7 @@ def add_gradients(
     sparsity: str | None = "hoyer",
     sparsity_weight: float = 0.0,
     scale: float = 1.0,
+    only: Collection[nn.Parameter] | None = None,
 ) -> Penalties:
     """Add the weighted regularisers' gradient to ``.grad`` of the kept ranks; call it between backward and step.
 
@@ -97,22 +99,28 @@ def add_gradients(
         sparsity: A key of ``SPARSITY``, or None.
         sparsity_weight: Factor of the sparsity penalty.
         scale: Of the gradients that are there, a loss scaler's for instance.
+        only: Those factors that get a gradient, where an optimizer holds some of them; None for all.
 
     Returns:
         The penalties, each without its weight.
     """
+
+    def add(parameter: nn.Parameter, gradient: Tensor, weight: float, layer: SVDLayer) -> None:
+        if only is None or parameter in only:
+            _accumulate(parameter, gradient, scale * weight, layer.kept)
+
     orthogonalities, sparsities, defects, ranks = [], [], [], 0
     for layer in layers:
         U, s, V = layer.factors()
         for parameter, factor in ((layer.U, U), (layer.V, V)):
             value, gradient = orthogonality(factor)
-            _accumulate(parameter, gradient, scale * orthogonality_weight, layer.kept)
+            add(parameter, gradient, orthogonality_weight, layer)
             orthogonalities.append(value)
             defects.append(value * layer.rank**2)
             ranks += layer.rank
         if sparsity is not None:
             value, gradient = SPARSITY[sparsity](s)
-            _accumulate(layer.s, gradient, scale * sparsity_weight, layer.kept)
+            add(layer.s, gradient, sparsity_weight, layer)
             sparsities.append(value)
     zero = orthogonalities[0].new_zeros(())
     return Penalties(

@@ -86,14 +86,22 @@ def steps_done(trainer: Trainer) -> int:
     """
     if trainer.lightning_module.automatic_optimization or trainer.estimated_stepping_batches == trainer.max_steps:
         return trainer.global_step
-    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # the present batch counts when it is done
 
 
-def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    """What gradients are multiplied by when the optimizer is about to step: a fused one unscales them itself."""
+def gradient_scale(trainer: Trainer, optimizer: Optimizer, stepping: bool = True) -> float:
+    """What gradients are multiplied by at present.
+
+    Args:
+        trainer: With a loss scaler or without.
+        optimizer: The one that is going to step.
+        stepping: Whether it is about to, so that gradients are unscaled by now, but for a fused one's, which unscales
+            them itself.
+    """
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-    return float(scaler.get_scale()) if fused and scaler is not None else 1.0
+    if scaler is None or (stepping and not getattr(optimizer, "_step_supports_amp_scaling", False)):
+        return 1.0
+    return float(scaler.get_scale())
 
 
 def batch_size(batch: Any) -> int:

@@ -1,6 +1,8 @@
 """The code in the README and the docs runs, and the README prints what it shows."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,8 @@ def test_the_readmes_first_block_prints_the_report_that_follows_it(capsys):
 )
 def test_every_other_block_runs(name, block):
     exec(compile(block, name, "exec"), {"__name__": name})
+
+
+def test_the_compatibility_page_is_what_the_tests_say():
+    check = [sys.executable, str(ROOT / "tests" / "compatibility.py"), "--check"]
+    assert subprocess.run(check, check=False).returncode == 0, "run `make compatibility`"

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from models import ValidatedNet, data, quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, svd_layers
 
-STEPS, PER_EPOCH = 24, 8
+STEPS, BATCHES = 24, list(data())
 SGD = {"optimizer": "SGD", "momentum": 0.9, "weight_decay": 0.01}
 ADAM = {"optimizer": "Adam", "lr": 1e-3, "weight_decay": 0.01}
 
@@ -37,6 +37,10 @@ class Net(ValidatedNet):
     def __init__(self, **options):
         super().__init__(**options)
         self.features.insert(1, nn.BatchNorm2d(12))
+
+    def training_step(self, batch, batch_idx):
+        # Lightning resumes at the right index and with the first batch of a loader that keeps no state of its own.
+        return super().training_step(BATCHES[batch_idx], batch_idx)
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -77,7 +81,7 @@ def fit(options, *callbacks, ckpt_path=None, svd=True, **trainer):
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
     keep, ours = Keep(), SVDTrainingCallback(target_macs=0.4, sparsify_start=0.2, sparsify_end=0.8, rank_updates=6)
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
-    trainer |= {"max_epochs": STEPS // PER_EPOCH, "enable_checkpointing": writes}
+    trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)
     trainer.fit(model, data(), data(16), ckpt_path=ckpt_path)
     if not svd:
@@ -128,5 +132,80 @@ def test_resuming_at_any_step_ends_the_same(options, tmp_path):
         assert_equal(fit(options, ckpt_path=tmp_path / f"step={step}.ckpt"), expected, f"from step {step}")
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_resuming_from_the_end_of_an_epoch_ends_the_same(accumulate, tmp_path):
+    # 3 does not divide an epoch's 8 batches: its last window is shorter.
+    folder = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, monitor="val_loss")
+    expected = fit(SGD, folder, accumulate_grad_batches=accumulate)
+    for epoch in range(2):
+        resumed = fit(SGD, ckpt_path=tmp_path / f"epoch={epoch}.ckpt", accumulate_grad_batches=accumulate)
+        assert_equal(resumed, expected, f"from epoch {epoch}")
+
+
+@pytest.mark.parametrize("step", [5, 11, 16, 21])
+def test_resuming_an_averaged_run_ends_the_same(step, tmp_path):
+    expected = fit(SGD, EMAWeightAveraging(decay=0.8), every_step(tmp_path))
+    resumed = fit(SGD, EMAWeightAveraging(decay=0.8), ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert_equal(resumed["final"], expected["final"])
+    assert_equal(resumed["report"], expected["report"])
+
+
+# ------------------------------------------------------------------------------------------------------ interruptions
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def terminate():
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def _signals():
+    """Lightning ignores further interrupts once one came, in the whole process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize(("act", "raised"), [(interrupt, SystemExit), (terminate, SIGTERMException)])
+@pytest.mark.parametrize(("step", "validating"), [(11, False), (16, True)])
+def test_resuming_what_was_interrupted_ends_the_same(act, raised, step, validating, tmp_path):
+    expected = fit(SGD)
+    with pytest.raises(raised):
+        fit(SGD, At(step, act, validating), last(tmp_path))
+    assert_equal(fit(SGD, ckpt_path=tmp_path / "last.ckpt"), expected)
+
+
+@pytest.mark.usefixtures("_signals")
+@pytest.mark.parametrize(("act", "raised"), [(interrupt, SystemExit), (terminate, SIGTERMException)])
+def test_resuming_a_file_that_was_written_on_the_exception_ends_the_same(act, raised, tmp_path):
+    expected = fit(SGD)
+    with pytest.raises(raised):
+        fit(SGD, At(11, act), ModelCheckpoint(tmp_path, "last", save_on_exception=True))
+    assert_equal(fit(SGD, ckpt_path=tmp_path / "last.ckpt"), expected)
+
+
+def test_resuming_killed_processes_ends_the_same(tmp_path):
+    expected = fit(SGD)
+    for kill_at in (9, 15, None):  # the second process goes on where the first was killed, between two rank cuts
+        command = [sys.executable, __file__, str(tmp_path), str(kill_at or STEPS)]
+        process = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert process.returncode == (-signal.SIGKILL if kill_at else 0), process.stderr
+    assert_equal(torch.load(tmp_path / "end.pt", weights_only=True), expected)
+
+
+def work(folder, kill_at):
+    """Train in this process, from the last file if there is one, until it is killed or done."""
+    torch.set_num_threads(1)
+    start = folder / "last.ckpt"
+    kill = At(kill_at, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    end = fit(SGD, kill, last(folder), ckpt_path=start if start.exists() else None)
+    torch.save(end, folder / "end.pt")
+
+
 if __name__ == "__main__":
-    pass
+    work(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,61 @@
+"""Writes docs/compatibility.md from the tests that are marked ``combination``; with --check says whether it is current.
+
+A mark ``@pytest.mark.combination(area, what, refused=None)`` is a row: ``what`` works, or is refused with a message that
+matches ``refused``, as the marked test shows.
+"""
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+HEAD = """# What works with what
+
+Each row is a test of the project; this page is written from their own parametrisation (`make compatibility`). What is
+refused is refused before the first step, with the message shown and your model as it was.
+"""
+
+
+class Collector:
+    """Gathers the rows while pytest collects."""
+
+    def __init__(self):
+        self.areas = {}
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            for mark in item.iter_markers("combination"):
+                area, what = mark.args
+                row = (what, mark.kwargs.get("refused"))
+                if row not in self.areas.setdefault(area, []):
+                    self.areas[area].append(row)
+
+
+def page():
+    """The page's text as the tests say it now."""
+    collector = Collector()
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main(["--collect-only", "-q", str(Path(__file__).parent)], plugins=[collector])
+    parts = [HEAD]
+    for area, rows in sorted(collector.areas.items()):
+        lines = [
+            f"| {what} | {'works' if refused is None else 'refused: ' + plain(refused)} |" for what, refused in rows
+        ]
+        parts.append("\n".join([f"## {area}", "", "| | |", "|---|---|", *lines, ""]))
+    return "\n".join(parts)
+
+
+def plain(pattern):
+    """A message's regular expression as text for a reader."""
+    return re.sub(r"\\(.)", r"\1", pattern.replace(".*", " ... ").replace(r"\d+", "N"))
+
+
+if __name__ == "__main__":
+    text = page()
+    if "--check" in sys.argv:
+        sys.exit(PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")

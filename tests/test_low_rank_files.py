@@ -1,0 +1,321 @@
+"""A low-rank file brings a freshly built model to where it was saved, or leaves it as it is."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import assert_same
+from models import SmallNet, data, quiet_trainer, same_state
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_svd import SVDTrainingCallback, decompose, load_low_rank, save_low_rank, svd_layers, to_factored
+from lightning_svd.pairs import merged
+
+
+class Net(nn.Module):
+    """Linear and convolution, with a bias or without, running statistics, and a layer too thin to factorise."""
+
+    def __init__(self, bias=True, width=8):
+        super().__init__()
+        self.thin = nn.Conv2d(1, width, 1)
+        self.conv = nn.Conv2d(width, 12, 3, 2, 1, bias=bias)
+        self.norm = nn.BatchNorm2d(12)
+        self.flat = nn.Sequential(nn.Flatten(), nn.Linear(12 * 16, 32, bias=bias))
+        self.head = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.head(self.flat(self.norm(self.conv(self.thin(x))).relu()).relu())
+
+
+def images(dtype=torch.float32):
+    return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def pruned(model, conv_mode="channel", rank=3):
+    """``model`` with every layer factorised and cut, and running statistics that are not the initial ones."""
+    decompose(model, conv_mode=conv_mode)
+    for layer in svd_layers(model).values():
+        layer.keep(
+            torch.arange(layer.full_rank) % 2 * torch.arange(layer.full_rank).flip(0) > layer.full_rank - 2 * rank
+        )
+    model.train()(images(next(model.parameters()).dtype))
+    return model.eval()
+
+
+def header(path):
+    with safe_open(str(path), framework="pt") as file:
+        return json.loads(file.metadata()["lightning_svd"])
+
+
+def bits(model):
+    """Everything a refused call must leave alone: the very tensors, their values, the classes of the modules."""
+    return (
+        {key: (id(p), p.requires_grad) for key, p in model.named_parameters(remove_duplicate=False)},
+        {key: value.clone() for key, value in model.state_dict().items()},
+        [type(module) for module in model.modules()],
+    )
+
+
+def unchanged(model, before):
+    after = bits(model)
+    return after[0] == before[0] and same_state(after[1], before[1]) and after[2] == before[2]
+
+
+# --------------------------------------------------------------------------------------------------------- round trips
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("conv_mode", ["channel", "spatial"])
+@pytest.mark.parametrize("form", [lambda model: model, to_factored])
+def test_what_is_loaded_computes_the_same_bit_for_bit(form, conv_mode, bias, dtype, tmp_path):
+    model = form(pruned(Net(bias).to(dtype), conv_mode))
+    expected = to_factored(model)
+    path = save_low_rank(model, tmp_path / "model.safetensors")
+    loaded = load_low_rank(Net(bias).to(dtype), path).eval()
+    assert same_state(loaded.state_dict(), expected.state_dict())
+    assert all(a.dtype == b.dtype for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
+    assert torch.equal(loaded(images(dtype)), expected(images(dtype)))
+
+
+def test_what_a_fit_leaves_can_be_saved_loaded_and_saved_again(tmp_path):
+    model = SmallNet()
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)]).fit(model, data())
+    first = save_low_rank(model, tmp_path / "first.safetensors")
+    loaded = load_low_rank(SmallNet(), first)
+    assert torch.equal(loaded(images()), model(images()))
+    second = save_low_rank(loaded, tmp_path / "second.safetensors")
+    assert header(second) == header(first) and same_state(load_file(second), load_file(first))
+    quiet_trainer(max_epochs=1).fit(loaded, data())  # and trained on
+    assert not same_state(loaded.state_dict(), model.state_dict())
+
+
+def test_saving_leaves_a_factorised_model_as_it_is(tmp_path):
+    model = pruned(Net())
+    before = bits(model)
+    save_low_rank(model, tmp_path / "model.safetensors")
+    assert unchanged(model, before)
+
+
+def test_a_layer_on_its_own_is_saved_and_loaded(tmp_path):
+    layer = nn.Linear(32, 16)
+    decompose(layer)
+    layer.keep(torch.arange(16) < 4)
+    path = save_low_rank(layer, tmp_path / "layer.safetensors")
+    x = torch.randn(3, 32)
+    assert torch.equal(load_low_rank(nn.Linear(32, 16), path)(x), layer.factored()(x))
+
+
+def test_the_header_tells_ranks_without_reading_a_weight(tmp_path):
+    model = pruned(Net(), "spatial")
+    path = save_low_rank(model, tmp_path / "model.safetensors")
+    ranks = {name: (layer.rank, getattr(layer, "conv_mode", None)) for name, layer in svd_layers(model).items()}
+    assert len(set(ranks.values())) > 1
+    assert header(path)["version"] == 1
+    assert {name: (entry["rank"], entry["conv_mode"]) for name, entry in header(path)["layers"].items()} == ranks
+
+
+def test_the_file_is_as_large_as_the_low_rank_parameters(tmp_path):
+    model = pruned(Net())
+    path = save_low_rank(model, tmp_path / "model.safetensors")
+    tensors = sum(value.nbytes for value in to_factored(model).state_dict().values())
+    overhead = path.stat().st_size - tensors
+    # The header names each tensor with its type, shape and place, about 100 characters.
+    assert 0 < overhead < 200 * len(load_file(path))
+    assert tensors + overhead < 0.5 * sum(p.nbytes for p in Net().parameters())
+
+
+def test_frozen_layers_stay_frozen_and_biases_keep_their_identity(tmp_path):
+    path = save_low_rank(pruned(Net()), tmp_path / "model.safetensors")
+    model = Net()
+    model.head.weight.requires_grad_(False)
+    bias = model.head.bias
+    load_low_rank(model, path)
+    assert {name: p.requires_grad for name, p in model.head.named_parameters()} == {
+        "0.weight": False,
+        "1.weight": False,
+        "1.bias": True,
+    }
+    assert model.head[1].bias is bias
+
+
+class Shared(nn.Module):
+    """One layer under two names, of which the later in the alphabet comes first, and one weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.z = self.a = nn.Linear(24, 24)
+        self.embed = nn.Embedding(10, 24)
+        self.out = nn.Linear(24, 10, bias=False)
+        self.out.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.out(self.z(self.a(self.embed(tokens))))
+
+
+def test_shared_modules_and_tied_weights_are_stored_once_and_stay_shared(tmp_path):
+    model = Shared()
+    decompose(model)
+    model.z.keep(torch.arange(24) < 5)
+    expected, tokens = to_factored(model), torch.arange(10)
+    path = save_low_rank(model, tmp_path / "model.safetensors")
+    loaded = load_low_rank(Shared(), path)
+    assert loaded.z is loaded.a and loaded.out.weight is loaded.embed.weight
+    assert torch.equal(loaded(tokens), expected(tokens))
+    assert sum(value.numel() for value in load_file(path).values()) == sum(p.numel() for p in expected.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def cut_in_the_header(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def random_bytes(path):
+    path.write_bytes(bytes(torch.randint(256, (4096,), dtype=torch.uint8)))
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def rewritten(**changes):
+    """The same tensors with another header."""
+
+    def rewrite(path):
+        save_file(load_file(path), path, {"lightning_svd": json.dumps(header(path) | changes)})
+
+    return rewrite
+
+
+def without_header(path):
+    save_file(load_file(path), path)
+
+
+def header_of_another_kind(path):
+    save_file(load_file(path), path, {"lightning_svd": "[1, 2]"})
+
+
+def without_a_tensor(path):
+    save_file(
+        {key: value for key, value in load_file(path).items() if key != "norm.running_mean"},
+        path,
+        {"lightning_svd": json.dumps(header(path))},
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "is not a readable safetensors file"),
+        (cut_in_the_header, "is not a readable safetensors file"),
+        (random_bytes, "is not a readable safetensors file"),
+        (empty, "is not a readable safetensors file"),
+        (without_header, "was not written by `save_low_rank`"),
+        (header_of_another_kind, "header is damaged"),
+        (rewritten(layers={"head": {"rank": "3"}}), "header is damaged"),
+        (rewritten(layers={"head": {"rank": 3}}), "header is damaged"),
+        (rewritten(version=2), "format version 2, this lightning-svd reads version 1: update it"),
+        (rewritten(layers={"tail": {"rank": 3, "conv_mode": None}}), "low-rank layer `tail`, which Net does not have"),
+        (rewritten(layers={"norm": {"rank": 3, "conv_mode": None}}), "`norm` must be a plain (Linear|Conv2d)"),
+        (rewritten(layers={}), "does not fit the model: `conv.0.weight` is .* None here"),
+        (without_a_tensor, "does not fit the model: `norm.running_mean` is None there"),
+    ],
+)
+def test_refuses_a_damaged_or_foreign_file_and_leaves_the_model_as_it_was(damage, message, tmp_path):
+    path = save_low_rank(pruned(Net()), tmp_path / "model.safetensors")
+    damage(path)
+    model = Net()
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        load_low_rank(model, path)
+    assert unchanged(model, before)
+
+
+class WithoutHead(Net):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Identity()
+
+
+class WithMore(Net):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.Linear(3, 3)
+
+
+class OtherType(Net):
+    def __init__(self):
+        super().__init__()
+        self.flat[1] = nn.Bilinear(2, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Net(width=7), r"`conv.0.weight` is \(\d+, 8, 3, 3\) there, \(\d+, 7, 3, 3\) here"),
+        (lambda: Net(bias=False), r"`conv.1.bias` is \(12,\) there, None here"),
+        (WithoutHead, "`head` must be a plain (Linear|Conv2d) to load .*, got Identity"),
+        (WithMore, r"`more.weight` is None there, \(3, 3\) here"),
+        (OtherType, "`flat.1` must be a plain (Linear|Conv2d) to load .*, got Bilinear"),
+        (lambda: pruned(Net()), "must be a plain (Linear|Conv2d) to load .*, got SVDConv2d"),
+        (lambda: to_factored(pruned(Net())), "must be a plain (Linear|Conv2d) to load .*, got Sequential"),
+    ],
+)
+def test_refuses_a_model_that_does_not_fit_and_leaves_it_as_it_was(model, message, tmp_path):
+    path = save_low_rank(pruned(Net()), tmp_path / "model.safetensors")
+    model = model()
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        load_low_rank(model, path)
+    assert unchanged(model, before)
+
+
+# --------------------------------------------------------------------------------------------------------------- pairs
+
+
+GEOMETRIES = [
+    {"padding": padding, "stride": stride, "dilation": dilation, "padding_mode": padding_mode}
+    for padding in (0, (2, 1), "same", "valid")
+    for stride in (1, (2, 3))
+    for dilation in (1, (1, 2))
+    for padding_mode in ("zeros", "reflect", "replicate", "circular")
+    if padding != "same" or stride == 1
+]
+
+
+@pytest.mark.parametrize("conv_mode", ["channel", "spatial"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pair_of_convolutions_merges_into_the_layer_it_came_from(bias, conv_mode):
+    x = torch.randn(2, 5, 9, 11, dtype=torch.float64)
+    for geometry in GEOMETRIES:
+        dense = nn.Conv2d(5, 6, (3, 5), bias=bias, dtype=torch.float64, **geometry)
+        layer = copy.deepcopy(dense)
+        decompose(layer, conv_mode=conv_mode)
+        layer.keep(torch.arange(layer.full_rank) < 4)
+        pair, whole = layer.factored(), merged(layer.factored())
+        assert repr(whole) == repr(dense)
+        assert_same(whole.weight, layer.dense().weight, layer.matrix_shape)
+        assert whole.bias is (pair[1].bias if bias else None) is layer.bias
+        # Two sums one after the other, each of at most the matrix's larger side.
+        assert_same(pair(x), whole(x), layer.matrix_shape)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_pair_of_linears_merges_into_the_layer_it_came_from(bias):
+    layer = dense = nn.Linear(12, 20, bias=bias, dtype=torch.float64)
+    layer = copy.deepcopy(dense)
+    decompose(layer)
+    layer.keep(torch.arange(12) % 3 == 0)
+    whole = merged(layer.factored())
+    assert repr(whole) == repr(dense)
+    assert_same(whole.weight, layer.dense().weight, layer.matrix_shape)
+    assert_same(whole(torch.eye(12, dtype=torch.float64)), layer(torch.eye(12, dtype=torch.float64)), (12, 20))

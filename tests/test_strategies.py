@@ -1,0 +1,227 @@
+"""Two processes stay equal bit for bit after every step; strategies that cannot work are refused by name."""
+
+import csv
+import hashlib
+import json
+import types
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from models import SmallMLP, SmallNet, data, quiet_trainer
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_svd import SVDLayer, SVDTrainingCallback, svd_layers
+from lightning_svd.factorization import roundoff
+from lightning_svd.trainers import check_trainer
+
+# Lightning's and torch's own, in the processes that they start.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
+    pytest.mark.filterwarnings("ignore:.*is recommended to use .self.log.*sync_dist=True"),
+]
+
+STEPS = 12
+
+
+def two_processes(start_method="fork", **options):
+    """Workers that end with an error, not never, if one of them waits for the other in vain."""
+    return {
+        "strategy": DDPStrategy(start_method=start_method, timeout=timedelta(seconds=30), **options),
+        "devices": 2,
+        "max_epochs": 3,
+    }
+
+
+class Witness(Callback):
+    """Writes down for its process what it has after every step, and what the final model predicts."""
+
+    def __init__(self, folder):
+        self.folder, self.digests, self.ranks = Path(folder), [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        digest = hashlib.sha256()
+        memory = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
+        masks = [layer.kept_mask() for layer in svd_layers(pl_module).values()]
+        for value in (*pl_module.state_dict().values(), *memory, *masks):
+            digest.update(value.detach().contiguous().numpy().tobytes())
+        self.digests.append(digest.hexdigest())
+        self.ranks.append([layer.rank for layer in svd_layers(pl_module).values()])
+
+    def on_fit_end(self, trainer, pl_module):
+        inputs = next(iter(data(dtype=pl_module.dtype)))[0]
+        with torch.no_grad():
+            outputs = pl_module.eval()(inputs)
+        torch.save(outputs, self.folder / f"{trainer.global_rank}.pt")
+        own = {"digests": self.digests, "ranks": self.ranks}
+        (self.folder / f"{trainer.global_rank}.json").write_text(json.dumps(own))
+
+
+def witnessed(folder):
+    """What both processes wrote, and rank zero's predictions."""
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)], torch.load(folder / "0.pt")
+
+
+class Unseeded(Callback):
+    """Other initial weights in every process, as without `seed_everything`."""
+
+    def setup(self, trainer, pl_module, stage):
+        torch.manual_seed(trainer.global_rank)
+        for layer in pl_module.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                layer.reset_parameters()
+
+
+class LazyUnseeded(SmallMLP):
+    """Layers built late, with other weights in every process."""
+
+    def configure_model(self):
+        torch.manual_seed(self.global_rank)
+        self.hidden = nn.Linear(48, 40)
+
+
+class WithUnused(SmallNet):
+    """A layer that no forward pass uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(16, 16)
+
+
+@pytest.mark.parametrize(
+    ("net", "options", "before"),
+    [
+        (SmallNet, {}, []),
+        (SmallNet, {}, [Unseeded()]),
+        (LazyUnseeded, {"gradient_as_bucket_view": True}, []),
+        (WithUnused, {"find_unused_parameters": True}, [Unseeded()]),
+        (SmallNet, {"static_graph": True, "gradient_as_bucket_view": True}, []),
+    ],
+    ids=["seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph"],
+)
+def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before, tmp_path):
+    callbacks = [*before, SVDTrainingCallback(target_macs=0.4, rank_updates=4), Witness(tmp_path)]
+    quiet_trainer(callbacks=callbacks, **two_processes(**options)).fit(net(), data())
+    (zero, one), _ = witnessed(tmp_path)
+    assert zero == one
+    assert len(set(zero["digests"])) == STEPS
+    assert len(set(map(tuple, zero["ranks"]))) > 2
+
+
+class Dealing(SmallMLP):
+    """Deals images out in turn: 8 here and 8 there are 16 in a row. Lightning's own sampler would shuffle them."""
+
+    def train_dataloader(self):
+        world = self.trainer.world_size
+        dataset = data(dtype=torch.float64).dataset
+        sampler = DistributedSampler(dataset, world, self.global_rank, shuffle=False)
+        return DataLoader(dataset, 16 // world, sampler=sampler)
+
+
+def test_two_processes_train_what_one_does_with_their_batches_together(tmp_path):
+    def arguments():
+        return {"target_macs": 0.4, "sparsity_weight": 0.02, "orthogonality_weight": 10.0}
+
+    model, alone = Dealing(momentum=0.9).double(), Dealing(momentum=0.9).double()
+    alone.load_state_dict(model.state_dict())
+    callbacks = [SVDTrainingCallback(**arguments()), Witness(tmp_path)]
+    quiet_trainer(callbacks=callbacks, use_distributed_sampler=False, **two_processes()).fit(model)
+    quiet_trainer(callbacks=[SVDTrainingCallback(**arguments())], max_epochs=3).fit(alone)
+    _, outputs = witnessed(tmp_path)
+    with torch.no_grad():
+        expected = alone.eval()(next(iter(data(dtype=torch.float64)))[0])
+    assert (outputs - expected).abs().max() <= STEPS * roundoff((64, 48), torch.float64) * expected.abs().max()
+
+
+def test_metrics_are_logged_once_by_rank_zero(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    options = two_processes() | {"logger": logger, "log_every_n_steps": 2}
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)], **options).fit(SmallMLP(), data())
+    files = list(tmp_path.rglob("metrics.csv"))
+    assert files == [tmp_path / "metrics.csv"]
+    rows = [row for row in csv.DictReader(files[0].read_text().splitlines()) if row["svd/macs_ratio"]]
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7, 9, 11]
+    assert float(rows[-1]["svd/macs_ratio"]) <= 0.4
+
+
+@pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
+@pytest.mark.parametrize("net", [SmallNet, SmallMLP])
+def test_the_main_process_predicts_what_forked_workers_trained(net, final, tmp_path):
+    check_main_process(net(), final, "fork", tmp_path)
+
+
+def test_the_main_process_predicts_what_spawned_workers_trained(tmp_path):
+    check_main_process(SmallNet(), "factored", "spawn", tmp_path)
+
+
+def check_main_process(model, final, start_method, folder):
+    model.double()
+    untrained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    callbacks = [SVDTrainingCallback(target_macs=0.4, final=final), Witness(folder)]
+    options = two_processes(start_method) | {"max_epochs": 1}
+    quiet_trainer(callbacks=callbacks, **options).fit(model, data(dtype=torch.float64))
+    _, outputs = witnessed(folder)
+    with torch.no_grad():
+        ours = model.eval()(next(iter(data(dtype=torch.float64)))[0])
+    assert (ours - outputs).abs().max() <= roundoff((96, 108), torch.float64) * outputs.abs().max()
+    # Every tensor came home: none is as it was before.
+    assert not any(torch.equal(p, untrained[name]) for name, p in model.named_parameters() if name in untrained)
+    assert untrained.keys() == dict(model.named_parameters()).keys() or svd_layers(model)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+class DeepSpeedLike(SingleDeviceStrategy):
+    """Owns the optimizer's step."""
+
+    @property
+    def handles_gradient_accumulation(self):
+        return True
+
+
+class ShardedLike(SingleDeviceStrategy):
+    """Restores when its parameters are sharded."""
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
+class TransformerEnginePrecision(Precision):
+    """By its name only: the library need not be here."""
+
+
+class BitsandbytesPrecision(Precision):
+    """By its name only."""
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"strategy": DeepSpeedLike("cpu")}, "DeepSpeedLike, which shards parameters or owns the optimizer's step: use"),
+        ({"strategy": ShardedLike("cpu")}, "ShardedLike, which shards"),
+        ({"plugins": [TransformerEnginePrecision()]}, "TransformerEnginePrecision, which replaces layers too"),
+        ({"plugins": [BitsandbytesPrecision()]}, "BitsandbytesPrecision, which replaces layers too"),
+    ],
+)
+def test_strategies_and_precisions_that_cannot_work_are_refused_by_name(options, name):
+    model = SmallMLP()
+    with pytest.raises(ValueError, match=f"SVDTrainingCallback does not work with {name}"):
+        quiet_trainer(callbacks=[SVDTrainingCallback()], **options).fit(model, data())
+    assert not any(isinstance(module, SVDLayer) for module in model.modules())
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_sharding_strategies_are_refused_by_name(strategy):
+    # Lightning starts neither on one CPU without a launcher, and the first on no CPU at all.
+    callback = SVDTrainingCallback()
+    trainer = types.SimpleNamespace(strategy=strategy(), precision_plugin=Precision(), callbacks=[callback])
+    with pytest.raises(ValueError, match=f"does not work with {strategy.__name__}, which shards.*use one device or DDP"):
+        check_trainer(callback, trainer)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_svd import SVDConv2d, SVDLayer, add_gradients, decompose, svd_layers, to_factored
 from lightning_svd.costs import CostMeter, ModelCost
-from lightning_svd.optimizers import DecayOnSingularValues
+from lightning_svd.optimizers import OptimizerOfFactors
 from lightning_svd.ranks import keep_by_budget, strongest
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -50,7 +50,7 @@ class Stepper:
         self.y = torch.randint(10, shape[:1], device=device)
         self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
         self.layers = list(svd_layers(model).values())
-        self.decay = DecayOnSingularValues(self.optimizer, self.layers)
+        self.decay = OptimizerOfFactors(self.optimizer, self.layers)
 
     def step(self) -> None:
         """One training step."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +16,7 @@ from lightning_svd.arguments import check_choice, check_count, check_share, chec
 from lightning_svd.checkpoint_io import SVDCheckpointIO
 from lightning_svd.checkpoints import VERSION, check_version
 from lightning_svd.costs import ModelCost, Unit, count_params, svd_layers
-from lightning_svd.optimizers import DecayOnSingularValues, check_holds_factors
+from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors
 from lightning_svd.pairs import CONV_MODES
 from lightning_svd.ranks import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.regularizers import SPARSITY, add_gradients
@@ -27,6 +26,7 @@ from lightning_svd.schedules import SHAPES, cut_steps, removal, strength
 from lightning_svd.surgery import LayerPlan, Targets, compact, decompose, make_dense, make_factored, restore
 from lightning_svd.trainers import (
     batch_size,
+    builds_layers_late,
     check_trainer,
     decompose_after_configure_model,
     forward_example,
@@ -168,8 +168,8 @@ class SVDTrainingCallback(Callback):
             return
         check_trainer(self, trainer)
         self._run, self._interrupted = None, {}
-        if is_overridden("setup", pl_module) or is_overridden("configure_model", pl_module):
-            decompose_after_configure_model(pl_module)  # layers may be built there
+        if builds_layers_late(pl_module):
+            decompose_after_configure_model(pl_module)
         else:
             self.begin(pl_module)
 
@@ -227,9 +227,7 @@ class SVDTrainingCallback(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._run is not None:
-            self._run.batch = batch
-            self._run.watch_costs(pl_module)
-            _expect_hooks(self._run, True)
+            self._run.begin_batch(batch, pl_module)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._run is not None:
@@ -246,11 +244,11 @@ class SVDTrainingCallback(Callback):
         run = self._run
         if run is None:
             return
-        run.split_groups(optimizer)
-        decay = run._decays[id(optimizer)]
-        if not decay.gradients_added:
-            self._add_gradients(run, trainer, decay, gradient_scale(trainer, optimizer))
-        decay.gradients_added = False
+        trained = run.optimizer(optimizer)
+        if not trained.gradients_added:
+            self._add_gradients(run, trainer, trained, gradient_scale(trainer, optimizer))
+        trained.gradients_added = False
+        trained.split()
 
     def add_gradients(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Add the regularisers' gradient now, for code of your own that clips between ``manual_backward`` and ``step``.
@@ -264,11 +262,11 @@ class SVDTrainingCallback(Callback):
         """
         if self._run is not None:
             optimizer = getattr(optimizer, "optimizer", optimizer)
-            decay = self._run._decays[id(optimizer)]
-            self._add_gradients(self._run, trainer, decay, gradient_scale(trainer, optimizer, stepping=False))
-            decay.gradients_added = True
+            trained = self._run.optimizer(optimizer)
+            self._add_gradients(self._run, trainer, trained, gradient_scale(trainer, optimizer, stepping=False))
+            trained.gradients_added = True
 
-    def _add_gradients(self, run: SVDRun, trainer: Trainer, decay: DecayOnSingularValues, scale: float) -> None:
+    def _add_gradients(self, run: SVDRun, trainer: Trainer, trained: OptimizerOfFactors, scale: float) -> None:
         ramp = strength(
             steps_done(trainer) / run.total_steps, self.sparsify_start, self.sparsify_end, self.sparsity_schedule
         )
@@ -276,10 +274,10 @@ class SVDTrainingCallback(Callback):
         if trainer.lightning_module.automatic_optimization:
             # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
             scale *= run.backwards / trainer.accumulate_grad_batches
-        layers = decay.layers
+        layers = trained.layers
         if layers and scale:
             run.penalties = add_gradients(
-                layers, self.orthogonality_weight, self.sparsity, run.strength, scale, decay.held()
+                layers, self.orthogonality_weight, self.sparsity, run.strength, scale, trained.held()
             )
 
     def on_train_batch_end(
@@ -289,9 +287,7 @@ class SVDTrainingCallback(Callback):
         if run is None:
             return
         self._stop_watching_costs(batch)  # a training step that returned None had no backward pass
-        run.merge_groups()
-        _expect_hooks(run, False)
-        run.batch = None
+        run.end_batch()
         done = steps_done(trainer)
         if trainer.global_step > 0 and not is_trial(trainer):
             run.dense_weights = {}
@@ -421,12 +417,6 @@ class SVDTrainingCallback(Callback):
             return
         run.drawn_at = trainer.global_step
         monitor.log_spectra(trainer.loggers, run.spectra(), run.spectra_before, trainer.global_step)
-
-
-def _expect_hooks(run: SVDRun, yes: bool) -> None:
-    """Whether from now on an optimizer that steps past the Trainer's hooks is an error."""
-    for decay in run._decays.values():
-        decay.must_split = yes
 
 
 _FINISH = {"factored": make_factored, "dense": lambda module, cost: make_dense(module), "decomposed": compact}

@@ -129,11 +129,13 @@ class SVDLayer(nn.Module):
         lengths = self.U.square().sum(0) * self.V.square().sum(0)
         return (self.s.square() * lengths).detach()
 
-    @torch.no_grad()
     def spectrum(self) -> list[float]:
         """The kept singular values' magnitudes in descending order."""
-        magnitudes = self.factors().s.detach().abs().float()
-        return magnitudes.sort(descending=True).values.tolist()
+        return _descending(self.factors().s)
+
+    def full_spectrum(self) -> list[float]:
+        """All singular values' magnitudes in descending order, dropped ones as they were then."""
+        return _descending(self.s)
 
     @torch.no_grad()
     def compact(self) -> None:
@@ -367,6 +369,10 @@ def _factors_like(matrix: Tensor, weight: Tensor, name: str) -> Factors:
 def _options(layer: SVDLayer) -> dict[str, Any]:
     # On "meta" nothing is allocated or initialised; `_filled` brings the values.
     return {"bias": layer.bias is not None, "device": "meta"}
+
+
+def _descending(s: Tensor) -> list[float]:
+    return s.detach().abs().float().sort(descending=True).values.tolist()
 
 
 def _positions(input_shape: tuple[int, ...]) -> int:

@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from lightning_svd.layers import SVDLayer
 
 
-class DecayOnSingularValues:
-    """Keeps an optimizer's weight decay on s and off U and V, without changing its groups between steps.
+class OptimizerOfFactors:
+    """A user's optimizer that trains factors: keeps its weight decay on s and off U and V.
 
-    Schedulers, checkpoints and the user's own code rely on the parameter groups as they were made. So a group is only
+    Schedulers, checkpoints and the user's own code rely on the parameter groups as they were made, so a group is only
     split for the duration of a step: :meth:`split` just before it, :meth:`merge`, which the optimizer's own post-step
     hook calls, right after. s takes the decay of the group that holds its U, which a user who exempts vectors from
     decay means for weights.
@@ -61,9 +61,9 @@ class DecayOnSingularValues:
     def _stepped(self) -> None:
         if self.must_split and self._whole is None and self.layers:
             raise RuntimeError(
-                f"{type(self._optimizer).__name__}.step() was called on the optimizer itself, past the Trainer's hooks, "
-                "so the factors missed their regularisers: in `training_step` step what `self.optimizers()` returns, "
-                "without `use_pl_optimizer=False`"
+                f"{type(self._optimizer).__name__}.step() was called on the optimizer itself, so the factors "
+                "missed their regularisers: in `training_step` call it on what `self.optimizers()` "
+                "returns, not on what it returns with `use_pl_optimizer=False`"
             )
         self.merge()
 

@@ -269,7 +269,7 @@ def summarize(module: nn.Module, example_input: Any = None) -> SVDReport:
         with CostMeter(module) as meter, torch.no_grad():
             module(*arguments)
         cost = meter.cost(batch_size=len(arguments[0]))
-    return report_on((), layers, cost, {name: layer.spectrum() for name, layer in layers.items()})
+    return report_on((), layers, cost, {name: layer.full_spectrum() for name, layer in layers.items()})
 
 
 def plan_table(plan: Sequence[LayerPlan]) -> str:

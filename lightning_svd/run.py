@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_svd.costs import CostMeter, LayerCost, ModelCost, Unit
 from lightning_svd.layers import SVDLayer
-from lightning_svd.optimizers import DecayOnSingularValues, forget_pruned
+from lightning_svd.optimizers import OptimizerOfFactors, forget_pruned
 from lightning_svd.ranks import interpolate, strongest
 from lightning_svd.regularizers import Penalties
 from lightning_svd.report import RankChange
@@ -37,7 +37,6 @@ class SVDRun:
         warnings: What the user should know at the end.
         batch: The present batch, while its forward pass is counted.
         backwards: Backward passes since the last optimizer step.
-        gradients_added: Whether the regularisers' gradient is in ``.grad`` already, ahead of the step.
         last_cut: The step of the last cut.
         drawn_at: The step at which spectra were last drawn.
     """
@@ -53,11 +52,10 @@ class SVDRun:
     warnings: list[str] = field(default_factory=list)
     batch: Any = None
     backwards: int = 0
-    gradients_added: bool = False
     last_cut: int = 0
     drawn_at: int = -1
     _meter: CostMeter | None = None
-    _decays: dict[int, DecayOnSingularValues] = field(default_factory=dict)
+    _optimizers: dict[int, OptimizerOfFactors] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.spectra_before = self.spectra()
@@ -95,28 +93,33 @@ class SVDRun:
 
     def adopt(self, optimizers: Sequence[Optimizer]) -> None:
         """Keep these optimizers' weight decay off U and V from now on."""
-        self._decays = {
-            id(optimizer): DecayOnSingularValues(optimizer, self.layers.values()) for optimizer in optimizers
+        self._optimizers = {
+            id(optimizer): OptimizerOfFactors(optimizer, self.layers.values()) for optimizer in optimizers
         }
 
-    def layers_of(self, optimizer: Optimizer) -> list[SVDLayer]:
-        """The factorised layers that ``optimizer`` trains."""
-        return self._decays[id(optimizer)].layers
+    def optimizer(self, optimizer: Optimizer) -> OptimizerOfFactors:
+        """What an adopted optimizer is to the factors."""
+        return self._optimizers[id(optimizer)]
 
-    def split_groups(self, optimizer: Optimizer) -> None:
-        """To be called just before ``optimizer`` steps."""
-        self._decays[id(optimizer)].split()
+    def begin_batch(self, batch: Any, module: nn.Module) -> None:
+        """A batch begins, in which every step must be announced."""
+        self.batch = batch
+        self.watch_costs(module)
+        for optimizer in self._optimizers.values():
+            optimizer.must_split = True
 
-    def merge_groups(self) -> None:
-        """Make the user's parameter groups whole, where a step was skipped too."""
-        for decay in self._decays.values():
-            decay.merge()
+    def end_batch(self) -> None:
+        """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
+        self.batch = None
+        for optimizer in self._optimizers.values():
+            optimizer.merge()
+            optimizer.must_split = False
 
     def close(self) -> None:
         """Let go of the model and the optimizers, whatever state the run is in."""
         self.stop_watching(1)
-        for decay in self._decays.values():
-            decay.remove()
+        for optimizer in self._optimizers.values():
+            optimizer.remove()
 
     # Ranks
 

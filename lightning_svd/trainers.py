@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
@@ -86,7 +87,8 @@ def steps_done(trainer: Trainer) -> int:
     """
     if trainer.lightning_module.automatic_optimization or trainer.estimated_stepping_batches == trainer.max_steps:
         return trainer.global_step
-    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # the present batch counts when it is done
+    # Not those "ready": the present batch counts when it is done, as a step does.
+    return int(vars(trainer.fit_loop.epoch_loop.batch_progress.total)["processed"])
 
 
 def gradient_scale(trainer: Trainer, optimizer: Optimizer, stepping: bool = True) -> float:
@@ -128,6 +130,13 @@ def forward_example(pl_module: LightningModule) -> None:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def builds_layers_late(pl_module: LightningModule) -> bool:
+    """Whether a hook of the module that runs after ours may build layers."""
+    # Of `lightning` or of `pytorch_lightning`, which have a class each.
+    base = next(kind for kind in type(pl_module).__mro__ if kind.__name__ == "LightningModule")
+    return any(is_overridden(hook, pl_module, parent=base) for hook in ("setup", "configure_model"))
 
 
 def decompose_after_configure_model(pl_module: LightningModule) -> None:

@@ -1,7 +1,7 @@
-"""Writes docs/compatibility.md from the tests that are marked ``combination``; with --check says whether it is current.
+"""Writes docs/compatibility.md from the tests that are marked ``combination``; with --check says whether it is so.
 
-A mark ``@pytest.mark.combination(area, what, refused=None)`` is a row: ``what`` works, or is refused with a message that
-matches ``refused``, as the marked test shows.
+A mark ``@pytest.mark.combination(area, what, refused=None)`` is a row: ``what`` works, or is refused with a message
+that matches ``refused``, as the marked test shows. Both may name the test's parameters in braces, "{id}" among them.
 """
 
 import contextlib
@@ -29,10 +29,29 @@ class Collector:
     def pytest_collection_modifyitems(self, items):
         for item in items:
             for mark in item.iter_markers("combination"):
-                area, what = mark.args
-                row = (what, mark.kwargs.get("refused"))
+                area, what = (fill_in(text, item) for text in mark.args)
+                row = (what, fill_in(mark.kwargs.get("refused"), item))
                 if row not in self.areas.setdefault(area, []):
                     self.areas[area].append(row)
+
+
+def fill_in(text, item):
+    """``text`` with the parameters of a test in the place of their names in braces."""
+    if text is None or not hasattr(item, "callspec"):
+        return text
+    parameters = {name: shown(value) for name, value in item.callspec.params.items()}
+    return text.format(id=item.callspec.id, **parameters)
+
+
+def shown(value):
+    """A test's parameter as a reader wants it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item!r}" for key, item in value.items()) or "defaults"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, (str, int, float)):
+        return value
+    return getattr(value, "__name__", type(value).__name__).replace("_", " ")
 
 
 def page():
@@ -42,9 +61,8 @@ def page():
         pytest.main(["--collect-only", "-q", str(Path(__file__).parent)], plugins=[collector])
     parts = [HEAD]
     for area, rows in sorted(collector.areas.items()):
-        lines = [
-            f"| {what} | {'works' if refused is None else 'refused: ' + plain(refused)} |" for what, refused in rows
-        ]
+        cells = [(what, "works" if refused is None else f"refused: {plain(refused)}") for what, refused in rows]
+        lines = ["| {} | {} |".format(*(cell.replace("|", "\\|") for cell in row)) for row in cells]
         parts.append("\n".join([f"## {area}", "", "| | |", "|---|---|", *lines, ""]))
     return "\n".join(parts)
 

@@ -139,6 +139,7 @@ def opened_by_a_stranger(paths, folder):
 # -------------------------------------------------------------------------------------------------------- anyone opens
 
 
+@pytest.mark.combination("Files", "every file of a fit opens without this package")
 def test_every_file_of_a_fit_opens_without_this_package_and_predicts_the_same(tmp_path):
     expected, ranks = {}, []
     for number, (name, writers) in enumerate(WRITERS.items()):
@@ -208,6 +209,9 @@ def test_a_shared_layer_is_whole_in_files_that_are_opened_tested_and_resumed(tmp
 
 @pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
 @pytest.mark.parametrize("weights_only", [False, True])
+@pytest.mark.combination(
+    "Files", '`test(ckpt_path="best")` after the fit, `final="{final}"`, weights only: {weights_only}'
+)
 def test_the_best_file_is_tested_on_the_final_model(weights_only, final, tmp_path):
     # The worst is called best here, so that it is an early one with more ranks.
     best = ModelCheckpoint(tmp_path, monitor="val_loss", mode="max", save_weights_only=weights_only)
@@ -286,6 +290,7 @@ def after_the_fit(final):
         (after_the_fit("dense"), {}, "holds the state of a dense training.*`load_from_checkpoint`"),
     ],
 )
+@pytest.mark.combination("Files", "resume: {write}, {arguments}", refused="{message}")
 def test_refuses_to_resume_what_it_cannot_and_leaves_the_model_as_it_was(write, arguments, message, tmp_path):
     write(tmp_path)
     model = ValidatedNet().double()
@@ -307,6 +312,9 @@ def test_refuses_to_resume_into_a_model_whose_fit_has_finished(final, tmp_path):
     assert same_state(model.state_dict(), state)
 
 
+@pytest.mark.combination(
+    "Files", "resume without the callback", refused="Lightning names SVDTrainingCallback; the optimizer does not fit"
+)
 def test_without_the_callback_lightning_names_it_and_the_optimizer_refuses(tmp_path):
     ours(tmp_path)
     model = ValidatedNet(momentum=0.9).double()

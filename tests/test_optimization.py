@@ -106,6 +106,7 @@ def windows(loader, size):
 
 @pytest.mark.parametrize("options", [{"momentum": 0.9}, {"optimizer": "Adam", "lr": 1e-3}])
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.combination("Optimization", "accumulate_grad_batches={accumulate}, the last window shorter")
 def test_accumulation_with_a_shorter_last_window(options, accumulate):
     model, loader = Net(**options), data(dtype=torch.float64)
     twin = twin_of(model)
@@ -122,6 +123,7 @@ def test_accumulation_with_a_shorter_last_window(options, accumulate):
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.combination("Optimization", "gradient clipping by {algorithm}")
 def test_clipping_sees_the_gradient_of_the_sum(algorithm):
     model, loader = Net(), data(dtype=torch.float64)
     twin, clipped = twin_of(model), 0
@@ -144,6 +146,7 @@ def test_clipping_sees_the_gradient_of_the_sum(algorithm):
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 @pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.combination("Optimization", "`training_step` returns None, accumulate_grad_batches={accumulate}")
 def test_a_training_step_that_returns_none_adds_nothing(accumulate):
     skipped = {0, 4}
 
@@ -187,6 +190,7 @@ def test_an_optimizer_that_steps_on_every_second_batch_gets_one_batchs_gradient(
 # One step from equal weights: after it, a difference in the last bit of float32 may round to another half.
 
 
+@pytest.mark.combination("Optimization", "bf16-mixed with accumulation")
 def test_bfloat16_with_accumulation():
     model, loader = SmallMLP(), data(count=16)
     twin, losses = twin_of(model), []
@@ -212,6 +216,7 @@ OVERFLOWS = {"init_scale": 2.0**40, "backoff_factor": 2.0**-30}  # the first ste
     [{"momentum": 0.9}, {"fused": True}, {"optimizer": "Adam", "lr": 1e-3, "fused": True}],
 )
 @pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.combination("Optimization", "16-mixed with a GradScaler, steps skipped: {skipped}; {options}")
 def test_float16_under_a_loss_scaler_that_skips_a_step(options, skipped):
     model, loader = SmallMLP(**options), data(count=8 * (skipped + 1))
     twin, losses = twin_of(model), []
@@ -265,6 +270,7 @@ class Manual(Net):
 
 
 @pytest.mark.parametrize("clip", [None, 0.6])
+@pytest.mark.combination("Optimization", "manual, one optimizer, gradients clipped by hand: {clip}")
 def test_manual_optimization_with_one_optimizer_and_clipping_by_hand(clip):
     model, loader = Manual(clip, momentum=0.9), data(dtype=torch.float64)
     twin, losses, clipped = twin_of(model), [], 0
@@ -346,6 +352,7 @@ class Adversarial(LightningModule):
 
 
 @pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.combination("Optimization", "manual, two optimizers, one of them every {every} batches")
 def test_two_optimizers_at_several_frequencies(every):
     model, loader = Adversarial(every), data(dtype=torch.float64)
     twin = twin_of(model)
@@ -368,7 +375,7 @@ def test_two_optimizers_at_several_frequencies(every):
 def test_only_the_layers_of_the_optimizer_that_steps_get_a_gradient():
     class Watching(Adversarial):
         def training_step(self, batch, batch_idx):
-            generator, discriminator = self.optimizers()
+            generator, _ = self.optimizers()
             self.manual_backward(self.generator(self.noise).mean())
             generator.step()
             self.untouched = [p.grad is None for p in self.discriminator.parameters()]
@@ -417,9 +424,12 @@ def test_factors_of_a_layer_in_two_optimizers_get_their_gradient_once(ahead):
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"optimizer": "Adam", "lr": 1e-3}])
+@pytest.mark.combination(
+    "Optimization", "manual, a raw torch optimizer", refused="step\\(\\) was called on the optimizer itself"
+)
 def test_a_raw_torch_optimizer_in_manual_mode_is_an_error_that_says_what_to_do(options):
     model = Manual(raw=True, **options)
-    with pytest.raises(RuntimeError, match=r"step\(\) was called on the optimizer itself.*without `use_pl_optimizer"):
+    with pytest.raises(RuntimeError, match=r"step\(\) was called on the optimizer itself.*`use_pl_optimizer=False`"):
         fit(model, data(dtype=torch.float64))
     assert torch.isfinite(model(torch.zeros(2, 1, 8, 8, dtype=torch.float64))).all()
 
@@ -439,6 +449,7 @@ def test_a_raw_optimizer_of_other_layers_may_step_as_it_likes():
     assert not torch.equal(model.discriminator[0].weight, before["0.weight"])
 
 
+@pytest.mark.combination("Optimization", "LBFGS", refused="does not work with LBFGS")
 def test_lbfgs_is_refused_in_manual_mode_too():
     with pytest.raises(ValueError, match="does not work with LBFGS"):
         fit(Manual(optimizer="LBFGS"), data(dtype=torch.float64))

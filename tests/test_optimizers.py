@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from lightning_svd.optimizers import DecayOnSingularValues, check_holds_factors, forget_pruned
+from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors, forget_pruned
 from lightning_svd.surgery import decompose, svd_layers
 
 DECAY = 0.1
@@ -49,7 +49,7 @@ def is_frame(name):
 
 def decaying(net, build=OPTIMIZERS["sgd"]):
     optimizer = build(net.parameters(), DECAY)
-    return optimizer, DecayOnSingularValues(optimizer, svd_layers(net).values())
+    return optimizer, OptimizerOfFactors(optimizer, svd_layers(net).values())
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -75,7 +75,7 @@ def test_s_takes_the_decay_of_the_weight_although_vectors_are_exempt():
 
     net, twin, undecayed = model(), model(), model()
     optimizer = exempt(net, 0.0)
-    decay = DecayOnSingularValues(optimizer, svd_layers(net).values())
+    decay = OptimizerOfFactors(optimizer, svd_layers(net).values())
     actual = train(net, optimizer, before_step=decay.split)
     expected = train(twin, exempt(twin, DECAY))
     frames = train(undecayed, OPTIMIZERS["sgd"](undecayed.parameters(), 0.0))
@@ -87,7 +87,7 @@ def test_each_layer_takes_the_decay_of_its_own_group():
     net = model()
     first, rest = list(net[0].parameters()), [p for layer in net[1:] for p in layer.parameters()]
     optimizer = SGD([{"params": first, "weight_decay": 0.5}, {"params": rest, "weight_decay": 0.25}], lr=0.1)
-    DecayOnSingularValues(optimizer, svd_layers(net).values()).split()
+    OptimizerOfFactors(optimizer, svd_layers(net).values()).split()
     decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {
         p: 0.0 if is_frame(name) else 0.5 if name.startswith("0.") else 0.25 for name, p in net.named_parameters()

@@ -3,6 +3,7 @@
 import copy
 import csv
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,12 +59,12 @@ def fit(model, *callbacks, **options):
 class OwnAverage(Callback):
     """The average of the factors by a formula of its own, and which ranks are kept at the end."""
 
-    def __init__(self, update, moment):
-        self.update, self.count, self.average = update, 0, {}
+    def __init__(self, update, moment, start):
+        self.update, self.start, self.count, self.average = update, start, 0, {}
         setattr(self, moment, self.note)
 
     def note(self, trainer, pl_module, *_):
-        if trainer.current_epoch >= 3:
+        if trainer.current_epoch >= self.start:
             values = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
             self.count += 1
             self.average = {name: self.update(self.average.get(name, p), p, self.count) for name, p in values.items()}
@@ -75,20 +76,21 @@ class OwnAverage(Callback):
     ("averaging", "own"),
     [
         (
-            lambda: EMAWeightAveraging(decay=0.9, update_starting_at_epoch=2, update_starting_at_step=24),
-            lambda: OwnAverage(lambda average, p, count: 0.9 * average + 0.1 * p, "on_train_batch_end"),
+            lambda: EMAWeightAveraging(decay=0.9, update_starting_at_step=24),
+            lambda: OwnAverage(lambda average, p, count: 0.9 * average + 0.1 * p, "on_train_batch_end", 3),
         ),
         (
             lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=3),
-            lambda: OwnAverage(lambda average, p, count: average + (p - average) / count, "on_train_epoch_end"),
+            lambda: OwnAverage(lambda average, p, count: average + (p - average) / count, "on_train_epoch_start", 2),
         ),
     ],
     ids=["EMA", "SWA"],
 )
+@pytest.mark.combination("Other callbacks", "{id} after this one")
 def test_the_final_model_is_the_average_at_the_ranks_that_were_kept(averaging, own):
     model, own = SmallMLP().double(), own()
     fit(model, ours(final="dense", sparsify_end=0.5), own, averaging(), max_epochs=6)
-    assert 0 < own.count and sum(int(mask.sum()) for mask in own.kept.values()) < 48 + 40 + 4
+    assert own.count > 1 and sum(int(mask.sum()) for mask in own.kept.values()) < 48 + 40 + 4
     for name, mask in own.kept.items():
         U, s, V = (own.average[f"{name}.{factor}"][..., mask] for factor in "UsV")
         weight = model.get_submodule(name).weight
@@ -112,15 +114,19 @@ def test_an_averaged_model_meets_the_budget(averaging):
         (lambda: StochasticWeightAveraging(0.05), "StochasticWeightAveraging is before SVDTrainingCallback"),
     ],
 )
+@pytest.mark.combination("Other callbacks", "averaging before this one", refused="{message}")
 def test_averaging_before_us_is_refused_with_the_order_to_use(other, message):
     with pytest.raises(ValueError, match=message):
         fit(SmallNet(), other(), ours())
 
 
 @pytest.mark.parametrize("first", [False, True])
+@pytest.mark.combination(
+    "Other callbacks", "ModelPruning, before this one: {first}", refused="does not work with ModelPruning"
+)
 def test_pruning_is_refused_wherever_it_stands(first):
     class Pruning(ModelPruning):
-        def setup(self, *_):  # before us, Lightning's would look for a `weight` to mask at once
+        def setup(self, *_, **__):  # before us, Lightning's would look for a `weight` to mask at once
             pass
 
     both = [Pruning("l1_unstructured", amount=0.5), ours()]
@@ -131,6 +137,7 @@ def test_pruning_is_refused_wherever_it_stands(first):
 # --------------------------------------------------------------------------------------------------- other callbacks
 
 
+@pytest.mark.combination("Other callbacks", "EarlyStopping, LearningRateMonitor, ModelSummary")
 def test_monitors_and_summaries_see_the_model_as_it_is_trained(tmp_path, capsys):
     class Summary(ModelSummary):
         @staticmethod
@@ -143,9 +150,9 @@ def test_monitors_and_summaries_see_the_model_as_it_is_trained(tmp_path, capsys)
     fit(model, ours(), stop, LearningRateMonitor(), Summary(max_depth=2), logger=logger, log_every_n_steps=4)
     assert_budget_met(model)
     assert "features.0" in Summary.names
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rates = [row["lr-SGD"] for row in csv.DictReader(file) if row["lr-SGD"]]
-    assert rates == ["0.05"] * 8
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rates = [{key: row[key] for key in row if key.startswith("lr-")} for row in csv.DictReader(file)]
+    assert {"lr-SGD": "0.05"} in rates and all(rate in ({"lr-SGD": "0.05"}, {"lr-SGD": ""}) for rate in rates)
 
 
 class Tunable(SmallNet):
@@ -153,7 +160,7 @@ class Tunable(SmallNet):
 
     def __init__(self, lr=0.05, **options):
         super().__init__(lr=lr, **options)
-        self.lr, self.batch_size = lr, 4
+        self.lr, self.batch_size = lr, 16
 
     def train_dataloader(self):
         return DataLoader(data().dataset, self.batch_size)
@@ -165,9 +172,10 @@ class Tunable(SmallNet):
 @pytest.mark.filterwarnings("ignore:.*has been deprecated and will be removed:FutureWarning")
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("tuner", ["rate", "batch"])
+@pytest.mark.combination("Other callbacks", "tuner of the {tuner}, before this one: {first}")
 def test_tuners_try_and_the_fit_goes_on(tuner, first):
     if tuner == "rate":
-        other = LearningRateFinder(num_training_steps=8, min_lr=0.01, max_lr=0.1, early_stop_threshold=None)
+        other = LearningRateFinder(num_training_steps=20, min_lr=0.01, max_lr=0.1, early_stop_threshold=None)
     else:
         other = BatchSizeFinder(max_trials=2, steps_per_trial=2)
     model, callback = Tunable(), ours()
@@ -175,7 +183,7 @@ def test_tuners_try_and_the_fit_goes_on(tuner, first):
     quiet_trainer(callbacks=both, enable_model_summary=False).fit(model)
     assert_budget_met(model, SmallNet())
     assert callback.report.timeline
-    assert model.lr != 0.05 if tuner == "rate" else model.batch_size != 4
+    assert model.lr != 0.05 if tuner == "rate" else model.batch_size == 4
 
 
 def test_a_tuners_early_exit_leaves_the_model_as_it_was():
@@ -212,9 +220,11 @@ class OnlyTrainable(SmallNet):
 
 
 @pytest.mark.parametrize("first", [False, True])
+@pytest.mark.combination("Other callbacks", "BaseFinetuning, before this one: {first}")
 def test_layers_frozen_at_first_are_regularised_once_they_train(first):
     class Watching(Callback):
-        moved = {}
+        def __init__(self):
+            self.moved = {}
 
         def on_train_epoch_start(self, trainer, pl_module):
             self.before = pl_module.features[2].U.detach().clone()
@@ -245,6 +255,7 @@ def test_layers_frozen_at_first_are_regularised_once_they_train(first):
     ],
     ids=str,
 )
+@pytest.mark.combination("Trainer", "{options}")
 def test_runs_of_other_lengths_and_validations_meet_the_budget(options):
     model = ValidatedNet()
     trainer = quiet_trainer(callbacks=[ours()], **options)
@@ -253,16 +264,18 @@ def test_runs_of_other_lengths_and_validations_meet_the_budget(options):
     assert trainer.validate(model, data(), verbose=False)[0]["val_loss"] > 0
 
 
+@pytest.mark.combination("Trainer", "`validate` before `fit`")
 def test_validating_before_the_fit_changes_nothing():
     model, callback = ValidatedNet(), ours()
     trainer = quiet_trainer(callbacks=[callback])
     weights = dict(model.named_parameters())
     trainer.validate(model, data(), verbose=False)
     assert {id(p) for p in weights.values()} == {id(p) for p in model.parameters()}
-    trainer.fit(model, data())
+    trainer.fit(model, data(), data())
     assert_budget_met(model)
 
 
+@pytest.mark.combination("Trainer", "one callback, one model after another")
 def test_one_callback_trains_one_model_after_another():
     callback = ours()
     for model in (SmallNet(), SmallMLP()):
@@ -301,6 +314,7 @@ class Lazy(ValidatedNet):
     "where",
     ["configure_optimizers", "on_fit_start", "validation_step", "on_train_start", "training_step", "forward"],
 )
+@pytest.mark.combination("Exceptions", "{error} in `{where}` before the first step: the model is as it was")
 def test_whatever_fails_before_the_first_step_the_model_is_as_it_was(where, net, error):
     def fail(*_, **__):
         raise error
@@ -317,6 +331,7 @@ def test_whatever_fails_before_the_first_step_the_model_is_as_it_was(where, net,
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["error", "interrupt"])
 @pytest.mark.parametrize("where", ["training_step", "validation_step", "on_before_optimizer_step"])
+@pytest.mark.combination("Exceptions", "{error} in `{where}` later: the model is usable")
 def test_whatever_fails_in_the_middle_the_model_is_usable_and_the_groups_are_whole(where, error):
     class Failing(Lazy):
         pass
@@ -383,6 +398,7 @@ class UsedTwice(SmallNet):
 
 
 @pytest.mark.parametrize("net", [BuiltInSetup, BuiltInConfigureModel, TwoNames, ListOfLayers, UsedTwice])
+@pytest.mark.combination("Models", "{net}")
 def test_layers_built_late_or_named_twice_or_listed_or_shared_are_trained_and_shrunk(net):
     class Trained(Callback):
         def on_train_start(self, trainer, pl_module):
@@ -411,13 +427,13 @@ class Tied(SmallNet):
         return self.head(F.relu(self.tied(F.relu(self.again(hidden)))))
 
 
+@pytest.mark.combination("Models", "tied weights: left alone, and stay tied")
 def test_tied_weights_are_left_alone_and_stay_tied():
     model, callback = Tied(), ours(target_macs=0.6)
     fit(model, callback)
     assert model.tied.weight is model.again.weight
-    assert {layer.name: layer.skipped for layer in callback.plan if layer.skipped} == {
-        name: "weight tied to another module's" for name in ("again", "tied")
-    }
+    skipped = {layer.name: layer.skipped for layer in callback.plan if layer.skipped}
+    assert skipped == dict.fromkeys(["again", "tied"], "weight tied to another module's")
     assert_budget_met(model, Tied(), 0.6)
 
 
@@ -438,9 +454,10 @@ class ValidatedTransformer(Transformer, ValidatedNet):
     pass
 
 
+@pytest.mark.combination("Models", "`nn.TransformerEncoderLayer`, its `linear1` and `linear2` left alone")
 def test_a_transformer_is_evaluated_during_and_after_the_fit():
     model = ValidatedTransformer().double()
-    quiet_trainer(callbacks=[ours(target_params=0.9, target_macs=None)]).fit(
+    quiet_trainer(callbacks=[ours(target_params=0.97, target_macs=None)]).fit(
         model, data(dtype=torch.float64), data(dtype=torch.float64)
     )
     images = next(iter(data(dtype=torch.float64)))[0]
@@ -450,6 +467,8 @@ def test_a_transformer_is_evaluated_during_and_after_the_fit():
     assert (fast - slow).abs().max() <= roundoff((32, 64), torch.float64) * slow.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:Using .torch.compile.module.. when there are global hooks")
+@pytest.mark.combination("Models", "`torch.compile` of a submodule before, of the model after")
 def test_a_submodule_compiled_before_the_fit_trains_and_the_final_model_compiles():
     class Compiled(SmallMLP):
         def __init__(self):
@@ -466,6 +485,7 @@ def test_a_submodule_compiled_before_the_fit_trains_and_the_final_model_compiles
     torch.compiler.reset()
 
 
+@pytest.mark.combination("Models", "deepcopy and pickle, during and after")
 def test_copies_and_pickles_during_and_after_the_fit_are_the_models_own():
     class Copying(Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -474,7 +494,7 @@ def test_copies_and_pickles_during_and_after_the_fit_are_the_models_own():
             pl_module._trainer = trainer_of
 
     copying = Copying()
-    model = Lazy()
+    model = BuiltInConfigureModel()
     fit(model, ours(), copying)
     assert copying.same == [True, True]
     model._trainer = None
@@ -497,3 +517,14 @@ def test_a_new_callback_on_a_finished_model_makes_it_smaller_still():
     first = macs(model)
     fit(model, ours(target_macs=0.8), max_epochs=2)
     assert 0.7 * first <= macs(model) <= 0.8 * first
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_costs_are_read_off_the_first_batch_that_is_not_skipped():
+    class SkipsFirst(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return None if self.global_step == 0 else super().training_step(batch, batch_idx)
+
+    model = SkipsFirst()
+    fit(model, ours())
+    assert_budget_met(model)

@@ -105,6 +105,7 @@ class WithUnused(SmallNet):
     ],
     ids=["seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph"],
 )
+@pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")
 def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before, tmp_path):
     callbacks = [*before, SVDTrainingCallback(target_macs=0.4, rank_updates=4), Witness(tmp_path)]
     quiet_trainer(callbacks=callbacks, **two_processes(**options)).fit(net(), data())
@@ -139,6 +140,7 @@ def test_two_processes_train_what_one_does_with_their_batches_together(tmp_path)
     assert (outputs - expected).abs().max() <= STEPS * roundoff((64, 48), torch.float64) * expected.abs().max()
 
 
+@pytest.mark.combination("Strategies", "DDP: metrics are logged once")
 def test_metrics_are_logged_once_by_rank_zero(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     options = two_processes() | {"logger": logger, "log_every_n_steps": 2}
@@ -152,10 +154,12 @@ def test_metrics_are_logged_once_by_rank_zero(tmp_path):
 
 @pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
 @pytest.mark.parametrize("net", [SmallNet, SmallMLP])
+@pytest.mark.combination("Strategies", 'ddp_fork with `final="{final}"`: the main process gets the weights, dense')
 def test_the_main_process_predicts_what_forked_workers_trained(net, final, tmp_path):
     check_main_process(net(), final, "fork", tmp_path)
 
 
+@pytest.mark.combination("Strategies", "ddp_spawn: the main process gets the weights, dense")
 def test_the_main_process_predicts_what_spawned_workers_trained(tmp_path):
     check_main_process(SmallNet(), "factored", "spawn", tmp_path)
 
@@ -205,11 +209,16 @@ class BitsandbytesPrecision(Precision):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"strategy": DeepSpeedLike("cpu")}, "DeepSpeedLike, which shards parameters or owns the optimizer's step: use"),
+        ({"strategy": DeepSpeedLike("cpu")}, "DeepSpeedLike, which shards parameters or owns the optimizer's step"),
         ({"strategy": ShardedLike("cpu")}, "ShardedLike, which shards"),
         ({"plugins": [TransformerEnginePrecision()]}, "TransformerEnginePrecision, which replaces layers too"),
         ({"plugins": [BitsandbytesPrecision()]}, "BitsandbytesPrecision, which replaces layers too"),
     ],
+)
+@pytest.mark.combination(
+    "Strategies",
+    "strategies that shard or own the step, precision plugins with layers of their own",
+    refused="does not work with {name}",
 )
 def test_strategies_and_precisions_that_cannot_work_are_refused_by_name(options, name):
     model = SmallMLP()
@@ -219,9 +228,10 @@ def test_strategies_and_precisions_that_cannot_work_are_refused_by_name(options,
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+@pytest.mark.combination("Strategies", "{strategy}", refused="does not work with {strategy}")
 def test_sharding_strategies_are_refused_by_name(strategy):
     # Lightning starts neither on one CPU without a launcher, and the first on no CPU at all.
     callback = SVDTrainingCallback()
     trainer = types.SimpleNamespace(strategy=strategy(), precision_plugin=Precision(), callbacks=[callback])
-    with pytest.raises(ValueError, match=f"does not work with {strategy.__name__}, which shards.*use one device or DDP"):
+    with pytest.raises(ValueError, match=f"not work with {strategy.__name__}, which shards.*: use one device or DDP"):
         check_trainer(callback, trainer)

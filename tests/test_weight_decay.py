@@ -77,6 +77,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "by hand"])
+@pytest.mark.combination("Weight decay on s only", "{optimizer}")
 def test_decay_acts_on_singular_values_and_plain_parameters_only(optimizer):
     if optimizer == "by hand":
         model = ByHandGroups()
@@ -171,6 +172,7 @@ class TwoScheduled(SmallMLP):
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, None])
+@pytest.mark.combination("Schedulers, resumed too", "{scheduler}")
 def test_learning_rates_are_those_of_a_dense_run_and_go_on_when_resumed(scheduler, tmp_path):
     def build():
         return Scheduled(scheduler) if scheduler else TwoScheduled()

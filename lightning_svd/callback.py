@@ -171,9 +171,9 @@ class SVDTrainingCallback(Callback):
         if builds_layers_late(pl_module):
             decompose_after_configure_model(pl_module)
         else:
-            self.begin(pl_module)
+            self.begin_svd_run(pl_module)
 
-    def begin(self, pl_module: LightningModule) -> None:
+    def begin_svd_run(self, pl_module: LightningModule) -> None:
         """Factorise the layers of ``pl_module`` and begin a run; nothing if one has begun."""
         if self._run is not None:
             return

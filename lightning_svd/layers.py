@@ -125,9 +125,12 @@ class SVDLayer(nn.Module):
 
     @torch.no_grad()
     def energies(self) -> Tensor:
-        """What each rank carries, (s |u| |v|)^2, shape (r,); its sum is |W|_F^2 when U and V are orthonormal."""
-        lengths = self.U.square().sum(0) * self.V.square().sum(0)
-        return (self.s.square() * lengths).detach()
+        """What each rank carries, (s |u| |v|)^2, shape (r,), in float32 or wider.
+
+        The sum is |W|_F^2 when U and V are orthonormal.
+        """
+        U, s, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (self.U, self.s, self.V))
+        return s.square() * U.square().sum(0) * V.square().sum(0)
 
     def spectrum(self) -> list[float]:
         """The kept singular values' magnitudes in descending order."""

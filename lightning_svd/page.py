@@ -9,7 +9,7 @@ from math import ceil
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lightning_svd.report import LayerReport, SVDReport, kind_and_mode, quantity
+from lightning_svd.report import LAYER_HEADINGS, LayerReport, SVDReport, quantity
 
 COLUMNS = 3
 MOST_SPECTRA = 60
@@ -97,25 +97,8 @@ def render_page(report: SVDReport, comparison: Mapping[str, tuple[str, str]]) ->
         comparison=_table(("", "dense", "low-rank"), ((name, *pair) for name, pair in rows.items())),
         curves=_div(_rank_curves(report)) if report.timeline else "<p>No rank was changed.</p>",
         spectra=_div(_spectra(_heaviest(report.layers))),
-        layers=_table(
-            ("layer", "kind", "matrix", "full rank", "break-even", "rank", "MACs", "parameters", "form"),
-            (_layer_row(layer) for layer in report.layers),
-        ),
+        layers=_table(LAYER_HEADINGS, (layer.cells() for layer in report.layers)),
         skipped=_skipped(report),
-    )
-
-
-def _layer_row(layer: LayerReport) -> tuple[str, ...]:
-    return (
-        layer.name,
-        kind_and_mode(layer.kind, layer.conv_mode),
-        "{} x {}".format(*layer.matrix_shape),
-        str(layer.full_rank),
-        str(layer.break_even),
-        str(layer.rank),
-        f"{layer.macs / max(1, layer.dense_macs):.0%}",
-        f"{layer.params / max(1, layer.dense_params):.0%}",
-        layer.form,
     )
 
 

@@ -111,7 +111,7 @@ def add_gradients(
 
     orthogonalities, sparsities, defects, ranks = [], [], [], 0
     for layer in layers:
-        U, s, V = layer.factors()
+        U, s, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in layer.factors())
         for parameter, factor in ((layer.U, U), (layer.V, V)):
             value, gradient = orthogonality(factor)
             add(parameter, gradient, orthogonality_weight, layer)
@@ -135,6 +135,7 @@ def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, kept: 
         return
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
+    gradient = gradient.to(parameter.grad.dtype)
     if kept is None:
         parameter.grad.add_(gradient, alpha=weight)
     else:

@@ -22,6 +22,7 @@ from lightning_svd.surgery import LayerPlan
 
 WIDTH = 118
 ROWS_ON_SCREEN = 60
+LAYER_HEADINGS = ("layer", "kind", "matrix", "full rank", "break-even", "rank", "MACs", "parameters", "form")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,20 @@ class LayerReport:
     params: int
     spectrum_before: tuple[float, ...]
     spectrum_after: tuple[float, ...]
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table under ``LAYER_HEADINGS``."""
+        return (
+            self.name,
+            kind_and_mode(self.kind, self.conv_mode),
+            "{} x {}".format(*self.matrix_shape),
+            str(self.full_rank),
+            str(self.break_even),
+            str(self.rank),
+            f"{self.macs / max(1, self.dense_macs):.0%}",
+            f"{self.params / max(1, self.dense_params):.0%}",
+            self.form,
+        )
 
 
 @dataclass(frozen=True)
@@ -177,23 +192,11 @@ class SVDReport:
 
     def _table(self, box: Box, layers: Iterable[LayerReport]) -> Table:
         table = Table(box=box)
-        table.add_column("layer", overflow="fold")
-        table.add_column("kind")
-        for heading in ("matrix", "full rank", "break-even", "rank", "MACs", "parameters"):
-            table.add_column(heading, justify="right")
-        table.add_column("form")
+        for heading in LAYER_HEADINGS:
+            left = heading in ("layer", "kind", "form")
+            table.add_column(heading, justify="left" if left else "right", overflow="fold")
         for layer in layers:
-            table.add_row(
-                layer.name,
-                kind_and_mode(layer.kind, layer.conv_mode),
-                "{} x {}".format(*layer.matrix_shape),
-                str(layer.full_rank),
-                str(layer.break_even),
-                str(layer.rank),
-                f"{layer.macs / max(1, layer.dense_macs):.0%}",
-                f"{layer.params / max(1, layer.dense_params):.0%}",
-                layer.form,
-            )
+            table.add_row(*layer.cells())
         return table
 
 

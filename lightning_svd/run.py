@@ -135,13 +135,13 @@ class SVDRun:
             Layer name -> boolean mask (r,) on the CPU.
         """
         assert self.cost is not None
-        energies = {name: layer.energies() for name, layer in self.layers.items()}
+        energies = {name: layer.energies().cpu() for name, layer in self.layers.items()}
         ranks = interpolate(self.full_ranks, choose_ranks(energies, self.cost), removed)
         masks = {}
         for name, layer in self.layers.items():
             # Kept ranks go first; dropped ones come back only where a layer gets more room than it had.
-            first = torch.where(layer.kept_mask(), energies[name].max() + 1.0, 0.0)
-            masks[name] = strongest(energies[name] + first, ranks[name]).cpu()
+            shares = energies[name].double() / energies[name].max().clamp_min(torch.finfo(torch.float32).tiny)
+            masks[name] = strongest(shares + 2.0 * layer.kept_mask().cpu(), ranks[name])
         return masks
 
     def cut(

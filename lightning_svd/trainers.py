@@ -155,6 +155,6 @@ def unwrap_configure_model(pl_module: LightningModule) -> None:
 def _configure_model_and_decompose(pl_module: LightningModule) -> None:
     type(pl_module).configure_model(pl_module)
     for callback in callbacks_of(pl_module.trainer):
-        begin = getattr(callback, "begin", None)
+        begin = getattr(callback, "begin_svd_run", None)  # ours, which may not be imported from here
         if begin is not None:
             begin(pl_module)

@@ -6,8 +6,9 @@ added to ``.grad`` after the backward pass, so the user's loss stays what it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,48 +16,50 @@ from torch import Tensor, nn
 from lightning_svd.layers import SVDLayer
 
 ValueAndGradient = tuple[Tensor, Tensor]
+LARGE = 1 << 16  # entries of a factor from which copying it beside its like costs more than a kernel's launch
 
 
 def orthogonality(factor: Tensor) -> ValueAndGradient:
-    """``|A^T A - I|_F^2 / r^2`` for a factor A (n, r) and its gradient ``4 A (A^T A - I) / r^2`` (n, r).
+    """``|A^T A - I|_F^2 / r^2`` for factors A (..., n, r) and its gradient ``4 A (A^T A - I) / r^2``.
 
-    The penalty of Yang et al. 2020 (equation 3) for one of the two factors, r being the ranks A has.
+    The penalty of Yang et al. 2020 (equation 3) for one of the two factors, r being the ranks A has. Leading
+    dimensions hold factors of several layers; the value has one entry for each.
     """
-    scale = 1.0 / max(1, factor.shape[1]) ** 2
+    scale = 1.0 / max(1, factor.shape[-1]) ** 2
     # In manual optimization steps are taken under autocast, whose half-precision products would drown the defect.
     with torch.autocast(factor.device.type, enabled=False):
         defect = factor.mT @ factor
-        defect.diagonal().sub_(1.0)
-        return defect.square().sum() * scale, (factor @ defect).mul_(4.0 * scale)
+        defect.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        return defect.square().sum((-2, -1)) * scale, (factor @ defect).mul_(4.0 * scale)
 
 
 def l1(s: Tensor) -> ValueAndGradient:
-    """``sum |s|`` and its gradient ``sign(s)``."""
-    return s.abs().sum(), s.sign()
+    """``sum |s|`` for singular values s (..., r) and its gradient ``sign(s)``."""
+    return s.abs().sum(-1), s.sign()
 
 
 def hoyer(s: Tensor) -> ValueAndGradient:
-    """``|s|_1 / |s|_2``, between 1 and sqrt(r), and its gradient; both 0 for s = 0 (Yang et al. 2020, equation 4).
+    """``|s|_1 / |s|_2`` for s (..., r), between 1 and sqrt(r), and its gradient; both 0 for s = 0.
 
-    The gradient is ``sign(s) / |s|_2 - s |s|_1 / |s|_2^3``: it pulls small singular values down and lets large ones
-    grow, and does not depend on the scale of the layer but through 1 / |s|_2.
+    The gradient is ``sign(s) / |s|_2 - s |s|_1 / |s|_2^3`` (Yang et al. 2020, equation 4): it pulls small singular
+    values down and lets large ones grow, and does not depend on the scale of the layer but through 1 / |s|_2.
     """
     unit, length = _normalised(s)
-    ratio = unit.abs().sum()
-    return ratio, (unit.sign() - unit * ratio) / length
+    ratio = unit.abs().sum(-1, keepdim=True)
+    return ratio.squeeze(-1), (unit.sign() - unit * ratio) / length
 
 
 def hoyer_square(s: Tensor) -> ValueAndGradient:
-    """``|s|_1^2 / |s|_2^2``, between 1 and r, and its gradient; both 0 for s = 0."""
+    """``|s|_1^2 / |s|_2^2`` for s (..., r), between 1 and r, and its gradient; both 0 for s = 0."""
     ratio, gradient = hoyer(s)
-    return ratio.square(), 2.0 * ratio * gradient
+    return ratio.square(), 2.0 * ratio.unsqueeze(-1) * gradient
 
 
 def _normalised(s: Tensor) -> tuple[Tensor, Tensor]:
-    """``s / |s|_2`` and ``|s|_2``, safe from overflow and underflow; 0 and 1 for s = 0."""
-    largest = s.abs().amax() if s.numel() else s.new_zeros(())
+    """``s / |s|_2`` and ``|s|_2`` (..., 1), safe from overflow and underflow; 0 and 1 for s = 0."""
+    largest = s.abs().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
     scaled = s / torch.where(largest > 0, largest, 1.0)
-    length = torch.linalg.vector_norm(scaled)
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
     unit = scaled / torch.where(length > 0, length, 1.0)
     return unit, torch.where(length > 0, length * largest, 1.0)
 
@@ -105,29 +108,64 @@ def add_gradients(
         The penalties, each without its weight.
     """
 
-    def add(parameter: nn.Parameter, gradient: Tensor, weight: float, layer: SVDLayer) -> None:
-        if only is None or parameter in only:
-            _accumulate(parameter, gradient, scale * weight, layer.kept)
-
-    orthogonalities, sparsities, defects, ranks = [], [], [], 0
+    factors, values = [], []
     for layer in layers:
-        U, s, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in layer.factors())
-        for parameter, factor in ((layer.U, U), (layer.V, V)):
-            value, gradient = orthogonality(factor)
-            add(parameter, gradient, orthogonality_weight, layer)
-            orthogonalities.append(value)
-            defects.append(value * layer.rank**2)
-            ranks += layer.rank
-        if sparsity is not None:
-            value, gradient = SPARSITY[sparsity](s)
-            add(layer.s, gradient, sparsity_weight, layer)
-            sparsities.append(value)
-    zero = orthogonalities[0].new_zeros(())
+        kept = layer.factors()
+        factors += [_Part(layer.U, kept.U, layer.kept), _Part(layer.V, kept.V, layer.kept)]
+        values.append(_Part(layer.s, kept.s, layer.kept))
+    defects, ranks, orthogonalities, sparsities = [], 0, [], []
+    for group in _alike(factors):
+        penalties = _add(group, orthogonality, scale * orthogonality_weight, only)
+        rank = group[0].value.shape[-1]
+        orthogonalities.append(penalties.sum())
+        defects.append(penalties.sum() * rank**2)
+        ranks += rank * len(group)
+    if sparsity is not None:
+        for group in _alike(values):
+            sparsities.append(_add(group, SPARSITY[sparsity], scale * sparsity_weight, only).sum())
     return Penalties(
         torch.stack(orthogonalities).sum(),
-        torch.stack(sparsities).sum() if sparsities else zero,
+        torch.stack(sparsities).sum() if sparsities else torch.zeros_like(orthogonalities[0]),
         (torch.stack(defects).sum() / max(1, ranks)).sqrt(),
     )
+
+
+class _Part(NamedTuple):
+    """What a penalty is computed for: a parameter, its kept ranks, and their indices."""
+
+    parameter: nn.Parameter
+    value: Tensor
+    kept: Tensor | None
+
+
+def _alike(parts: Iterable[_Part]) -> Iterable[list[_Part]]:
+    """Groups of one shape, so that many small layers cost one kernel and not one each; large ones stay alone."""
+    groups: dict[object, list[_Part]] = {}
+    for number, part in enumerate(parts):
+        shape, dtype, device = part.value.shape, part.value.dtype, part.value.device
+        large = part.value.numel() > LARGE
+        groups.setdefault((number if large else None, shape, dtype, device), []).append(part)
+    return groups.values()
+
+
+def _add(
+    group: Sequence[_Part],
+    penalty: Callable[[Tensor], ValueAndGradient],
+    weight: float,
+    only: Collection[nn.Parameter] | None,
+) -> Tensor:
+    """Add the weighted gradient of each part's penalty to its parameter's; returns the penalties."""
+    wide = torch.promote_types(group[0].value.dtype, torch.float32)
+    if len(group) == 1:
+        penalties, gradient = penalty(group[0].value.to(wide))
+        gradients: Sequence[Tensor] = [gradient]
+    else:
+        penalties, stacked = penalty(torch.stack([part.value for part in group]).to(wide))
+        gradients = stacked.unbind()
+    for part, gradient in zip(group, gradients, strict=True):
+        if only is None or part.parameter in only:
+            _accumulate(part.parameter, gradient, weight, part.kept)
+    return penalties
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, kept: Tensor | None) -> None:

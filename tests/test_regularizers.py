@@ -186,3 +186,21 @@ def test_orthogonality_error_is_zero_when_orthonormal_and_per_rank_otherwise():
         factorised.U.mul_(2)  # U'U - I = 3 I, V'V - I = 0: the mean of 9 and 0 over both factors' ranks
     error = add_gradients([factorised]).orthogonality_error
     assert float(error) == pytest.approx(4.5**0.5, rel=roundoff((6, 5), torch.float64))
+
+
+@pytest.mark.parametrize("sparsity", ["l1", "hoyer", "hoyer_square"])
+def test_layers_of_one_shape_computed_together_get_what_each_gets_alone(sparsity):
+    together = nn.Sequential(*(nn.Linear(7, 9, dtype=torch.float64) for _ in range(4)), nn.Linear(7, 5).double())
+    decompose(together)
+    with torch.no_grad():
+        for p in together.parameters():
+            p.add_(0.2 * torch.randn_like(p))  # factors that are not orthonormal
+    alone = copy.deepcopy(together)
+    for net in (together, alone):
+        net[1].keep(torch.arange(7) != 3)  # a rank of its own
+    penalties = add_gradients(svd_layers(together).values(), 2.0, sparsity, 0.3)
+    singly = [add_gradients([layer], 2.0, sparsity, 0.3) for layer in svd_layers(alone).values()]
+    for p, q in zip(together.parameters(), alone.parameters(), strict=True):
+        if q.grad is not None:
+            assert_same(p.grad, q.grad, (9, 7))
+    assert_same(penalties.sparsity, sum(one.sparsity for one in singly), (9, 7))

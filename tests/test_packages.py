@@ -1,9 +1,10 @@
 """The callback in either Lightning package and in a CLI; the rest without Lightning, in plain PyTorch and in Fabric."""
 
 import copy
+import re
 import subprocess
 import sys
-import textwrap
+from pathlib import Path
 
 import lightning.pytorch
 import pytest
@@ -65,32 +66,13 @@ def test_works_in_pytorch_lightning(net):
 @pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[\s\S]*will be removed in v5")
 @pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning")
 @pytest.mark.combination("Packages", "LightningCLI")
-def test_works_in_a_cli_from_yaml(tmp_path, monkeypatch):
+def test_works_in_a_cli_from_the_yaml_of_the_docs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
+    page = Path(__file__).parents[1] / "docs" / "lightning-cli.md"
     config = tmp_path / "config.yaml"
-    config.write_text(
-        textwrap.dedent("""
-        seed_everything: false
-        trainer:
-          accelerator: cpu
-          devices: 1
-          max_epochs: 3
-          logger: false
-          enable_checkpointing: false
-          enable_progress_bar: false
-          enable_model_summary: false
-          callbacks:
-            - class_path: lightning_svd.SVDTrainingCallback
-              init_args:
-                target_macs: 0.4
-                exclude_modules: [head]
-                sparsity: l1
-                conv_mode: auto
-        model:
-          optimizer: Adam
-        """)
-    )
-    cli = LightningCLI(SmallNetForCLI, args=["fit", f"--config={config}"], save_config_callback=None)
+    config.write_text(re.search(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL).group(1))
+    quiet = [f"--trainer.{name}=false" for name in QUIET]
+    cli = LightningCLI(SmallNetForCLI, args=["fit", f"--config={config}", *quiet], save_config_callback=None)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, SVDTrainingCallback))
     assert callback.report.macs_ratio <= 0.4
     assert callback.report.skipped == (("head", "Linear", "excluded by `exclude_modules`"),)

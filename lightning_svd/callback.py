@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
@@ -154,6 +155,7 @@ class SVDTrainingCallback(Callback):
         self.report: SVDReport | None = None
         self._run: SVDRun | None = None
         self._interrupted: dict[str, Any] = {}
+        self._before_trial: dict[str, Any] = {}
         self._finished: weakref.ref[nn.Module] | None = None
 
     # ------------------------------------------------------------------------------------- before the first batch
@@ -177,6 +179,8 @@ class SVDTrainingCallback(Callback):
         """Factorise the layers of ``pl_module`` and begin a run; nothing if one has begun."""
         if self._run is not None:
             return
+        if is_trial(pl_module.trainer):
+            self._before_trial = copy.deepcopy(pl_module.state_dict())
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
         self.plan = decompose(pl_module, self.target_modules, self.exclude_modules, self.conv_mode)
         layers = svd_layers(pl_module)
@@ -323,7 +327,8 @@ class SVDTrainingCallback(Callback):
             return
         run.close()
         if is_trial(trainer):
-            restore(pl_module, run.dense_weights)
+            restore(pl_module, run.dense_weights).load_state_dict(self._before_trial)
+            self._before_trial = {}
             return
         cost = run.cost or count_params(pl_module)
         self.report = report_on(

@@ -313,7 +313,7 @@ class SVDTrainingCallback(Callback):
             return
         if run.cuts:
             warning = (
-                f"the fit ended at step {trainer.global_step} of {run.total_steps}, before the last rank cut at step "
+                f"the fit ended at step {steps_done(trainer)} of {run.total_steps}, before the last rank cut at step "
                 f"{run.cuts[-1]}: the target, {self.target:g} of the {self.target_name}, was not reached"
             )
             run.warnings.append(warning)

@@ -25,7 +25,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_svd.callback import SVDTrainingCallback
 from lightning_svd.report import SVDReport, quantity, summarize
 
-LOGGERS = ("wandb", "tensorboard", "csv", "none")
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 30, 64, 0.1
 TEST_SIZE = 450
 

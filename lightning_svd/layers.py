@@ -369,11 +369,6 @@ def _factors_like(matrix: Tensor, weight: Tensor, name: str) -> Factors:
     return Factors(*(factor.to(weight.dtype).contiguous() for factor in svd(matrix, name)))
 
 
-def _options(layer: SVDLayer) -> dict[str, Any]:
-    # On "meta" nothing is allocated or initialised; `_filled` brings the values.
-    return {"bias": layer.bias is not None, "device": "meta"}
-
-
 def _descending(s: Tensor) -> list[float]:
     return s.detach().abs().float().sort(descending=True).values.tolist()
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -21,7 +21,6 @@ from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
 from lightning_svd.pairs import CONV_MODES, MARK, conv_matrix_shape
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Form = Literal["factored", "dense", "decomposed"]
 Targets = str | Sequence[str] | None
 
 # nn.TransformerEncoderLayer reads these children's `weight` in its eval fast path, past their forward.
@@ -100,7 +99,7 @@ def decompose(
         target_modules: Names of layers (whole names, or their ends after a dot), or one regular expression that must
             match a whole name; None for every supported layer.
         exclude_modules: Layers to leave alone, in the same form.
-        conv_mode: "channel", "spatial", or "auto", the one with fewer parameters at full rank for each layer.
+        conv_mode: "channel", "spatial", or "auto", for each layer the one that has less to remove before it pays.
 
     Returns:
         The plan in effect, skipped layers with their reason.
@@ -160,8 +159,9 @@ def restore(module: ModuleT, weights: Mapping[str, nn.Parameter]) -> ModuleT:
         module: As it was given to :func:`decompose`.
         weights: Name of each factorised layer -> the ``weight`` it had.
     """
-    for name, layer in svd_layers(module).items():
-        become(layer, layer.dense())
+    names = list(svd_layers(module))
+    make_dense(module)
+    for name in names:
         module.get_submodule(name).weight = weights[name]
     return module
 

@@ -37,6 +37,13 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
 
     Raises:
         ValueError: If ``matrix`` holds NaN or infinity, or has no entries.
+
+    Example:
+        >>> U, s, V = svd(torch.tensor([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]))
+        >>> U.shape, s.tolist(), V.shape
+        (torch.Size([3, 2]), [3.0, 2.0], torch.Size([2, 2]))
+        >>> reconstruct(U, s, V).tolist()
+        [[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]
     """
     if matrix.ndim != 2 or matrix.numel() == 0:
         raise ValueError(f"`{name}`: expected a non-empty matrix, got shape {tuple(matrix.shape)}")
@@ -45,9 +52,14 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
         raise ValueError(f"`{name}`: expected finite weights, got {bad} NaN or infinite of {matrix.numel()}")
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
         wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-        U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+        if matrix.shape[0] >= matrix.shape[1]:
+            U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+            V = Vh.mT
+        else:  # LAPACK takes several times as long for a wide matrix as for its transpose
+            V, s, Uh = torch.linalg.svd(wide.mT, full_matrices=False)
+            U = Uh.mT
         signs = _column_signs(U)
-        return Factors(U * signs, s, Vh.mT * signs)
+        return Factors(U * signs, s, V * signs)
 
 
 def _column_signs(U: Tensor) -> Tensor:
@@ -66,6 +78,11 @@ def truncate(factors: Factors, kept: Tensor) -> Factors:
     Args:
         factors: U (m, r), s (r,), V (n, r).
         kept: Their indices (k,); not a mask, whose count would have to be asked of the device.
+
+    Example:
+        >>> factors = svd(torch.tensor([[3.0, 0.0], [0.0, -2.0]]))
+        >>> reconstruct(*truncate(factors, torch.tensor([0]))).tolist()
+        [[3.0, 0.0], [0.0, 0.0]]
     """
     U, s, V = factors
     return Factors(U.index_select(1, kept), s.index_select(0, kept), V.index_select(1, kept))
@@ -82,6 +99,10 @@ def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
     Args:
         s: Singular values (r,), in any order, of a matrix of shape ``shape``.
         shape: (m, n).
+
+    Example:
+        >>> numerical_rank(torch.tensor([5.0, 1.0, 1e-9]), (3, 3))
+        2
     """
     magnitudes = s.detach().abs()
     if magnitudes.numel() == 0:
@@ -91,13 +112,29 @@ def numerical_rank(s: Tensor, shape: tuple[int, int]) -> int:
 
 
 def stable_rank(s: Tensor) -> float:
-    """``|W|_F^2 / |W|_2^2``, between 1 and the rank; 0 for a zero matrix (Rudelson and Vershynin 2007)."""
+    """``|W|_F^2 / |W|_2^2``, between 1 and the rank; 0 for a zero matrix (Rudelson and Vershynin 2007).
+
+    Args:
+        s: Singular values (r,), in any order.
+
+    Example:
+        >>> stable_rank(torch.ones(4)), stable_rank(torch.tensor([2.0, 1.0, 1.0]))
+        (4.0, 1.5)
+    """
     scaled = _scaled(s)
     return float(scaled.square().sum())
 
 
 def effective_rank(s: Tensor) -> float:
-    """``exp(entropy(s / sum(s)))``, between 1 and the rank; 0 for a zero matrix (Roy and Vetterli 2007)."""
+    """``exp(entropy(s / sum(s)))``, between 1 and the rank; 0 for a zero matrix (Roy and Vetterli 2007).
+
+    Args:
+        s: Singular values (r,), in any order.
+
+    Example:
+        >>> round(effective_rank(torch.ones(4)), 3), round(effective_rank(torch.tensor([2.0, 1.0, 1.0])), 3)
+        (4.0, 2.828)
+    """
     scaled = _scaled(s)
     total = scaled.sum()
     if total == 0:
@@ -114,6 +151,11 @@ def energy_rank(s: Tensor, share: float) -> int:
     Args:
         s: Singular values (r,), in any order.
         share: In (0, 1].
+
+    Example:
+        >>> s = torch.tensor([3.0, 2.0, 1.0])  # energies 9, 4 and 1
+        >>> energy_rank(s, 0.6), energy_rank(s, 0.9), energy_rank(s, 1.0)
+        (1, 2, 3)
     """
     energies = _scaled(s).square().sort(descending=True).values.cumsum(0)
     if energies.numel() == 0 or energies[-1] == 0:

@@ -6,6 +6,7 @@ added to ``.grad`` after the backward pass, so the user's loss stays what it is.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,19 +18,25 @@ from lightning_svd.layers import SVDLayer
 
 ValueAndGradient = tuple[Tensor, Tensor]
 LARGE = 1 << 16  # entries of a factor from which copying it beside its like costs more than a kernel's launch
+COLUMNS = 64  # of a Gram matrix that are computed in one step, where a step's number is given
 
 
-def orthogonality(factor: Tensor) -> ValueAndGradient:
+def orthogonality(factor: Tensor, columns: slice = slice(None)) -> ValueAndGradient:
     """``|A^T A - I|_F^2 / r^2`` for factors A (..., n, r) and its gradient ``4 A (A^T A - I) / r^2``.
 
     The penalty of Yang et al. 2020 (equation 3) for one of the two factors, r being the ranks A has. Leading
     dimensions hold factors of several layers; the value has one entry for each.
+
+    Args:
+        factor: A (..., n, r).
+        columns: Those b columns of the Gram matrix that the value sums over; the gradient (..., n, b) is exactly that
+            of the whole penalty for these columns of A, at b / r of the cost.
     """
     scale = 1.0 / max(1, factor.shape[-1]) ** 2
     # In manual optimization steps are taken under autocast, whose half-precision products would drown the defect.
     with torch.autocast(factor.device.type, enabled=False):
-        defect = factor.mT @ factor
-        defect.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+        defect = factor.mT @ factor[..., columns]
+        defect.diagonal(-(columns.start or 0), -2, -1).sub_(1.0)
         return defect.square().sum((-2, -1)) * scale, (factor @ defect).mul_(4.0 * scale)
 
 
@@ -90,6 +97,7 @@ def add_gradients(
     sparsity_weight: float = 0.0,
     scale: float = 1.0,
     only: Collection[nn.Parameter] | None = None,
+    step: int | None = None,
 ) -> Penalties:
     """Add the weighted regularisers' gradient to ``.grad`` of the kept ranks; call it between backward and step.
 
@@ -103,11 +111,13 @@ def add_gradients(
         sparsity_weight: Factor of the sparsity penalty.
         scale: Of the gradients that are there, a loss scaler's for instance.
         only: Those factors that get a gradient, where an optimizer holds some of them; None for all.
+        step: Number of the training step. Given, each step computes up to ``COLUMNS`` columns of each Gram matrix, the
+            next ones each time and weighted up, so that all are pulled as strongly over a few steps while the
+            products of a wide layer stay a small share of its own. None: all columns.
 
     Returns:
-        The penalties, each without its weight.
+        The penalties, each without its weight; estimated from the columns whose turn it is.
     """
-
     factors, values = [], []
     for layer in layers:
         kept = layer.factors()
@@ -115,8 +125,10 @@ def add_gradients(
         values.append(_Part(layer.s, kept.s, layer.kept))
     defects, ranks, orthogonalities, sparsities = [], 0, [], []
     for group in _alike(factors):
-        penalties = _add(group, orthogonality, scale * orthogonality_weight, only)
         rank = group[0].value.shape[-1]
+        columns, turns = _turn(rank, step)
+        penalty = functools.partial(orthogonality, columns=columns)
+        penalties = turns * _add(group, penalty, turns * scale * orthogonality_weight, only, columns)
         orthogonalities.append(penalties.sum())
         defects.append(penalties.sum() * rank**2)
         ranks += rank * len(group)
@@ -138,6 +150,16 @@ class _Part(NamedTuple):
     kept: Tensor | None
 
 
+def _turn(rank: int, step: int | None) -> tuple[slice, int]:
+    """The columns whose turn it is in this step, and in how many steps each has its turn."""
+    turns = 1 if step is None else max(1, -(-rank // COLUMNS))
+    if step is None or turns == 1:
+        return slice(None), 1
+    width = -(-rank // turns)
+    start = step % turns * width
+    return slice(start, start + width), turns
+
+
 def _alike(parts: Iterable[_Part]) -> Iterable[list[_Part]]:
     """Groups of one shape, so that many small layers cost one kernel and not one each; large ones stay alone."""
     groups: dict[object, list[_Part]] = {}
@@ -153,8 +175,9 @@ def _add(
     penalty: Callable[[Tensor], ValueAndGradient],
     weight: float,
     only: Collection[nn.Parameter] | None,
+    columns: slice = slice(None),
 ) -> Tensor:
-    """Add the weighted gradient of each part's penalty to its parameter's; returns the penalties."""
+    """Add the weighted gradient of each part's penalty to these columns of its parameter's; returns the penalties."""
     wide = torch.promote_types(group[0].value.dtype, torch.float32)
     if len(group) == 1:
         penalties, gradient = penalty(group[0].value.to(wide))
@@ -164,17 +187,17 @@ def _add(
         gradients = stacked.unbind()
     for part, gradient in zip(group, gradients, strict=True):
         if only is None or part.parameter in only:
-            _accumulate(part.parameter, gradient, weight, part.kept)
+            _accumulate(part.parameter, gradient, weight, columns if part.kept is None else part.kept[columns])
     return penalties
 
 
-def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, kept: Tensor | None) -> None:
+def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, columns: slice | Tensor) -> None:
     if weight == 0.0 or not parameter.requires_grad:
         return
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     gradient = gradient.to(parameter.grad.dtype)
-    if kept is None:
-        parameter.grad.add_(gradient, alpha=weight)
+    if isinstance(columns, slice):
+        parameter.grad[..., columns].add_(gradient, alpha=weight)
     else:
-        parameter.grad.index_add_(-1, kept, gradient, alpha=weight)
+        parameter.grad.index_add_(-1, columns, gradient, alpha=weight)

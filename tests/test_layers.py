@@ -335,3 +335,17 @@ def test_compact_shrinks_storage_and_nothing_else(kind, frozen):
     assert layer.spectrum() == spectrum
     assert_same(layer(x), before, layer.matrix_shape)
     assert {p.requires_grad for p in (layer.U, layer.s, layer.V)} == {not frozen}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", DENSE)
+def test_pruned_compacted_and_plain_forms_compute_the_same(kind, mask, dtype):
+    _, layer, x = factorise(kind, dtype)
+    prune(layer, mask)
+    small = copy.deepcopy(layer)
+    small.compact()
+    expected = layer.forward_rebuilt(x)
+    forms = [layer.forward_factored, small.forward_rebuilt, small.forward_factored, layer.factored(), layer.dense()]
+    for form in forms:
+        assert_same(form(x), expected, layer.matrix_shape, factor=8)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_svd.factorization import roundoff
-from lightning_svd.regularizers import SPARSITY, add_gradients, hoyer, orthogonality
+from lightning_svd.regularizers import COLUMNS, SPARSITY, add_gradients, hoyer, orthogonality
 from lightning_svd.surgery import decompose, svd_layers
 
 FORMULAS = {
@@ -204,3 +204,34 @@ def test_layers_of_one_shape_computed_together_get_what_each_gets_alone(sparsity
         if q.grad is not None:
             assert_same(p.grad, q.grad, (9, 7))
     assert_same(penalties.sparsity, sum(one.sparsity for one in singly), (9, 7))
+
+
+@pytest.mark.parametrize("ranks", [COLUMNS - 1, COLUMNS, COLUMNS + 1, 3 * COLUMNS, 3 * COLUMNS + 7])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_over_its_turns_every_column_is_pulled_as_by_the_whole_gram_matrix(ranks, pruned):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Linear(ranks + 5, ranks, dtype=torch.float64) for _ in range(2)))
+    decompose(net)
+    with torch.no_grad():
+        for layer in net:
+            layer.U.add_(0.1 * torch.randn_like(layer.U))
+            layer.V.add_(0.1 * torch.randn_like(layer.V))
+            if pruned:
+                layer.keep(torch.arange(ranks) % 5 != 2)
+    whole, turns = copy.deepcopy(net), -(-net[0].rank // COLUMNS)
+    expected = add_gradients(whole, 0.7, None)
+    penalties = [add_gradients(net, 0.7, None, step=3 + step) for step in range(turns)]
+    for p, q in zip(net.parameters(), whole.parameters(), strict=True):
+        if q.grad is not None:
+            assert_same(p.grad / turns, q.grad, (ranks + 5, ranks))
+    mean = sum(penalty.orthogonality for penalty in penalties) / turns
+    assert_same(mean, expected.orthogonality, (ranks + 5, ranks))
+
+
+def test_a_step_touches_only_the_columns_whose_turn_it_is():
+    layer = nn.Sequential(nn.Linear(2 * COLUMNS, 2 * COLUMNS))
+    decompose(layer)
+    with torch.no_grad():
+        layer[0].U.mul_(1.1)
+    add_gradients(layer, sparsity=None, step=1)
+    assert not layer[0].U.grad[:, :COLUMNS].any() and layer[0].U.grad[:, COLUMNS:].any()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from lightning_svd.arguments import check_choice, check_count, check_share, chec
 from lightning_svd.checkpoint_io import SVDCheckpointIO
 from lightning_svd.checkpoints import VERSION, check_version
 from lightning_svd.costs import ModelCost, Unit, count_params, svd_layers
+from lightning_svd.guard import MetricGuard, guard_on
+from lightning_svd.latency import time_layers
+from lightning_svd.monitor import SpectrumHistory
 from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors
 from lightning_svd.pairs import CONV_MODES
 from lightning_svd.ranks import keep_by_budget, keep_by_energy, share_above, smallest_cost
@@ -34,6 +39,7 @@ from lightning_svd.trainers import (
     gradient_scale,
     is_trial,
     log_interval,
+    metric,
     steps_done,
     total_steps,
     unwrap_configure_model,
@@ -73,10 +79,17 @@ class SVDTrainingCallback(Callback):
         rank_updates: In how many cuts they fall.
         min_rank: Fewest ranks that a layer keeps.
         round_to: Ranks are multiples of this, for hardware that likes them so.
+        monitor: Name of a logged metric; the report says what the pruning cost in it.
+        mode: "min" if less of it is better, "max" if more is; to be given with ``monitor``.
+        max_metric_drop: How far the metric may fall below its best, in its own unit, before pruning pauses until it
+            has recovered. The budget may then not be met, which the report says. None: the budget is met.
+        measure_latency: After the fit, time each layer on this machine, dense and as factors, for inputs as they were
+            counted; the report shows the times, and a layer that is no faster as factors becomes dense again.
         final: The model after the fit: "factored" (pairs of plain torch layers), "dense" (plain layers of the
             original shapes), "decomposed" (this package's layers, compacted).
         log_every_n_steps: How often scalars are logged; None for the Trainer's.
-        log_spectrum_every_n_epochs: How often spectra are drawn in W&B; 0 for only at the start and the end.
+        log_spectrum_every_n_epochs: How often spectra are drawn in W&B and TensorBoard; 0 for only at the start and
+            the end.
 
     Attributes:
         plan: What became of each layer, after the fit was set up.
@@ -105,6 +118,10 @@ class SVDTrainingCallback(Callback):
         rank_updates: int = 20,
         min_rank: int = 1,
         round_to: int = 1,
+        monitor: str | None = None,
+        mode: str | None = None,
+        max_metric_drop: float | None = None,
+        measure_latency: bool = False,
         final: str = "factored",
         log_every_n_steps: int | None = None,
         log_spectrum_every_n_epochs: int = 1,
@@ -126,6 +143,7 @@ class SVDTrainingCallback(Callback):
         check_count("rank_updates", rank_updates)
         check_count("min_rank", min_rank)
         check_count("round_to", round_to)
+        guard_on(monitor, mode, max_metric_drop)
         check_choice("final", final, ("factored", "dense", "decomposed"))
         if log_every_n_steps is not None:
             check_count("log_every_n_steps", log_every_n_steps)
@@ -147,6 +165,10 @@ class SVDTrainingCallback(Callback):
         self.rank_updates = rank_updates
         self.min_rank = min_rank
         self.round_to = round_to
+        self.monitor = monitor
+        self.mode = mode
+        self.max_metric_drop = max_metric_drop
+        self.measure_latency = measure_latency
         self.final = final
         self.log_every_n_steps = log_every_n_steps
         self.log_spectrum_every_n_epochs = log_spectrum_every_n_epochs
@@ -154,6 +176,7 @@ class SVDTrainingCallback(Callback):
         self.plan: list[LayerPlan] = []
         self.report: SVDReport | None = None
         self._run: SVDRun | None = None
+        self._spectra: SpectrumHistory | None = None
         self._interrupted: dict[str, Any] = {}
         self._before_trial: dict[str, Any] = {}
         self._finished: weakref.ref[nn.Module] | None = None
@@ -184,7 +207,9 @@ class SVDTrainingCallback(Callback):
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
         self.plan = decompose(pl_module, self.target_modules, self.exclude_modules, self.conv_mode)
         layers = svd_layers(pl_module)
-        self.report, self._run = None, SVDRun(layers, {name: weights[f"{name}.weight"] for name in layers})
+        guard = guard_on(self.monitor, self.mode, self.max_metric_drop)
+        dense_weights = {name: weights[f"{name}.weight"] for name in layers}
+        self.report, self._run = None, SVDRun(layers, dense_weights, guard=guard)
         rank_zero_info(plan_table(self.plan))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -225,7 +250,11 @@ class SVDTrainingCallback(Callback):
             return
         cuts = cut_steps(self._run.total_steps, self.sparsify_start, self.sparsify_end, self.rank_updates)
         self._run.cuts = [step for step in cuts if step > self._run.last_cut]
-        self._draw_spectra(trainer)
+        shapes = {name: layer.matrix_shape for name, layer in self._run.layers.items()}
+        self._spectra = SpectrumHistory(shapes, self._run.spectra_before)
+        if trainer.is_global_zero:
+            monitor.log_start(trainer.loggers, self.arguments, self.plan, trainer.global_step)
+        self._draw_spectra(trainer, trainer.current_epoch)
 
     # ------------------------------------------------------------------------------------------------- every step
 
@@ -271,17 +300,17 @@ class SVDTrainingCallback(Callback):
             trained.gradients_added = True
 
     def _add_gradients(self, run: SVDRun, trainer: Trainer, trained: OptimizerOfFactors, scale: float) -> None:
-        ramp = strength(
-            steps_done(trainer) / run.total_steps, self.sparsify_start, self.sparsify_end, self.sparsity_schedule
-        )
-        run.strength = self.sparsity_weight * ramp
+        step = steps_done(trainer)
+        progress = run.clock(step) / run.total_steps
+        ramp = strength(progress, self.sparsify_start, self.sparsify_end, self.sparsity_schedule)
+        run.set_strength(step, 0.0 if run.paused else self.sparsity_weight * ramp)
         if trainer.lightning_module.automatic_optimization:
             # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
             scale *= run.backwards / trainer.accumulate_grad_batches
         layers = trained.layers
         if layers and scale:
             run.penalties = add_gradients(
-                layers, self.orthogonality_weight, self.sparsity, run.strength, scale, trained.held()
+                layers, self.orthogonality_weight, self.sparsity, run.strength, scale, trained.held(), step
             )
 
     def on_train_batch_end(
@@ -295,15 +324,25 @@ class SVDTrainingCallback(Callback):
         done = steps_done(trainer)
         if trainer.global_step > 0 and not is_trial(trainer):
             run.dense_weights = {}
-        if self.should_prune(done):
+        if not run.paused and self.should_prune(run.clock(done)):
             self._cut_ranks(run, trainer, done)
         if done % (self.log_every_n_steps or log_interval(trainer)) == 0:
-            pl_module.log_dict(monitor.scalars(run), batch_size=1)
+            monitor.log_scalars(pl_module, run)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is None or self._run.guard is None:
+            return
+        if trainer.sanity_checking:
+            metric(trainer, self._run.guard.monitor)  # a name that nobody logs is refused before the first batch
+        else:
+            self._see_metric(trainer, self._run, self._run.guard)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None and self._run.guard is not None and not trainer.enable_validation:
+            self._see_metric(trainer, self._run, self._run.guard)
         every = self.log_spectrum_every_n_epochs
         if every and (trainer.current_epoch + 1) % every == 0:
-            self._draw_spectra(trainer)
+            self._draw_spectra(trainer, trainer.current_epoch + 1)
 
     # ---------------------------------------------------------------------------------------------------- the end
 
@@ -312,13 +351,10 @@ class SVDTrainingCallback(Callback):
         if run is None:
             return
         if run.cuts:
-            warning = (
-                f"the fit ended at step {steps_done(trainer)} of {run.total_steps}, before the last rank cut at step "
-                f"{run.cuts[-1]}: the target, {self.target:g} of the {self.target_name}, was not reached"
-            )
+            warning = self._why_not_reached(run, steps_done(trainer))
             run.warnings.append(warning)
             rank_zero_warn(f"SVD training: {warning}")
-        self._draw_spectra(trainer)
+        self._draw_spectra(trainer, trainer.current_epoch, last=True)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_train_end, where checkpoints and averaging callbacks still act on the model as it was trained.
@@ -331,14 +367,18 @@ class SVDTrainingCallback(Callback):
             self._before_trial = {}
             return
         cost = run.cost or count_params(pl_module)
-        self.report = report_on(
-            self.plan, run.layers, cost, run.spectra_before, run.timeline, run.warnings, all_dense=self.final == "dense"
+        if self.measure_latency:
+            cost = self._with_latency(run, trainer, cost)
+        self.report = replace(
+            report_on(self.plan, run.layers, cost, run.spectra_before, all_dense=self.final == "dense"),
+            **run.history(),
+            arguments=self.arguments,
         )
         _FINISH[self.final](pl_module, cost)
         self._finished = weakref.ref(pl_module)
         rank_zero_info(str(self.report))
         if trainer.is_global_zero:
-            monitor.log_layer_table(trainer.loggers, self.report, trainer.global_step)
+            monitor.log_end(trainer.loggers, self.report, trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._abandon(pl_module)  # a tuner's early exit comes here past `on_fit_end` and `on_exception`
@@ -365,10 +405,22 @@ class SVDTrainingCallback(Callback):
         if self._run is not None and "last_cut" in state_dict:
             self._run.load_state_dict(state_dict)
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
+        names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
+        return {name: vars(self)[name] for name in names if name in vars(self)} | {
+            _ARGUMENT[self.target_name]: self.target
+        }
+
     # -------------------------------------------------------------------------------------------------- decisions
 
     def should_prune(self, step: int) -> bool:
-        """Whether ranks are cut after this optimizer step; override it to choose other moments."""
+        """Whether ranks are cut after this optimizer step; override it to choose other moments.
+
+        Args:
+            step: Optimizer steps so far, those in pauses of ``max_metric_drop`` not counted.
+        """
         return self._run is not None and bool(self._run.cuts) and step >= self._run.cuts[0]
 
     def choose_ranks(self, energies: dict[str, torch.Tensor], cost: ModelCost) -> dict[str, int]:
@@ -384,6 +436,26 @@ class SVDTrainingCallback(Callback):
         return keep_by_budget(energies, cost, self.target * cost.dense(unit), unit, self.min_rank, self.round_to)
 
     # ------------------------------------------------------------------------------------------------------ parts
+
+    def _with_latency(self, run: SVDRun, trainer: Trainer, cost: ModelCost) -> ModelCost:
+        # One decision for all processes, whose clocks differ.
+        timed: ModelCost = trainer.strategy.broadcast(time_layers(cost, run.layers))
+        slower = [
+            name for name, rank in run.ranks().items() if cost.layers[name].pays(rank) > timed.layers[name].pays(rank)
+        ]
+        if slower and self.final != "dense":
+            run.warnings.append(
+                f"{len(slower)} layers are dense because their factors are no faster here ({', '.join(slower[:8])}): "
+                f"{timed.ratio(run.ranks(), 'macs'):.1%} of the MACs, not {cost.ratio(run.ranks(), 'macs'):.1%}"
+            )
+        return timed
+
+    def _why_not_reached(self, run: SVDRun, done: int) -> str:
+        missed = f"the target, {self.target:g} of the {self.target_name}, was not reached"
+        last = run.cuts[-1]
+        if run.guard and run.guard.pauses:
+            return f"pruning paused for {done - run.clock(done)} steps because `{self.monitor}` had fallen: {missed}"
+        return f"the fit ended at step {done} of {run.total_steps}, before the last rank cut at step {last}: {missed}"
 
     def _stop_watching_costs(self, batch: Any, trained: bool = False) -> None:
         run = self._run
@@ -407,8 +479,9 @@ class SVDTrainingCallback(Callback):
             )
 
     def _cut_ranks(self, run: SVDRun, trainer: Trainer, step: int) -> None:
-        last = step >= run.cuts[-1]
-        progress = step / run.total_steps
+        clock = run.clock(step)
+        last = clock >= run.cuts[-1]
+        progress = clock / run.total_steps
         removed = 1.0 if last else removal(progress, self.sparsify_start, self.sparsify_end, self.budget_schedule)
         # One decision for all processes: ranks that differ between them would diverge and never say so.
         masks = trainer.strategy.broadcast(run.choose_masks(removed, self.choose_ranks))
@@ -416,14 +489,22 @@ class SVDTrainingCallback(Callback):
         if change is not None:
             rank_zero_info(f"SVD training: {change}")
 
-    def _draw_spectra(self, trainer: Trainer) -> None:
-        run = self._run
-        if run is None or run.drawn_at == trainer.global_step or not trainer.is_global_zero:
-            return
-        run.drawn_at = trainer.global_step
-        monitor.log_spectra(trainer.loggers, run.spectra(), run.spectra_before, trainer.global_step)
+    def _see_metric(self, trainer: Trainer, run: SVDRun, guard: MetricGuard) -> None:
+        value = metric(trainer, guard.monitor)
+        step = steps_done(trainer)
+        falling = bool(run.cuts) and run.clock(step) >= self.sparsify_start * run.total_steps
+        # One decision for all processes, which may have logged different values.
+        fallen = trainer.strategy.reduce_boolean_decision(falling and guard.has_fallen(value), all=False)
+        change = guard.see(step, value, fallen)
+        if change is not None:
+            rank_zero_info(f"SVD training: `{guard.monitor}`: pruning {change}")
+
+    def _draw_spectra(self, trainer: Trainer, epoch: int, last: bool = False) -> None:
+        if self._run is not None and self._spectra is not None and trainer.is_global_zero:
+            self._spectra.draw(trainer.loggers, self._run.spectra, epoch, trainer.global_step, last)
 
 
+_ARGUMENT = {"macs": "target_macs", "params": "target_params", "energy": "energy_threshold"}
 _FINISH = {"factored": make_factored, "dense": lambda module, cost: make_dense(module), "decomposed": compact}
 
 
@@ -435,4 +516,4 @@ def _target(**targets: float | None) -> tuple[Any, float]:
     if len(given) > 1:
         raise ValueError(f"give one of {', '.join(f'`{name}`' for name in targets)}, got {', '.join(given)}")
     name, value = next(iter(given.items()), ("target_macs", DEFAULT_TARGET_MACS))
-    return {"target_macs": "macs", "target_params": "params", "energy_threshold": "energy"}[name], float(value)
+    return next(kind for kind, argument in _ARGUMENT.items() if argument == name), float(value)

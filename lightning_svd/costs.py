@@ -23,6 +23,14 @@ Unit = Literal["macs", "params"]
 
 
 @dataclass(frozen=True)
+class LayerLatency:
+    """Measured seconds of one layer for the inputs that were counted, as a dense layer and as two factors."""
+
+    dense: float
+    factored: float
+
+
+@dataclass(frozen=True)
 class LayerCost:
     """Cost of one layer, as a dense layer and per kept rank as two factors.
 
@@ -31,12 +39,16 @@ class LayerCost:
         params_per_rank: Entries of both factors for each rank.
         dense_macs: MACs of the dense layer in the forward pass that was counted; 0 if none was.
         macs_per_rank: MACs of both factors for each rank in that pass; 0 if none was.
+        input_shapes: Of the layer's inputs in that pass, batch included.
+        latency: At its present rank; None if it was not measured.
     """
 
     dense_params: int
     params_per_rank: int
     dense_macs: int = 0
     macs_per_rank: int = 0
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    latency: LayerLatency | None = None
 
     @property
     def break_even(self) -> int:
@@ -45,6 +57,10 @@ class LayerCost:
         if not self.macs_per_rank:
             return by_params
         return min(by_params, (self.dense_macs - 1) // self.macs_per_rank)
+
+    def pays(self, rank: int) -> bool:
+        """Whether two factors of this rank are better than the dense layer: cheaper and, if measured, faster."""
+        return rank <= self.break_even and (self.latency is None or self.latency.factored < self.latency.dense)
 
     def dense(self, unit: Unit) -> int:
         """MACs or parameters of the dense layer."""
@@ -55,8 +71,8 @@ class LayerCost:
         return self.macs_per_rank if unit == "macs" else self.params_per_rank
 
     def at(self, rank: int, unit: Unit) -> int:
-        """MACs or parameters at this rank: two factors up to the break-even rank, dense beyond it."""
-        return rank * self.per_rank(unit) if rank <= self.break_even else self.dense(unit)
+        """MACs or parameters at this rank: two factors where they pay, dense beyond."""
+        return rank * self.per_rank(unit) if self.pays(rank) else self.dense(unit)
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,24 @@ def count_params(module: nn.Module) -> ModelCost:
     factors = {id(p) for layer in layers.values() for p in (layer.U, layer.s, layer.V)}
     costs = {name: LayerCost(layer.dense_params, layer.params_per_rank) for name, layer in layers.items()}
     return ModelCost(costs, sum(p.numel() for p in module.parameters() if id(p) not in factors))
+
+
+def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
+    """The cost of ``module`` in MACs and parameters.
+
+    Args:
+        module: With factorised layers or without; run once, as in evaluation and without gradients.
+        example_input: What it is called with, a tuple for several arguments, the first one's first dimension the batch.
+    """
+    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    modes = {child: child.training for child in module.modules()}
+    try:
+        with CostMeter(module.eval()) as meter, torch.no_grad():
+            module(*arguments)
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+    return meter.cost(batch_size=len(arguments[0]))
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -183,6 +217,7 @@ class CostMeter:
                 params.layers[name].params_per_rank,
                 sum(layer.dense_macs(shape) for shape in self._shapes[name]),
                 sum(layer.macs_per_rank(shape) for shape in self._shapes[name]),
+                tuple(self._shapes[name]),
             )
             for name, layer in self._layers.items()
         }

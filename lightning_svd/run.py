@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_svd.costs import CostMeter, LayerCost, ModelCost, Unit
+from lightning_svd.guard import MetricGuard
 from lightning_svd.layers import SVDLayer
 from lightning_svd.optimizers import OptimizerOfFactors, forget_pruned
 from lightning_svd.ranks import interpolate, strongest
@@ -29,16 +30,17 @@ class SVDRun:
         layers: The factorised layers by name.
         dense_weights: The weights before they were factorised, to undo a run exactly; empty once it has stepped.
         total_steps: Optimizer steps of the whole run.
-        cuts: Steps after which ranks are still to be cut, ascending.
+        cuts: When ranks are still to be cut by the :meth:`clock`, ascending.
         cost: Of the model; None until a forward pass was counted.
         penalties: The regularisers' values in the last step.
         strength: The sparsity weight in the last step.
         timeline: Every rank change so far.
+        strengths: (step, sparsity weight) about a hundred times in the run.
         warnings: What the user should know at the end.
         batch: The present batch, while its forward pass is counted.
         backwards: Backward passes since the last optimizer step.
-        last_cut: The step of the last cut.
-        drawn_at: The step at which spectra were last drawn.
+        guard: What watches the user's metric; None if there is none to watch.
+        last_cut: The :meth:`clock` at the last cut.
     """
 
     layers: dict[str, SVDLayer]
@@ -49,11 +51,12 @@ class SVDRun:
     penalties: Penalties | None = None
     strength: float = 0.0
     timeline: list[RankChange] = field(default_factory=list)
+    strengths: list[tuple[int, float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     batch: Any = None
     backwards: int = 0
+    guard: MetricGuard | None = None
     last_cut: int = 0
-    drawn_at: int = -1
     _meter: CostMeter | None = None
     _optimizers: dict[int, OptimizerOfFactors] = field(default_factory=dict)
 
@@ -123,6 +126,15 @@ class SVDRun:
 
     # Ranks
 
+    @property
+    def paused(self) -> bool:
+        """Whether ranks must not fall now."""
+        return self.guard is not None and self.guard.paused
+
+    def clock(self, step: int) -> int:
+        """Where the schedule of ranks and strengths stands after this step: it stands still in pauses."""
+        return step - (self.guard.steps_paused(step) if self.guard else 0)
+
     def choose_masks(self, removed: float, choose_ranks: ChooseRanks) -> dict[str, Tensor]:
         """The ranks to keep, on the way to what ``choose_ranks`` says now; changes nothing.
 
@@ -159,29 +171,53 @@ class SVDRun:
         for name, layer in self.layers.items():
             layer.keep(masks[name].to(layer.mask.device))
         forget_pruned(optimizers, self.layers.values())
-        self.last_cut, self.cuts = step, [later for later in self.cuts if later > step]
+        self.last_cut = self.clock(step)
+        self.cuts = [later for later in self.cuts if later > self.last_cut]
         if self.ranks() == before:
             return None
         change = RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params"))
         self.timeline.append(change)
         return change
 
+    def history(self) -> dict[str, Any]:
+        """What happened, as fields of a report."""
+        happened: dict[str, Any] = {
+            "timeline": tuple(self.timeline),
+            "warnings": tuple(self.warnings),
+            "strengths": tuple(self.strengths),
+        }
+        if self.guard:
+            happened |= {"metric": self.guard.monitor, "metric_values": tuple(self.guard.values)}
+            happened |= {"pauses": tuple(self.guard.pauses)}
+        return happened
+
+    def set_strength(self, step: int, strength: float) -> None:
+        """The sparsity weight of the step that follows ``step`` others; remembered now and then for the report."""
+        self.strength = strength
+        if step % max(1, self.total_steps // 100) == 0 and (not self.strengths or self.strengths[-1][0] < step):
+            self.strengths.append((step, strength))
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the factors: numbers, strings, lists and dicts."""
         return {
             "last_cut": self.last_cut,
             "timeline": [asdict(change) for change in self.timeline],
+            "strengths": list(self.strengths),
             "warnings": list(self.warnings),
             "spectra_before": self.spectra_before,
             "cost": asdict(self.cost) if self.cost else None,
+            "guard": self.guard.state_dict() if self.guard else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self.last_cut = state["last_cut"]
         self.timeline = [RankChange(**change) for change in state["timeline"]]
+        self.strengths = [(step, strength) for step, strength in state["strengths"]]
         self.warnings = list(state["warnings"])
         self.spectra_before = state["spectra_before"]
+        if self.guard and state["guard"]:
+            self.guard.load_state_dict(state["guard"])
         if state["cost"]:
             layers = {name: LayerCost(**cost) for name, cost in state["cost"]["layers"].items()}
             self.cost = ModelCost(**(state["cost"] | {"layers": layers}))

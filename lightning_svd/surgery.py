@@ -11,12 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_svd.costs import ModelCost, count_params, svd_layers
+from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
+from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
 from lightning_svd.pairs import CONV_MODES, MARK, conv_matrix_shape
 
@@ -77,8 +78,8 @@ def plan(
     layers = {
         name: child for name, child in module.named_modules() if _holds_matrix(child) or isinstance(child, SVDLayer)
     }
-    targeted = _matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
-    excluded = _matching(layers, exclude_modules, "exclude_modules")
+    targeted = matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
+    excluded = matching(layers, exclude_modules, "exclude_modules")
     reasons = _Reasons(module, targeted, excluded, conv_mode)
     return [_plan_layer(name, layer, conv_mode, reasons.why_not(name, layer)) for name, layer in layers.items()]
 
@@ -118,29 +119,34 @@ def decompose(
     return layer_plans
 
 
-def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
+def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
     """Drop what is pruned, in place: storage shrinks, and layers that factors do not help become plain again.
 
     Args:
         module: With factorised layers; not while an optimizer holds them.
-        cost: Of the module with MACs, from a :class:`~lightning_svd.costs.CostMeter`; without it a layer is dense
+        cost: Of the module with MACs, from :func:`~lightning_svd.costs.count_costs`; without it a layer is dense
             again when its factors have no fewer parameters.
+        example_input: What ``module`` is called with, a tuple for several arguments. Given, both forms of each layer
+            are timed on this machine for such an input, and a layer that is no faster as factors is dense again too.
 
     Returns:
         ``module``.
     """
+    layers = svd_layers(module)
+    if example_input is not None:
+        cost = time_layers(count_costs(module, example_input), layers)
     costs = (cost or count_params(module)).layers
-    for name, layer in svd_layers(module).items():
-        if layer.rank > costs[name].break_even:
-            become(layer, layer.dense())
-        else:
+    for name, layer in layers.items():
+        if costs[name].pays(layer.rank):
             layer.compact()
+        else:
+            become(layer, layer.dense())
     return module
 
 
-def make_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
+def make_factored(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
     """As :func:`compact`, then each factorised layer becomes two plain torch layers in sequence, in place."""
-    for layer in svd_layers(compact(module, cost)).values():
+    for layer in svd_layers(compact(module, cost, example_input)).values():
         become(layer, layer.factored())
     return module
 
@@ -166,9 +172,12 @@ def restore(module: ModuleT, weights: Mapping[str, nn.Parameter]) -> ModuleT:
     return module
 
 
-def to_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
-    """A copy of ``module`` in plain torch layers, two in sequence for each factorised one that is worth it."""
-    return make_factored(copy.deepcopy(module), cost)
+def to_factored(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
+    """A copy of ``module`` in plain torch layers, two in sequence for each factorised one that is worth it.
+
+    Arguments as for :func:`compact`.
+    """
+    return make_factored(copy.deepcopy(module), cost, example_input)
 
 
 def to_dense(module: ModuleT) -> ModuleT:
@@ -251,7 +260,7 @@ def _plan_layer(name: str, layer: nn.Module, conv_mode: str, skipped: str | None
     return replace(_seen_as_matrix(shape, conv_mode), name=name, kind=kind)
 
 
-def _matching(layers: dict[str, nn.Module], targets: Targets, argument: str) -> set[str]:
+def matching(layers: dict[str, nn.Module], targets: Targets, argument: str) -> set[str]:
     """Names of the layers that ``targets`` name."""
     if isinstance(targets, str):
         try:

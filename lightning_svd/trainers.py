@@ -80,6 +80,18 @@ def total_steps(trainer: Trainer) -> int:
     return int(steps)
 
 
+def metric(trainer: Trainer, name: str) -> float:
+    """The last value of a logged metric.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if name not in trainer.callback_metrics:
+        known = ", ".join(map(repr, trainer.callback_metrics)) or "none"
+        raise ValueError(f"`monitor` must be a metric that is logged by then, got {name!r}; there are: {known}")
+    return float(trainer.callback_metrics[name])
+
+
 def steps_done(trainer: Trainer) -> int:
     """How much of the run is done: optimizer steps or, in manual optimization, where a batch may have many, batches.
 

@@ -1,0 +1,54 @@
+"""How long layers take, measured: MACs that are saved are not always time that is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from lightning_svd.costs import LayerCost, LayerLatency, ModelCost
+from lightning_svd.layers import SVDLayer
+
+ROUNDS, SECONDS = 3, 0.003  # of each form of a layer, and at least so long each
+
+
+def time_layers(cost: ModelCost, layers: Mapping[str, SVDLayer]) -> ModelCost:
+    """``cost`` with how long each layer takes, dense and as two factors of its rank, in evaluation.
+
+    Both forms are run on this machine with inputs of the shapes that were counted. They take turns, and the
+    fastest run of each counts: whatever else the machine does can only make one slower.
+
+    Args:
+        cost: From a :class:`~lightning_svd.costs.CostMeter`; a layer that was not used in its pass is not timed.
+        layers: The factorised layers by name.
+    """
+    return replace(cost, layers={name: _timed(price, layers[name]) for name, price in cost.layers.items()})
+
+
+def _timed(price: LayerCost, layer: SVDLayer) -> LayerCost:
+    if not price.input_shapes:
+        return price
+    inputs = [layer.s.new_ones(shape) for shape in price.input_shapes]
+    return replace(price, latency=LayerLatency(*_race((layer.dense(), layer.factored()), inputs)))
+
+
+@torch.inference_mode()
+def _race(forms: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[float]:
+    """Seconds that each form takes for all inputs."""
+    timers = [
+        Timer(
+            "for x in inputs: form(x)",
+            globals={"form": form.eval(), "inputs": inputs},
+            num_threads=torch.get_num_threads(),
+        )
+        for form in forms
+    ]
+    return [
+        min(rounds)
+        for rounds in zip(
+            *([t.blocked_autorange(min_run_time=SECONDS).median for t in timers] for _ in range(ROUNDS)), strict=True
+        )
+    ]

@@ -1,5 +1,6 @@
 """SVD training for PyTorch Lightning: a callback that trains a smaller, faster model."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_svd.costs import svd_layers
@@ -11,6 +12,7 @@ from lightning_svd.surgery import LayerPlan, compact, decompose, plan, to_dense,
 
 if TYPE_CHECKING:
     from lightning_svd.callback import SVDTrainingCallback
+    from lightning_svd.spectrum_monitor import SpectrumMonitor
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "SVDLinear",
     "SVDReport",
     "SVDTrainingCallback",
+    "SpectrumMonitor",
     "add_gradients",
     "compact",
     "decompose",
@@ -36,10 +39,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # The rest of the package works in plain PyTorch; only the callback needs Lightning.
-    if name == "SVDTrainingCallback":
-        from lightning_svd.callback import SVDTrainingCallback
+# The rest of the package works in plain PyTorch; only these need Lightning.
+_CALLBACKS = {
+    "SVDTrainingCallback": "lightning_svd.callback",
+    "SpectrumMonitor": "lightning_svd.spectrum_monitor",
+}
 
-        return SVDTrainingCallback
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLBACKS:
+        return getattr(import_module(_CALLBACKS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,78 +1,62 @@
-"""The report as one self-contained HTML page."""
+"""The report as one self-contained HTML page: what it says and draws; ``page.html`` and ``page.css`` say how it looks.
+
+The charts are inline SVG. A charting library would be 4.8 MB of script in every page, and its charts keep the width
+and the colors of the screen they were drawn for; these follow a phone, a dark screen and paper by style alone.
+"""
 
 from __future__ import annotations
 
-import html
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
+from dataclasses import dataclass
+from importlib import resources
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
-from lightning_svd.report import LAYER_HEADINGS, LayerReport, SVDReport, quantity
+from lightning_svd.charts import SIZE, Axis, Band, Chart, EndLabel, Line, Mark, curve, percent, spread, staircase
+from lightning_svd.report import (
+    ARGUMENT_HEADINGS,
+    SKIPPED_HEADINGS,
+    TEXT_HEADINGS,
+    LayerReport,
+    RankChange,
+    SVDReport,
+    label,
+    quantity,
+    share,
+)
 
-COLUMNS = 3
-MOST_SPECTRA = 60
-BEFORE, AFTER, CUT = "#8c96a5", "#0f766e", "#c2410c"
+MOST_BARS = 24
+MOST_SMALL = 12
+MOST_LABELS = 24
+LABEL_LENGTH = 24
+LABEL_GAP = 34  # 13.6 of the 400 pixels that the rank chart is high
+CHANGE_HEADINGS = ("step", "epoch", "ranks", "MACs", "parameters")
+SHARE_TOP = 1.03  # a line at 100% is not cut by the edge
+FIRST_HUE, LAST_HUE = 255, 405  # blue for the first layer, through purple and red to orange for the last
+GOLDEN = (5**0.5 - 1) / 2  # lines drawn in steps of it through the model: none of its ends hides the other
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>Low-rank model report</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1f2933; --paper: #ffffff; --line: #d9dee5; --soft: #5b6675; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --ink: #e6e9ee; --paper: #14181d; --line: #313942; --soft: #9aa5b1; }}
-}}
-body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1080px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }}
-h1 {{ font-size: 1.5rem; margin: 0; }} h2 {{ font-size: 1.1rem; margin: 2.2rem 0 .3rem; }}
-p.note {{ color: var(--soft); margin: .2rem 0 .8rem; }}
-.scroll {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .8rem .3rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }}
-th:first-child, td:first-child {{ text-align: left; }}
-.warning {{ border-left: 3px solid #c2410c; padding-left: .8rem; }}
-</style>
-{library}
-</head>
-<body>
-<h1>Low-rank model report</h1>
-<p class="note">{headline}</p>
-{warnings}
-<h2>Dense against low-rank</h2>
-<div class="scroll">{comparison}</div>
-<h2>Ranks while training</h2>
-<p class="note">Share of each layer's full rank that is kept, and of the whole model's MACs and parameters (thick).</p>
-{curves}
-<h2>Spectra</h2>
-<p class="note">Singular values over their index: at the start (grey), at the end (green); dashed is the cut.</p>
-{spectra}
-<h2>Layers</h2>
-<div class="scroll">{layers}</div>
-{skipped}
-<script>
-const dark = matchMedia("(prefers-color-scheme: dark)");
-function paint() {{
-  const ink = dark.matches ? "#e6e9ee" : "#1f2933", grid = dark.matches ? "#313942" : "#e4e7ec";
-  for (const plot of document.querySelectorAll(".plotly-graph-div")) {{
-    const change = {{ "font.color": ink, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)" }};
-    for (const axis of Object.keys(plot.layout).filter((key) => /^[xy]axis/.test(key))) {{
-      change[axis + ".gridcolor"] = grid;
-      change[axis + ".zerolinecolor"] = grid;
-    }}
-    Plotly.relayout(plot, change);
-  }}
-}}
-dark.addEventListener("change", paint);
-paint();
-</script>
-</body>
-</html>
-"""
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number: a share that is kept, as a number too, and what of."""
+
+    name: str
+    ratio: float
+    number: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a layer costs, in words and as two widths for style; no widths for a sum over many layers."""
+
+    name: str
+    text: str
+    dense: str = ""
+    now: str = ""
 
 
 def render_page(report: SVDReport, comparison: Mapping[str, tuple[str, str]]) -> str:
@@ -80,86 +64,261 @@ def render_page(report: SVDReport, comparison: Mapping[str, tuple[str, str]]) ->
 
     Args:
         report: What to show.
-        comparison: Further rows of the first table: name -> (dense, low-rank).
+        comparison: What else was measured: name -> (dense, low-rank).
     """
-    from plotly.offline import get_plotlyjs
-
-    rows = {name: tuple(pair) for name, pair in comparison.items()} | {
-        "MACs per input": (quantity(report.dense_macs), f"{quantity(report.macs)} ({report.macs_ratio:.1%})"),
-        "Parameters": (quantity(report.dense_params), f"{quantity(report.params)} ({report.params_ratio:.1%})"),
-    }
-    factored = sum(layer.form == "factored" for layer in report.layers)
-    return _PAGE.format(
-        library=f"<script>{get_plotlyjs()}</script>",
-        headline=f"{factored} of {len(report.layers)} factorised layers ended as two low-rank layers, "
-        f"with {report.rank_ratio:.1%} of all ranks kept.",
-        warnings="".join(f'<p class="warning">{html.escape(warning)}</p>' for warning in report.warnings),
-        comparison=_table(("", "dense", "low-rank"), ((name, *pair) for name, pair in rows.items())),
-        curves=_div(_rank_curves(report)) if report.timeline else "<p>No rank was changed.</p>",
-        spectra=_div(_spectra(_heaviest(report.layers))),
-        layers=_table(LAYER_HEADINGS, (layer.cells() for layer in report.layers)),
-        skipped=_skipped(report),
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = _breakable
+    heaviest = sorted(range(len(report.layers)), key=lambda index: -_cost(report, report.layers[index])[0])
+    return environment.from_string(_source("page.html")).render(
+        style=Markup(_source("page.css")),
+        script=Markup(_source("page.js")),
+        size=SIZE,
+        report=report,
+        facts=_facts(report),
+        tiles=_tiles(report),
+        comparison=comparison,
+        charts=_run_charts(report),
+        rank_chart=_rank_chart(report) if report.timeline and report.layers else None,
+        rank_data=_rank_data(report),
+        unit="MACs" if report.dense_macs else "parameters",
+        bars=_bars(report, sorted(heaviest[:MOST_BARS])),
+        spectra=[_spectrum(layer) for layer in report.layers],
+        shown=heaviest[0] if heaviest else None,
+        small=sorted(heaviest[:MOST_SMALL]),
+        text_headings=TEXT_HEADINGS,
+        skipped_headings=SKIPPED_HEADINGS,
+        skipped=[(label(name), kind, reason) for name, kind, reason in report.skipped],
+        change_headings=CHANGE_HEADINGS,
+        changes=list(map(_change_cells, report.timeline)),
+        argument_headings=ARGUMENT_HEADINGS,
+        arguments=[(name, json.dumps(value, default=str)) for name, value in report.arguments.items()],
     )
 
 
-def _skipped(report: SVDReport) -> str:
-    if not report.skipped:
-        return ""
-    return "<h2>Left alone</h2>" + _table(("layer", "kind", "because"), report.skipped)
+def _source(name: str) -> str:
+    return resources.files("lightning_svd").joinpath(name).read_text(encoding="utf-8")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f"<table><thead>{line(head, 'th')}</thead><tbody>{''.join(line(row, 'td') for row in rows)}</tbody></table>"
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line after a dot."""
+    return escape(name).replace(".", Markup(".<wbr>"))
 
 
-def _heaviest(layers: Sequence[LayerReport]) -> list[LayerReport]:
-    """The layers with the most MACs, in model order."""
-    most = set(sorted(layers, key=lambda layer: -layer.dense_macs)[:MOST_SPECTRA])
-    return [layer for layer in layers if layer in most]
+# Numbers
 
 
-def _rank_curves(report: SVDReport) -> go.Figure:
-    steps = [0, *(change.step for change in report.timeline)]
-    figure = go.Figure()
-    for layer in report.layers:
-        shares = [1.0, *(change.ranks[layer.name] / layer.full_rank for change in report.timeline)]
-        figure.add_scatter(
-            x=steps, y=shares, name=layer.name, mode="lines", line={"shape": "hv", "width": 1}, opacity=0.7
-        )
-    for name, attribute, color in (("all MACs", "macs_ratio", AFTER), ("all parameters", "params_ratio", CUT)):
-        ratios = [1.0, *(getattr(change, attribute) for change in report.timeline)]
-        figure.add_scatter(
-            x=steps, y=ratios, name=name, mode="lines", line={"shape": "hv", "width": 3.5, "color": color}
-        )
-    figure.update_layout(height=480, margin={"l": 50, "r": 10, "t": 10, "b": 10}, hovermode="closest")
-    figure.update_layout(legend={"orientation": "h", "y": -0.15, "itemwidth": 30})  # below: a phone has no room beside
-    figure.update_xaxes(title="optimizer step")
-    figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
-    return figure
+def _facts(report: SVDReport) -> str:
+    factored = sum(layer.form == "factored" for layer in report.layers)
+    dense = len(report.layers) - factored
+    facts = [
+        f"{len(report.layers)} layers were factorised: {factored} are two low-rank layers now, {dense} are dense.",
+        f"{len(report.skipped)} were left alone." if report.skipped else "",
+        f"Ranks changed {len(report.timeline)} times in {_steps(report):,} optimizer steps." if _steps(report) else "",
+    ]
+    return " ".join(filter(None, facts))
 
 
-def _spectra(layers: Sequence[LayerReport]) -> go.Figure:
-    rows = ceil(len(layers) / COLUMNS)
-    titles = [f"{layer.name} ({layer.rank}/{layer.full_rank})" for layer in layers]
-    spacing = min(0.08, 0.35 / max(1, rows - 1))
-    figure = make_subplots(rows=rows, cols=COLUMNS, subplot_titles=titles, vertical_spacing=spacing)
-    for index, layer in enumerate(layers):
-        place = {"row": index // COLUMNS + 1, "col": index % COLUMNS + 1}
-        for values, color in ((layer.spectrum_before, BEFORE), (layer.spectrum_after, AFTER)):
-            figure.add_scatter(
-                x=list(range(1, len(values) + 1)), y=values, mode="lines", line={"color": color}, **place
-            )
-        if layer.rank < layer.full_rank:
-            figure.add_vline(x=layer.rank + 0.5, line={"color": CUT, "dash": "dash", "width": 1}, **place)
-    figure.update_annotations(font_size=12)
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_layout(height=190 * rows + 40, showlegend=False, margin={"l": 40, "r": 10, "t": 30, "b": 30})
-    return figure
+def _tiles(report: SVDReport) -> list[Tile]:
+    def tile(name: str, dense: float, now: float, text: str) -> Tile:
+        return Tile(name, now / dense, f"{now / dense:.1%}", text) if dense else Tile(name, 0.0, "-", "not known")
+
+    full, kept = (sum(getattr(layer, name) for layer in report.layers) for name in ("full_rank", "rank"))
+    timed = [(layer.dense_seconds, layer.seconds) for layer in report.layers if layer.dense_seconds and layer.seconds]
+    before, after = sum(dense for dense, _ in timed), sum(now for _, now in timed)
+    tiles = [
+        tile("MACs per input", report.dense_macs, report.macs, _from_to(report.dense_macs, report.macs)),
+        tile("Parameters", report.dense_params, report.params, _from_to(report.dense_params, report.params)),
+    ]
+    if report.layers:
+        tiles.append(tile("Ranks", full, kept, f"{full:,} → {kept:,}"))
+    if timed:
+        tiles.append(tile("Time in these layers", before, after, f"{1e3 * before:.3g} ms → {1e3 * after:.3g} ms"))
+    return tiles
 
 
-def _div(figure: go.Figure) -> str:
-    config = {"responsive": True, "displayModeBar": False}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=config))
+def _from_to(dense: int, now: int) -> str:
+    return f"{quantity(dense)} → {quantity(now)}"
+
+
+def _cost(report: SVDReport, layer: LayerReport) -> tuple[int, int]:
+    """(dense, now) in MACs, or in parameters where MACs are not known."""
+    return (layer.dense_macs, layer.macs) if report.dense_macs else (layer.dense_params, layer.params)
+
+
+def _bars(report: SVDReport, chosen: Sequence[int]) -> list[Bar]:
+    costs = [_cost(report, layer) for layer in report.layers]
+    shown = [costs[index] for index in chosen]
+    whole = (report.dense_macs, report.macs) if report.dense_macs else (report.dense_params, report.params)
+    others, rest = _difference(_total(costs), _total(shown)), _difference(whole, _total(costs))
+    most = max([1, rest[0], *(dense for dense, _ in shown)])
+
+    def bar(name: str, dense: int, now: int) -> Bar:
+        return Bar(name, _cost_text(dense, now), percent(SIZE * dense / most), percent(SIZE * now / most))
+
+    bars = [bar(report.layers[index].label, *costs[index]) for index in chosen]
+    if any(others):
+        bars.append(Bar(f"{len(costs) - len(shown)} other layers together", _cost_text(*others)))
+    if bars and any(rest):
+        bars.append(bar("all that is not factorised", *rest))
+    return bars
+
+
+def _cost_text(dense: int, now: int) -> str:
+    return f"{_from_to(dense, now)} ({share(now, dense)})"
+
+
+def _total(costs: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(dense for dense, _ in costs), sum(now for _, now in costs)
+
+
+def _difference(whole: tuple[int, int], part: tuple[int, int]) -> tuple[int, int]:
+    return whole[0] - part[0], whole[1] - part[1]
+
+
+def _change_cells(change: RankChange) -> tuple[str, ...]:
+    ranks = sum(change.ranks.values())
+    return (
+        f"{change.step:,}",
+        str(change.epoch),
+        f"{ranks:,}",
+        f"{change.macs_ratio:.1%}",
+        f"{change.params_ratio:.1%}",
+    )
+
+
+def _rank_data(report: SVDReport) -> dict[str, object]:
+    """What the page's script reads off the rank chart under the pointer."""
+    return {
+        "end": _steps(report),
+        "top": SHARE_TOP,
+        "steps": [0, *(change.step for change in report.timeline)],
+        "layers": [
+            [layer.label, layer.full_rank, [layer.full_rank, *(change.ranks[layer.name] for change in report.timeline)]]
+            for layer in report.layers
+        ],
+    }
+
+
+# Charts over the run
+
+
+def _steps(report: SVDReport) -> int:
+    """The last optimizer step that is known."""
+    seen = [step for step, _ in (*report.strengths, *report.metric_values)]
+    return max([0, *seen, *(change.step for change in report.timeline)])
+
+
+def _step_axis(report: SVDReport) -> Axis:
+    return Axis("optimizer step", 0, max(1, _steps(report)), whole=True)
+
+
+def _share_axis(title: str) -> Axis:
+    return Axis(title, 0, SHARE_TOP, "{:.0%}".format)
+
+
+def _run_charts(report: SVDReport) -> list[Chart]:
+    charts = []
+    if report.timeline:
+        charts.append(_budget_chart(report))
+    if report.strengths:
+        charts.append(_strength_chart(report))
+    if report.metric_values:
+        charts.append(_metric_chart(report))
+    return charts
+
+
+def _budget_chart(report: SVDReport) -> Chart:
+    x, y = _step_axis(report), _share_axis("share of the dense model")
+    params = staircase(x, y, [(0, 1.0), *((change.step, change.params_ratio) for change in report.timeline)])
+    lines = [Line("parameters", params, "params", index=1)]
+    if report.dense_macs:
+        macs = staircase(x, y, [(0, 1.0), *((change.step, change.macs_ratio) for change in report.timeline)])
+        lines.append(Line("MACs", macs, "now", index=0))
+    last = report.timeline[-1]
+    words = (
+        f"From step {report.timeline[0].step:,} to step {last.step:,} the model falls to {last.macs_ratio:.1%} of the "
+        f"MACs and {last.params_ratio:.1%} of the parameters."
+    )
+    return Chart("Budget", words, x, y, lines)
+
+
+def _strength_chart(report: SVDReport) -> Chart:
+    most = max([0.0, *_finite(value for _, value in report.strengths)])
+    x, y = _step_axis(report), Axis("sparsity weight", 0, 1.03 * most or 1.0, most_ticks=5)
+    words = f"The sparsity weight is {most:g} at most and {report.strengths[-1][1]:g} in the last step."
+    return Chart("Sparsity strength", words, x, y, [Line(y.title, curve(x, y, report.strengths), "strength")])
+
+
+def _metric_chart(report: SVDReport) -> Chart:
+    values = _finite(value for _, value in report.metric_values) or [0.0]
+    low, high = min(values), max(values)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    x, y = _step_axis(report), Axis(report.metric or "metric", low - margin, high + margin)
+    ends = [(pause.start, x.high if pause.end is None else pause.end) for pause in report.pauses]
+    words = "; ".join([f"{y.title} from {low:g} to {high:g}", *map(str, report.pauses)])
+    line = Line(y.title, curve(x, y, report.metric_values), "metric")
+    return Chart("Watched metric", words, x, y, [line], bands=[Band(x.place(a), x.place(b)) for a, b in ends])
+
+
+def _rank_chart(report: SVDReport) -> Chart:
+    x, y = _step_axis(report), _share_axis("share of the layer's full rank")
+    lines = []
+    for index, layer in enumerate(report.layers):
+        shares = [(0, 1.0), *((change.step, change.ranks[layer.name] / layer.full_rank) for change in report.timeline)]
+        lines.append(Line(layer.label, staircase(x, y, shares), "layer", _hue(index, len(report.layers)), index))
+    lines.sort(key=lambda line: line.index * GOLDEN % 1)
+    words = f"Ranks of {len(lines)} layers, each as a share of its full rank; the table of layers has the last ones."
+    return Chart("Ranks of the layers", words, x, y, lines, ends=_end_labels(report, y))
+
+
+def _hue(index: int, count: int) -> int:
+    return round(FIRST_HUE + (LAST_HUE - FIRST_HUE) * index / max(1, count - 1)) % 360
+
+
+def _end_labels(report: SVDReport, y: Axis) -> list[EndLabel]:
+    """Names at the right ends of few lines; none for many."""
+    if len(report.layers) > MOST_LABELS:
+        return []
+    last = report.timeline[-1].ranks
+    shares = [last[layer.name] / layer.full_rank for layer in report.layers]
+    lines = [SIZE - y.place(value) for value in shares]
+    places = spread(lines, LABEL_GAP, SIZE)
+    return [
+        EndLabel(line, at, f"{_short(layer.label)} {value:.0%}", _hue(index, len(report.layers)))
+        for index, (line, at, layer, value) in enumerate(zip(lines, places, report.layers, shares, strict=True))
+    ]
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= LABEL_LENGTH else f"…{name[1 - LABEL_LENGTH :]}"
+
+
+# Spectra
+
+
+def _spectrum(layer: LayerReport) -> Chart:
+    largest = max([0.0, *_finite((*layer.spectrum_before, *layer.spectrum_after))])
+    x = Axis("index of the singular value", 0.5, layer.full_rank + 0.5, most_ticks=8, whole=True)
+    y = Axis("singular value", 0, 1.05 * largest or 1.0, most_ticks=5)
+    lines = [
+        Line("at the start", curve(x, y, enumerate(layer.spectrum_before, 1)), "dense"),
+        Line("at the end", curve(x, y, enumerate(layer.spectrum_after, 1)), "now"),
+    ]
+    marks, bands = [], []
+    if layer.rank < layer.full_rank:
+        cut = x.place(layer.rank + 0.5)
+        marks.append(Mark(cut, f"cut: {layer.rank} of {layer.full_rank} kept", "cut"))
+        bands.append(Band(cut, SIZE))
+    if layer.break_even < layer.full_rank:
+        marks.append(Mark(x.place(layer.break_even + 0.5), f"break-even: {layer.break_even}", "even"))
+    before, after = (f"{max(values, default=math.nan):.3g}" for values in (layer.spectrum_before, layer.spectrum_after))
+    words = (
+        f"{layer.label}: {layer.rank} of {layer.full_rank} singular values are kept; the largest was {before} at the "
+        f"start and is {after} at the end."
+    )
+    return Chart(layer.label, words, x, y, lines, marks, bands)
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.box import MARKDOWN, SIMPLE_HEAD, Box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
-from lightning_svd.costs import CostMeter, ModelCost, count_params, svd_layers
+from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
+from lightning_svd.guard import Pause
 from lightning_svd.layers import SVDLayer
 from lightning_svd.surgery import LayerPlan
+from lightning_svd.tables import is_wide, markdown_code, markdown_table, markdown_text, screen_table
 
-WIDTH = 118
-ROWS_ON_SCREEN = 60
 LAYER_HEADINGS = ("layer", "kind", "matrix", "full rank", "break-even", "rank", "MACs", "parameters", "form")
+PLAN_HEADINGS = ("layer", "kind", "weight", "matrix", "full rank", "break-even", "skipped, because")
+SKIPPED_HEADINGS = ("layer", "kind", "because")
+ARGUMENT_HEADINGS = ("argument", "value")
+TIME_HEADING = "time"  # only where it was measured
+TEXT_HEADINGS = ("layer", "kind", "form", "skipped, because", "because", "argument", "value")
+WIDE_ONLY = ("kind", "weight", "break-even")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class RankChange:
 
     def __str__(self) -> str:
         return (
-            f"step {self.step} (epoch {self.epoch}): {sum(self.ranks.values())} ranks in {len(self.ranks)} layers, "
-            f"{self.macs_ratio:.1%} of the MACs, {self.params_ratio:.1%} of the parameters"
+            f"step {self.step} (epoch {self.epoch}): {sum(self.ranks.values())} ranks, "
+            f"MACs {self.macs_ratio:.1%}, parameters {self.params_ratio:.1%}"
         )
 
 
@@ -69,6 +71,8 @@ class LayerReport:
         params: Parameters now.
         spectrum_before: Singular values when the layer was factorised, descending.
         spectrum_after: Kept singular values now, descending.
+        dense_seconds: Measured time of the dense layer for the inputs that were counted; None if it was not measured.
+        seconds: The same of the layer as it is now.
     """
 
     name: str
@@ -85,18 +89,25 @@ class LayerReport:
     params: int
     spectrum_before: tuple[float, ...]
     spectrum_after: tuple[float, ...]
+    dense_seconds: float | None = None
+    seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The name as it is shown."""
+        return label(self.name)
 
     def cells(self) -> tuple[str, ...]:
         """A row of a table under ``LAYER_HEADINGS``."""
         return (
-            self.name,
+            self.label,
             kind_and_mode(self.kind, self.conv_mode),
             "{} x {}".format(*self.matrix_shape),
             str(self.full_rank),
             str(self.break_even),
             str(self.rank),
-            f"{self.macs / max(1, self.dense_macs):.0%}",
-            f"{self.params / max(1, self.dense_params):.0%}",
+            share(self.macs, self.dense_macs),
+            share(self.params, self.dense_params),
             self.form,
         )
 
@@ -114,6 +125,11 @@ class SVDReport:
         params: Parameters now.
         timeline: Every rank change.
         warnings: What went otherwise than asked for.
+        strengths: (optimizer step, sparsity weight) from the first step to the last; empty if not known.
+        metric: Name of the metric that was watched; None if none was.
+        metric_values: (optimizer step, its value) of every validation.
+        pauses: When ranks did not fall because the metric had.
+        arguments: What the run was asked for, by the names of the callback's arguments; empty if not known.
     """
 
     layers: tuple[LayerReport, ...]
@@ -124,6 +140,11 @@ class SVDReport:
     params: int
     timeline: tuple[RankChange, ...] = ()
     warnings: tuple[str, ...] = ()
+    strengths: tuple[tuple[int, float], ...] = ()
+    metric: str | None = None
+    metric_values: tuple[tuple[int, float], ...] = ()
+    pauses: tuple[Pause, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def macs_ratio(self) -> float:
@@ -134,6 +155,24 @@ class SVDReport:
     def params_ratio(self) -> float:
         """Share of the dense model's parameters."""
         return self.params / max(1, self.dense_params)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether how long layers take was measured."""
+        return any(layer.dense_seconds is not None for layer in self.layers)
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Of :meth:`rows`."""
+        return (*LAYER_HEADINGS, TIME_HEADING) if self.is_timed else LAYER_HEADINGS
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of layers."""
+        rows = [layer.cells() for layer in self.layers]
+        if self.is_timed:
+            times = [share(layer.seconds or 0.0, layer.dense_seconds or 0.0) for layer in self.layers]
+            rows = [(*row, time) for row, time in zip(rows, times, strict=True)]
+        return rows
 
     @property
     def rank_ratio(self) -> float:
@@ -149,19 +188,52 @@ class SVDReport:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """As JSON; also written to ``path`` if given."""
-        text = json.dumps(self.to_dict(), indent=2)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        """As JSON; also written to ``path`` if given. A number that is not finite becomes null."""
+        return _written(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False, default=str), path)
 
-    def to_markdown(self) -> str:
-        """As a Markdown table of every layer with a summary line above and warnings below."""
-        table = _render(self._table(MARKDOWN, self.layers)).strip()
-        return "\n\n".join([self._summary(), table, *(f"**Warning:** {warning}" for warning in self.warnings)])
+    @classmethod
+    def from_json(cls, source: str | Path) -> SVDReport:
+        """The report that :meth:`to_json` wrote.
+
+        Args:
+            source: The file's path, or the text itself.
+
+        Raises:
+            ValueError: If ``source`` holds something else.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text)
+            layers = tuple(_read_layer(layer) for layer in data.pop("layers"))
+            timeline = tuple(RankChange(**change) for change in data.pop("timeline"))
+            pauses = tuple(Pause(**pause) for pause in data.pop("pauses", ()))
+            arguments = data.pop("arguments", {})
+            fields = {name: _tuples(value) for name, value in data.items() if name not in _RATIOS}
+            return cls(layers=layers, timeline=timeline, pauses=pauses, arguments=arguments, **fields)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"`source` must be a report that `to_json` wrote: {error}") from error
+
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """As Markdown: a summary, warnings, and tables of all layers; also written to ``path`` if given."""
+        layers = [(markdown_code(name), *map(markdown_text, rest)) for name, *rest in self.rows()]
+        skipped = [(markdown_code(label(name)), *map(markdown_text, rest)) for name, *rest in self.skipped]
+        arguments = [
+            (markdown_code(name), markdown_code(json.dumps(value, default=str)))
+            for name, value in self.arguments.items()
+        ]
+        parts = [self._summary(), *(f"**Warning:** {markdown_text(warning)}" for warning in self.warnings)]
+        for title, headings, rows in (
+            ("Layers", self.headings, layers),
+            ("Left alone", SKIPPED_HEADINGS, skipped),
+            ("Asked for", ARGUMENT_HEADINGS, arguments),
+        ):
+            if rows:
+                parts += [f"**{title}**", markdown_table(headings, rows, TEXT_HEADINGS)]
+        return _written("\n\n".join(parts) + "\n", path)
 
     def to_html(self, path: str | Path, comparison: Mapping[str, tuple[str, str]] | None = None) -> Path:
-        """One self-contained page with rank curves and spectra; needs no network.
+        """One self-contained page with rank curves and spectra, for screens of any width and for print.
 
         Args:
             path: File to write.
@@ -170,34 +242,27 @@ class SVDReport:
         Returns:
             The path.
         """
-        from lightning_svd.page import render_page  # plotly takes a moment to import
+        from lightning_svd.page import render_page  # knows this module
 
         path = Path(path)
-        path.write_text(render_page(self, comparison or {}), encoding="utf-8")
+        _written(render_page(self, comparison or {}), path)
         return path
 
     def __str__(self) -> str:
-        shown = self.layers[:ROWS_ON_SCREEN]
-        more = [f"... and {len(self.layers) - len(shown)} more layers"] if len(shown) < len(self.layers) else []
-        warnings = [f"warning: {warning}" for warning in self.warnings]
-        return "\n".join([_render(self._table(SIMPLE_HEAD, shown)), *more, self._summary(), *warnings])
+        table = [screen_table(self.headings, self.rows(), TEXT_HEADINGS, WIDE_ONLY)] if self.layers else []
+        separator = ", " if is_wide() else ",\n"
+        return "\n".join([*table, self._summary(separator), *(f"warning: {warning}" for warning in self.warnings)])
 
-    def _summary(self) -> str:
-        return (
-            f"Low-rank model: {self.macs_ratio:.1%} of the MACs "
-            f"({quantity(self.dense_macs)} -> {quantity(self.macs)} per input), "
-            f"{self.params_ratio:.1%} of the parameters ({quantity(self.dense_params)} -> {quantity(self.params)}), "
-            f"{self.rank_ratio:.1%} of the ranks"
-        )
-
-    def _table(self, box: Box, layers: Iterable[LayerReport]) -> Table:
-        table = Table(box=box)
-        for heading in LAYER_HEADINGS:
-            left = heading in ("layer", "kind", "form")
-            table.add_column(heading, justify="left" if left else "right", overflow="fold")
-        for layer in layers:
-            table.add_row(*layer.cells())
-        return table
+    def _summary(self, separator: str = ", ") -> str:
+        parts = [
+            f"{self.params_ratio:.1%} of the parameters ({quantity(self.dense_params)} -> {quantity(self.params)})"
+        ]
+        if self.dense_macs:
+            macs = f"({quantity(self.dense_macs)} -> {quantity(self.macs)} per input)"
+            parts.insert(0, f"{self.macs_ratio:.1%} of the MACs {macs}")
+        if self.layers:
+            parts.append(f"{self.rank_ratio:.1%} of the ranks")
+        return f"Low-rank model: {separator.join(parts)}"
 
 
 def report_on(
@@ -205,26 +270,22 @@ def report_on(
     layers: Mapping[str, SVDLayer],
     cost: ModelCost,
     spectra_before: Mapping[str, Sequence[float]],
-    timeline: Sequence[RankChange] = (),
-    warnings: Sequence[str] = (),
     all_dense: bool = False,
 ) -> SVDReport:
-    """The report on factorised layers as they are now.
+    """The report on factorised layers as they are now, without what happened on the way.
 
     Args:
         plan: What :func:`~lightning_svd.surgery.decompose` returned, for the layers it skipped.
         layers: The factorised layers by name.
         cost: Of their model.
         spectra_before: Name -> singular values when the layer was factorised.
-        timeline: Every rank change.
-        warnings: What the reader should know.
         all_dense: The layers are going to be dense whatever their rank.
     """
     inputs = max(1, cost.batch_size)
     rows = []
     for name, layer in layers.items():
         price = cost.layers[name]
-        factored = layer.rank <= price.break_even and not all_dense
+        factored = price.pays(layer.rank) and not all_dense
         macs, params = (price.at(layer.rank, "macs"), price.at(layer.rank, "params"))
         rows.append(
             LayerReport(
@@ -242,6 +303,8 @@ def report_on(
                 params=params if factored else price.dense_params,
                 spectrum_before=tuple(spectra_before[name]),
                 spectrum_after=tuple(layer.spectrum()),
+                dense_seconds=price.latency.dense if price.latency else None,
+                seconds=(price.latency.factored if factored else price.latency.dense) if price.latency else None,
             )
         )
     other_macs = cost.other_macs // inputs
@@ -252,8 +315,6 @@ def report_on(
         macs=other_macs + sum(row.macs for row in rows),
         dense_params=cost.dense("params"),
         params=cost.other_params + sum(row.params for row in rows),
-        timeline=tuple(timeline),
-        warnings=tuple(warnings),
     )
 
 
@@ -268,30 +329,28 @@ def summarize(module: nn.Module, example_input: Any = None) -> SVDReport:
     layers = svd_layers(module)
     cost = count_params(module)
     if example_input is not None:
-        arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-        with CostMeter(module) as meter, torch.no_grad():
-            module(*arguments)
-        cost = meter.cost(batch_size=len(arguments[0]))
+        cost = count_costs(module, example_input)
     return report_on((), layers, cost, {name: layer.full_spectrum() for name, layer in layers.items()})
 
 
 def plan_table(plan: Sequence[LayerPlan]) -> str:
     """The plan as a table for the terminal: what is factorised, and why the rest is not."""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("layer", overflow="fold")
-    table.add_column("kind")
-    for heading in ("weight", "matrix", "full rank", "break-even"):
-        table.add_column(heading, justify="right")
-    table.add_column("skipped, because", overflow="fold")
-    for layer in plan[:ROWS_ON_SCREEN]:
-        numbers = ("", "", "")
-        if layer.matrix_shape:
-            numbers = ("{} x {}".format(*layer.matrix_shape), str(layer.full_rank), str(layer.break_even))
-        shape = " x ".join(map(str, layer.weight_shape))
-        table.add_row(layer.name, kind_and_mode(layer.kind, layer.conv_mode), shape, *numbers, layer.skipped or "")
     chosen = sum(not layer.skipped for layer in plan)
-    more = f"... and {len(plan) - ROWS_ON_SCREEN} more layers\n" if len(plan) > ROWS_ON_SCREEN else ""
-    return f"{_render(table)}{more}SVD training: {chosen} of {len(plan)} layers with a weight matrix are factorised"
+    table = screen_table(PLAN_HEADINGS, [_plan_cells(layer) for layer in plan], TEXT_HEADINGS, WIDE_ONLY)
+    return f"{table}\nSVD training: {chosen} of {len(plan)} layers with a weight matrix are factorised"
+
+
+def _plan_cells(layer: LayerPlan) -> tuple[str, ...]:
+    numbers = ("", "", "")
+    if layer.matrix_shape:
+        numbers = ("{} x {}".format(*layer.matrix_shape), str(layer.full_rank), str(layer.break_even))
+    shape = " x ".join(map(str, layer.weight_shape))
+    return (label(layer.name), kind_and_mode(layer.kind, layer.conv_mode), shape, *numbers, layer.skipped or "")
+
+
+def label(name: str) -> str:
+    """A layer's name as it is shown; a model that is itself a layer has none."""
+    return name or "(model)"
 
 
 def kind_and_mode(kind: str, conv_mode: str | None) -> str:
@@ -302,12 +361,43 @@ def kind_and_mode(kind: str, conv_mode: str | None) -> str:
 def quantity(count: float) -> str:
     """A count with three digits and its prefix: 41.2 M."""
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g} {prefix}"
+        if count >= 0.9995 * size:  # what three digits round up to it
+            return f"{count / size:#.3g}".rstrip(".") + f" {prefix}"
     return f"{count:.3g}"
 
 
-def _render(table: Table) -> str:
-    out = io.StringIO()
-    Console(file=out, width=WIDTH, no_color=True).print(table)
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+def share(now: float, dense: float) -> str:
+    """ "35%" of what was there; "-" if that is not known."""
+    return f"{now / dense:.0%}" if dense else "-"
+
+
+# In files
+
+_RATIOS = ("macs_ratio", "params_ratio", "rank_ratio")
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _read_layer(data: Mapping[str, Any]) -> LayerReport:
+    spectra = {
+        name: tuple(math.nan if value is None else value for value in data[name])
+        for name in ("spectrum_before", "spectrum_after")
+    }
+    return LayerReport(**{name: _tuples(value) for name, value in data.items()} | spectra)

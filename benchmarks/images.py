@@ -50,7 +50,7 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, pad: int = 4) -> T
 
 def load(name: str, path: Path | None, train_size: int | None, test_size: int | None) -> Images:
     """A data set by its name, its training part cut to the first ``train_size``."""
-    loaders = {"cifar10": _cifar10, "digits": _digits}
+    loaders = {"cifar10": _cifar10, "digits": _digits, "mnist1d": _mnist1d}
     if name not in loaders:
         raise ValueError(f"`data-set` must be one of {', '.join(loaders)}, got {name!r}")
     title, train, test = loaders[name](path)
@@ -83,3 +83,14 @@ def _digits(path: Path | None):
 
     train, test = digits()
     return "digits", train.tensors, test.tensors
+
+
+def _mnist1d(path: Path | None):
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    signals = make_dataset(get_dataset_args())
+    # Forty channels of one pixel: signals for a perceptron.
+    images = {
+        part: torch.tensor(signals[key]).float()[:, :, None, None] for part, key in (("train", "x"), ("test", "x_test"))
+    }
+    return "MNIST-1D", (images["train"], torch.tensor(signals["y"])), (images["test"], torch.tensor(signals["y_test"]))

@@ -4,29 +4,37 @@
 
 Every method sees the same batches in the same order, and the optimizer recipe that suits the dense net: SGD with
 Nesterov momentum, weight decay 5e-4, one cosine. Budgets are shares of the dense net's MACs.
+
+Hours of work are divided among processes (``--jobs``) and resumed: rows that the file of ``--json`` holds already are
+not computed again. What two budgets share, such as the dense training before a truncation, is trained once, and its
+time counted for both. Further rows of ours with other arguments than the defaults are asked for by ``--ours``, for
+instance ``--ours '{"sparsity": null}' '{"conv_mode": "spatial"}'``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import logging
 import math
-import platform
+import multiprocessing
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import images as image_data
 import nets
 import torch
 import torch.nn.functional as F
+from harness import Row, Table, command, cpu_name
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_svd import SVDTrainingCallback, add_gradients, decompose, summarize, svd_layers, to_factored
@@ -38,17 +46,37 @@ FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning 
 
 
 @dataclass(frozen=True)
+class Data:
+    """Which images."""
+
+    name: str
+    path: Path | None = None
+    train_size: int | None = None
+    test_size: int | None = None
+
+    @functools.cache  # noqa: B019 - a process holds one data set
+    def images(self) -> image_data.Images:
+        """The images themselves."""
+        return image_data.load(self.name, self.path, self.train_size, self.test_size)
+
+
+@dataclass(frozen=True)
 class Setting:
     """One training."""
 
-    images: image_data.Images
+    data: Data
     net: str
     epochs: int
     batch_size: int
     rate: float
-    seed: int
-    target: float
+    precision: str
     conv_mode: str
+    seed: int
+    target: float = 1.0
+
+    @property
+    def images(self) -> image_data.Images:
+        return self.data.images()
 
     @property
     def steps(self) -> int:
@@ -56,12 +84,16 @@ class Setting:
 
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
-        return nets.build(self.net, *self.images.shape)
+        return nets.build(self.net, *self.images.shape).to(memory_format=torch.channels_last)
 
     def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epochs ``first`` to ``last``, the last one excluded."""
         for epoch in range(first, last):
-            yield from self.images.batches(self.batch_size, self.seed, epoch)
+            for images, labels in self.images.batches(self.batch_size, self.seed, epoch):
+                yield images.contiguous(memory_format=torch.channels_last), labels
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bf16-mixed")
 
 
 def fit(
@@ -88,9 +120,29 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = setting.rate * rate(step / total)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        with setting.autocast():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
         before_step(step / total)
         optimizer.step()
+
+
+class SharedStart:
+    """The part of a method that does not depend on the budget: trained once for all budgets, its time kept."""
+
+    def __init__(self, train: Callable[[Setting], nn.Module]) -> None:
+        self.train, self.trained = train, functools.cache(self._train)
+
+    def _train(self, setting: Setting) -> tuple[nn.Module, float]:
+        start = time.perf_counter()
+        return self.train(setting), time.perf_counter() - start
+
+    def __call__(self, setting: Setting) -> nn.Module:
+        return copy.deepcopy(self.trained(replace(setting, target=1.0))[0])
+
+    def seconds(self, setting: Setting) -> float:
+        """How long it took."""
+        return self.trained(replace(setting, target=1.0))[1]
 
 
 def cosine(progress: float) -> float:
@@ -127,13 +179,32 @@ def dense(setting: Setting) -> nn.Module:
     return model
 
 
+def turn_to_finetuning(setting: Setting) -> int:
+    """The epoch in which those who finetune begin to."""
+    return setting.epochs - round(FINETUNE_SHARE * setting.epochs)
+
+
+@SharedStart
+def dense_but_finetuning(setting: Setting) -> nn.Module:
+    """The dense net after a whole schedule that leaves time to finetune."""
+    model = setting.build()
+    fit(model, setting, (0, turn_to_finetuning(setting)), cosine)
+    return model
+
+
 def truncate_and_finetune(setting: Setting) -> nn.Module:
     """Dense, then truncated by SVD within a global budget, then finetuned with a restarted learning rate."""
-    turn = setting.epochs - round(FINETUNE_SHARE * setting.epochs)
-    model = setting.build()
-    fit(model, setting, (0, turn), cosine)
-    model = truncated(model, setting)
-    fit(model, setting, (turn, setting.epochs), lambda progress: FINETUNE_RATE * cosine(progress))
+    model = truncated(dense_but_finetuning(setting), setting)
+    epochs = (turn_to_finetuning(setting), setting.epochs)
+    fit(model, setting, epochs, lambda progress: FINETUNE_RATE * cosine(progress))
+    return model
+
+
+@SharedStart
+def dense_until_half(setting: Setting) -> nn.Module:
+    """The dense net at half time of one schedule."""
+    model, turn = setting.build(), setting.epochs // 2
+    fit(model, setting, (0, turn), lambda progress: cosine(progress * turn / setting.epochs))
     return model
 
 
@@ -141,9 +212,7 @@ def truncate_at_half(setting: Setting) -> nn.Module:
     """The same truncation at half time inside one learning-rate schedule (Pufferfish, Cuttlefish)."""
     turn = setting.epochs // 2
     share = turn / setting.epochs
-    model = setting.build()
-    fit(model, setting, (0, turn), lambda progress: cosine(progress * share))
-    model = truncated(model, setting)
+    model = truncated(dense_until_half(setting), setting)
     fit(model, setting, (turn, setting.epochs), lambda progress: cosine(share + progress * (1 - share)))
     return model
 
@@ -155,11 +224,12 @@ def fixed_rank(setting: Setting) -> nn.Module:
     return model
 
 
-def svd_every_n_steps(setting: Setting, every: int = 20, nuclear: float = 3e-4, kept: float = 0.98) -> nn.Module:
-    """Trained rank pruning (Xu et al. 2020): a nuclear-norm subgradient, and a truncation every ``every`` steps."""
+@SharedStart
+def low_rank_by_svds(setting: Setting, every: int = 20, nuclear: float = 3e-4, kept: float = 0.98) -> nn.Module:
+    """A nuclear-norm subgradient, and a truncation by energy, every ``every`` steps."""
     model = setting.build()
     weights = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-    turn, taken = setting.epochs - round(FINETUNE_SHARE * setting.epochs), 0
+    taken = 0
 
     def before_step(progress: float) -> None:
         nonlocal taken
@@ -173,32 +243,38 @@ def svd_every_n_steps(setting: Setting, every: int = 20, nuclear: float = 3e-4, 
                 s[int((s.square().cumsum(0) < kept * s.square().sum()).sum()) + 1 :] = 0
                 weight.copy_(((U * s) @ Vh).reshape(weight.shape))
 
-    fit(model, setting, (0, turn), cosine, before_step)
-    model = truncated(model, setting)
-    fit(model, setting, (turn, setting.epochs), lambda progress: FINETUNE_RATE * cosine(progress))
+    fit(model, setting, (0, turn_to_finetuning(setting)), cosine, before_step)
     return model
 
 
-def three_stages(setting: Setting, hoyer: float = 0.01) -> nn.Module:
-    """The authors' recipe, scaled: full rank, with sparsity, prune by one energy threshold, finetune."""
+def svd_every_n_steps(setting: Setting) -> nn.Module:
+    """Trained rank pruning (Xu et al. 2020), truncated to the budget and finetuned."""
+    model = truncated(low_rank_by_svds(setting), setting)
+    epochs = (turn_to_finetuning(setting), setting.epochs)
+    fit(model, setting, epochs, lambda progress: FINETUNE_RATE * cosine(progress))
+    return model
+
+
+@SharedStart
+def two_of_three_stages(setting: Setting, hoyer: float = 0.01) -> nn.Module:
+    """The authors' first two trainings: full rank, then the same with sparsity."""
     model = setting.build()
     decompose(model, conv_mode=setting.conv_mode)
     layers = svd_layers(model)
-    cuts = [round(setting.epochs * share) for share in (0, 1 / 3, 2 / 3, 1)]
     for stage, strength in enumerate((0.0, hoyer)):
 
         def regularise(progress: float, strength: float = strength) -> None:
             add_gradients(layers.values(), 1.0, "hoyer", strength)
 
-        fit(
-            model,
-            setting,
-            (cuts[stage], cuts[stage + 1]),
-            cosine,
-            regularise,
-            lambda name: not name.endswith(("U", "V")),
-        )
-    cost = cost_of(model, setting)
+        epochs = (setting.epochs * stage // 3, setting.epochs * (stage + 1) // 3)
+        fit(model, setting, epochs, cosine, regularise, lambda name: not name.endswith(("U", "V")))
+    return model
+
+
+def three_stages(setting: Setting) -> nn.Module:
+    """The authors' recipe, scaled: full rank, with sparsity, prune by one energy threshold, finetune."""
+    model = two_of_three_stages(setting)
+    layers, cost = svd_layers(model), cost_of(model, setting)
     energies = {name: layer.energies() for name, layer in layers.items()}
     low, high = 0.0, 1.0
     for _ in range(30):  # the largest threshold within the budget
@@ -208,7 +284,7 @@ def three_stages(setting: Setting, hoyer: float = 0.01) -> nn.Module:
     for name, rank in keep_by_energy(energies, cost, low).items():
         layers[name].keep(strongest(energies[name], rank))
     model = to_factored(model, cost)
-    fit(model, setting, (cuts[2], cuts[3]), cosine)
+    fit(model, setting, (setting.epochs * 2 // 3, setting.epochs), cosine)
     return model
 
 
@@ -248,13 +324,14 @@ class Epochs:
         yield from self.setting.batches(self.epoch - 1, self.epoch)
 
 
-def ours(setting: Setting) -> nn.Module:
-    """SVD training by the callback, default arguments."""
+def ours(setting: Setting, **arguments: Any) -> nn.Module:
+    """SVD training by the callback; default arguments unless others are asked for."""
     model = Classifier(setting)
-    callback = SVDTrainingCallback(target_macs=setting.target, conv_mode=setting.conv_mode)
+    callback = SVDTrainingCallback(**{"target_macs": setting.target, "conv_mode": setting.conv_mode} | arguments)
     trainer = Trainer(
         max_epochs=setting.epochs,
         accelerator="cpu",
+        precision=setting.precision,
         callbacks=[callback],
         logger=False,
         enable_checkpointing=False,
@@ -274,106 +351,213 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "three_stages": three_stages,
     "ours": ours,
 }
+SHARED_STARTS = {
+    "truncate_and_finetune": dense_but_finetuning,
+    "truncate_at_half": dense_until_half,
+    "svd_every_n_steps": low_rank_by_svds,
+    "three_stages": two_of_three_stages,
+}
+
+
+def method_named(name: str) -> Callable[[Setting], nn.Module]:
+    """A key of ``METHODS``, or "ours {...}" with the callback's arguments as JSON."""
+    kind, _, arguments = name.partition(" ")
+    return functools.partial(METHODS[kind], **json.loads(arguments or "{}"))
 
 
 # ------------------------------------------------------------------------------------------------------------- running
 
 
 @torch.inference_mode()
-def accuracy(model: nn.Module, images: image_data.Images) -> float:
+def accuracy(model: nn.Module, setting: Setting) -> float:
     """Share of the test images that are classified right."""
     model.eval()
-    pieces = zip(*(part.split(500) for part in images.test), strict=True)
-    return sum(int((model(x).argmax(1) == y).sum()) for x, y in pieces) / len(images.test[1])
+    images, labels = setting.images.test
+    with setting.autocast():
+        right = sum(
+            int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True)
+        )
+    return right / len(labels)
 
 
-def measure(method: str, setting: Setting, macs_of_dense: int) -> dict[str, object]:
+def measure(method: str, setting: Setting) -> Row:
     """Train and test once."""
+    shared = SHARED_STARTS.get(method)
+    seconds = shared.seconds(setting) if shared else 0.0
     start = time.perf_counter()
-    model = METHODS[method](setting)
-    seconds = time.perf_counter() - start
-    report = summarize(model.eval(), setting.images.test[0][:1])
+    model = method_named(method)(setting)
+    seconds += time.perf_counter() - start
+    example = setting.images.test[0][:1]
+    report = summarize(model.eval(), example)
     return {
         "method": method,
-        "target": 1.0 if method == "dense" else setting.target,
+        "target": setting.target,
         "seed": setting.seed,
-        "accuracy": accuracy(model, setting.images),
-        "macs": report.dense_macs / macs_of_dense,
+        "accuracy": accuracy(model, setting),
+        "macs": report.dense_macs / summarize(setting.build().eval(), example).dense_macs,
         "params": report.dense_params,
         "epochs": setting.epochs,
         "seconds": round(seconds, 1),
     }
 
 
-def print_table(rows: list[dict[str, object]], title: str) -> None:
-    """Mean and standard deviation over the seeds, the best at each budget marked."""
-    groups: dict[tuple[object, object], list[dict[str, object]]] = {}
+def work(method: str, settings: list[Setting], threads: int) -> list[Row]:
+    """What one process does: one method and seed at all budgets."""
+    torch.set_num_threads(threads)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    return [measure(method, setting) for setting in settings]
+
+
+def run_all(units: Iterable[tuple[str, list[Setting]]], jobs: int, threads: int) -> Iterator[list[Row]]:
+    """The rows of each unit of work as soon as they are there."""
+    units = list(units)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(work, method, settings, threads) for method, settings in units]
+        for done, future in enumerate(as_completed(futures), 1):
+            yield future.result()
+            print(f"{done} of {len(units)}", flush=True)
+
+
+Groups = dict[tuple[float, str], list[Row]]
+
+
+def grouped(rows: Iterable[Row]) -> Groups:
+    """(target, method) -> the rows of all seeds, dense first, then by target and mean accuracy, the best first."""
+    groups: Groups = {}
     for row in rows:
         groups.setdefault((row["target"], row["method"]), []).append(row)
-    means = {key: statistics.mean(row["accuracy"] for row in group) for key, group in groups.items()}
-    table = Table(title=title)
-    for heading in ("target", "method", "accuracy", "", "MACs", "seconds", "seeds"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for (target, method), group in sorted(groups.items(), key=lambda item: (-item[0][0], -means[item[0]])):
-        best = means[target, method] == max(mean for (other, _), mean in means.items() if other == target)
-        spread = statistics.stdev(row["accuracy"] for row in group) if len(group) > 1 else 0.0
-        table.add_row(
-            f"{target:g}",
-            method + (" *" if best and method != "dense" else ""),
-            f"{means[target, method]:.2%}",
-            f"± {spread:.2%}" if spread else "",
-            f"{statistics.mean(row['macs'] for row in group):.3f}",
-            f"{statistics.mean(row['seconds'] for row in group):.0f}",
-            str(len(group)),
+    return dict(sorted(groups.items(), key=lambda item: (-item[0][0], -mean(item[1], "accuracy"))))
+
+
+def mean(rows: list[Row], key: str) -> float:
+    return statistics.mean(row[key] for row in rows)
+
+
+def spread(rows: list[Row], key: str) -> float:
+    """Standard deviation over the seeds; 0 for one."""
+    return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0.0
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """Mean and standard deviation over the seeds, the best at each budget marked."""
+    lines, previous = [], None
+    for (target, method), group in grouped(rows).items():
+        lines.append(
+            [
+                method + (" *" if target != previous and method != "dense" else ""),
+                f"{target:g}",
+                f"{mean(group, 'accuracy'):.2%}",
+                f"{spread(group, 'accuracy'):.2%}" if len(group) > 1 else "",
+                f"{mean(group, 'macs'):.3f}",
+                f"{mean(group, 'params'):,.0f}",
+                f"{mean(group, 'seconds'):.0f}",
+                str(len(group)),
+            ]
         )
-    Console(width=110).print(table)
+        previous = target
+    headings = ["method", "target", "accuracy", "deviation", "MACs", "parameters", "seconds", "seeds"]
+    return [Table("* the best at this budget", headings, lines)]
+
+
+def plot(rows: list[Row], title: str, path: Path) -> None:
+    """Accuracy against MACs, one line for each method, error bars over the seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[list[Row]]] = {}
+    for (_, method), group in grouped(rows).items():
+        lines.setdefault(method, []).append(group)
+    for method, groups in lines.items():
+        accuracies = [100 * mean(group, "accuracy") for group in groups]
+        if method == "dense":
+            axes.axhline(accuracies[0], color="0.6", linestyle="--", label="dense")
+            continue
+        axes.errorbar(
+            [100 * mean(group, "macs") for group in groups],
+            accuracies,
+            [100 * spread(group, "accuracy") for group in groups],
+            marker="o",
+            capsize=3,
+            linewidth=2.5 if method == "ours" else 1.2,
+            label=method.replace("_", " "),
+        )
+    axes.set(title=title, xlabel="MACs, % of dense", ylabel="test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A parser of values separated by commas."""
+    return lambda text: [kind(item) for item in text.split(",")]
 
 
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="the CIFAR-10 archive; without it torchvision's is downloaded")
-    parser.add_argument("--data-set", default="cifar10", help="cifar10 or digits")
+    parser.add_argument("--data-set", default="cifar10", help="cifar10, digits or mnist1d (for the MLP)")
     parser.add_argument("--net", default="resnet20", help="resnet20, resnet56, resnet18, vgg, vit or mlp")
     parser.add_argument("--train-size", type=int, help="the first so many training images")
     parser.add_argument("--test-size", type=int, help="the first so many test images")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate")
-    parser.add_argument("--targets", type=lambda text: [float(item) for item in text.split(",")], default=[0.35, 0.25])
-    parser.add_argument("--seeds", type=lambda text: [int(item) for item in text.split(",")], default=[0])
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
+    parser.add_argument("--targets", type=numbers(float), default=[0.35, 0.25])
+    parser.add_argument("--seeds", type=numbers(int), default=[0])
+    parser.add_argument("--methods", type=numbers(str), default=list(METHODS))
+    parser.add_argument("--ours", nargs="*", default=[], help="further rows: the callback's arguments, each as JSON")
     parser.add_argument("--conv-mode", default="channel")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="file for the rows")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
+    parser.add_argument("--threads", type=int, help="of each process")
+    parser.add_argument("--json", type=Path, help="file for the rows; those it holds are not computed again")
+    parser.add_argument("--plot", type=Path, help="file for the plot, its ending tells the kind")
     options = parser.parse_args()
+    threads = options.threads or max(1, torch.get_num_threads() // options.jobs)
 
-    torch.set_num_threads(options.threads)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    images = image_data.load(options.data_set, options.data, options.train_size, options.test_size)
-    rows: list[dict[str, object]] = []
+    data = Data(options.data_set, options.data, options.train_size, options.test_size)
+    common = (data, options.net, options.epochs, options.batch_size, options.rate, options.precision, options.conv_mode)
+    about = {key: value for key, value in asdict(Setting(*common, seed=0)).items() if key not in ("seed", "target")}
+    about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}
+    rows = rows_in(options.json, about)
+    units = []
     for seed in options.seeds:
-        for method in options.methods:
-            for target in options.targets if method != "dense" else [1.0]:
-                setting = Setting(
-                    images,
-                    options.net,
-                    options.epochs,
-                    options.batch_size,
-                    options.rate,
-                    seed,
-                    target,
-                    options.conv_mode,
-                )
-                macs_of_dense = summarize(setting.build().eval(), images.test[0][:1]).dense_macs
-                rows.append(measure(method, setting, macs_of_dense))
-                print(json.dumps(rows[-1]), flush=True)
-                if options.json:
-                    about = {"data": images.name, "net": options.net, "train_size": len(images.train[1])}
-                    about |= {"conv_mode": options.conv_mode, "torch": torch.__version__, "cpu": platform.processor()}
-                    options.json.write_text(json.dumps({"rows": rows, **about}, indent=1))
-    print_table(rows, f"{images.name}, {len(images.train[1])} images, {options.net}, {options.epochs} epochs")
+        for method in [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]:
+            settings = [Setting(*common, seed, target) for target in (options.targets if method != "dense" else [1.0])]
+            there = {row["target"] for row in rows if (row["method"], row["seed"]) == (method, seed)}
+            settings = [setting for setting in settings if setting.target not in there]
+            if settings:
+                units.append((method, settings))
+    machine = {"CPU": cpu_name(), "processes": options.jobs, "threads": threads, "torch": torch.__version__}
+    for new in run_all(units, options.jobs, threads):
+        rows += new
+        print(*map(json.dumps, new), sep="\n", flush=True)
+        if options.json:
+            result = {"benchmark": "quality", "command": command("quality", None), "machine": machine}
+            options.json.write_text(json.dumps(result | {"setting": about, "rows": rows}, indent=1) + "\n")
+    title = f"{data.images().name}, {len(data.images().train[1]):,} images, {options.net}, {options.epochs} epochs"
+    print(title)
+    for table in tables(rows):
+        table.print()
+    if options.plot:
+        plot(rows, title, options.plot)
+
+
+def rows_in(path: Path | None, about: dict[str, Any]) -> list[Row]:
+    """The rows of an earlier run with the same setting.
+
+    Raises:
+        SystemExit: If the file is of another setting.
+    """
+    if path is None or not path.exists():
+        return []
+    earlier = json.loads(path.read_text())
+    if earlier["setting"] != about:
+        raise SystemExit(f"{path} holds rows of another setting: {earlier['setting']}, asked for: {about}")
+    return earlier["rows"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,84 @@
+"""Writes the tables and figures of docs/performance.md from benchmarks/results; with --check says whether it is so.
+
+    python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
+    python benchmarks/performance_page.py
+
+The file ``NAME.json`` fills what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``; for other settings of a script
+(``--dtype bf16``, a GPU) give the file a name of its own, and the page a section of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import latency
+import scale
+import step_cost
+import whole_run
+
+ROOT = Path(__file__).parents[1]
+PAGE, RESULTS, FIGURES = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
+SCRIPTS = {script.__name__: script for script in (step_cost, whole_run, latency, scale)}
+
+
+def fill(page: str, name: str, text: str) -> str:
+    """The page with this text in the section of this name.
+
+    Raises:
+        ValueError: If there is not one such section.
+    """
+    section = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
+    filled, count = section.subn(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page)
+    if count != 1:
+        raise ValueError(f"the page must have one section <!-- {name} --> ... <!-- /{name} -->, it has {count}")
+    return filled
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """What a file of results says: its tables, its figures, the machine, the command."""
+    script, rows = SCRIPTS[result["benchmark"]], result["rows"]
+    parts = [table.markdown() for table in script.tables(rows)]
+    if script is scale:
+        parts += [
+            f"![{plot.__doc__}]({FIGURES.name}/{name}-{title}.svg)" for title, plot in scale.figures(rows).items()
+        ]
+    machine = "; ".join(f"{fact} {value}" for fact, value in result["machine"].items())
+    return "\n\n".join([*parts, f"`{result['command']}`, on {machine}."])
+
+
+def draw(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
+    """The figures of one file of results of scale.py."""
+    import matplotlib
+
+    # The same rows give the same file.
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        folder.mkdir(parents=True, exist_ok=True)
+        for title, plot in scale.figures(rows).items():
+            plot(rows).savefig(folder / f"{name}-{title}.svg", metadata={"Date": None})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page says something else")
+    options = parser.parse_args(argv)
+    old = page = PAGE.read_text(encoding="utf-8")
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        page = fill(page, path.stem, section(path.stem, result))
+        if result["benchmark"] == "scale" and not options.check:
+            draw(path.stem, result["rows"], FIGURES)
+    if options.check:
+        return int(page != old)
+    PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

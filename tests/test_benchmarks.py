@@ -1,0 +1,217 @@
+"""The performance benchmarks run, count what they say they count, and their page is what their results say."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import harness  # noqa: E402
+import latency  # noqa: E402
+import nets  # noqa: E402
+import performance_page  # noqa: E402
+import scale  # noqa: E402
+import step_cost  # noqa: E402
+import whole_run  # noqa: E402
+
+from lightning_svd import svd_layers  # noqa: E402
+from lightning_svd.costs import count_costs  # noqa: E402
+
+SMALL = (lambda: nets.vgg(3, 10, width=8), (4, 3, 8, 8))
+
+
+@pytest.fixture(autouse=True)
+def _one_small_net(monkeypatch):
+    monkeypatch.setattr(step_cost, "CASES", {"small": SMALL})
+    for script in (latency, whole_run):
+        monkeypatch.setattr(script, "CASES", step_cost.CASES)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):  # the scripts silence them
+        logger.setLevel(level)
+
+
+def rows_written(main, path, *arguments):
+    main([*arguments, "--threads", "1", "--device", "cpu", "--json", str(path)])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------- harness
+
+
+def test_a_ratio_is_the_median_within_rounds_and_not_of_the_medians():
+    mine, base = [2.0, 20.0, 200.0, 4.0, 3.0], [1.0, 10.0, 100.0, 1.0, 1.0]
+    assert harness.against(mine, base) == {"ratio": 2.0, "low": 2.0, "high": 3.0, "seconds": 4.0}
+
+
+def test_actions_take_turns_and_the_first_rounds_do_not_count():
+    calls = []
+    seconds = harness.in_turns(
+        {name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, repeats=2, warm_up=1
+    )
+    assert "".join(calls) == "aabb" * 3
+    assert [len(times) for times in seconds.values()] == [2, 2]
+
+
+def test_the_command_is_without_the_file_it_was_written_to():
+    argv = ["--rounds", "3", "--json", "a/b.json", "--json=c.json", "--modes", "eager;compiled"]
+    assert harness.command("latency", argv) == "python benchmarks/latency.py --rounds 3 --modes 'eager;compiled'"
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_costs_are_counted_without_computing_anything():
+    model = step_cost.factorised(SMALL[0]())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert step_cost.cost_of(model, SMALL[1]) == count_costs(model.eval(), torch.zeros(SMALL[1]))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_floor_of_a_step_is_the_arithmetic_of_its_products():
+    full = step_cost.factorised(torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False)))
+    cost = step_cost.cost_of(full, (100, 6))
+    dense, regulariser = 3 * 100 * 24, 2 * (6 + 4)
+    # Rank 4: W is rebuilt; rank 1: two factors cost less; a Gram matrix and a product with it for U and V.
+    assert step_cost.arithmetic(cost, {"0": 4}) == (3 * (4 * 24 + 100 * 24) + regulariser * 16) / dense
+    assert step_cost.arithmetic(cost, {"0": 1}) == (3 * 100 * 10 + regulariser) / dense
+    assert step_cost.arithmetic(cost, {"0": 1}, "rebuilt") == (3 * (24 + 100 * 24) + regulariser) / dense
+
+
+@pytest.mark.parametrize("setting", [(), ("--dtype", "bf16"), ("--channels-last",)], ids=["plain", "bf16", "layout"])
+def test_step_cost_has_a_row_for_each_variant(tmp_path, setting):
+    result = rows_written(step_cost.main, tmp_path / "r.json", "--rounds", "1", *setting)
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert rows["dense"]["ratio"] == rows["dense"]["floor"] == 1.0 and len(rows) == 11
+    assert rows["ours, 0.25 of the MACs"]["floor"] < rows["ours, 0.5 of the MACs"]["floor"] < 1.0
+    assert result["command"] == " ".join(
+        ["python benchmarks/step_cost.py --rounds 1", *setting, "--threads 1 --device cpu"]
+    )
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read off Linux's /proc"
+)
+def test_memory_is_that_of_the_step_alone():
+    # 64 MB, which glibc always maps apart and gives back: weight, gradient, momentum, and the gradient with its decay.
+    # Not what was there before, nor the net that the variant was copied from. In a process of its own, as the script
+    # has it: what this one freed before may still be its.
+    code = """
+import step_cost, torch
+step_cost.CASES["wide"] = (lambda: torch.nn.Linear(4096, 4096), (1, 4096))
+before = torch.ones(1 << 24)
+print(step_cost.peak_memory("wide", "dense", step_cost.Setting()) / before.untyped_storage().nbytes())
+"""
+    run = [sys.executable, "-c", code]
+    printed = subprocess.run(run, cwd=ROOT / "benchmarks", check=True, capture_output=True, text=True).stdout
+    assert 3 <= float(printed) <= 5.5  # a kernel may pack one more for itself
+
+
+def test_latency_has_rows_of_models_and_layers(tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "TURN", 0.0)
+    arguments = ["--nets", "small", "--batches", "2", "--rounds", "1", "--budget", "0.5", "--spectra", "power"]
+    arguments += ["--modes", "eager; folded, channels-last", "--layers", "eager"]
+    result = rows_written(latency.main, tmp_path / "r.json", *arguments)
+    models = [row for row in result["rows"] if row["what"] == "model"]
+    assert {row["mode"] for row in models} == {"eager", "folded, channels-last"}
+    assert all(row["macs"] <= 0.5 for row in models if row["variant"] == "ours")
+    layers = [row for row in result["rows"] if row["what"] == "layer"]
+    assert layers and all(row["first_seconds"] > 0 < row["second_seconds"] for row in layers)
+    with pytest.raises(SystemExit):
+        latency.main(["--modes", "fast"])
+
+
+@pytest.mark.parametrize("mode", [mode for mode in latency.MODES if "compiled" not in mode])
+def test_every_way_of_computing_gives_the_same(mode):
+    torch.manual_seed(0)
+    x, model = torch.randn(SMALL[1]), SMALL[0]().eval()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+    expected = model(x)
+    eps = torch.finfo(torch.float32).eps
+    with torch.inference_mode():
+        error = (latency.computed(model, x, mode)() - expected).abs().max()
+    assert error <= 32 * eps * (9 * 32) ** 0.5 * expected.abs().max()
+
+
+def test_shaped_spectra_end_at_different_ranks():
+    torch.manual_seed(0)
+    full = step_cost.factorised(SMALL[0]())
+    latency.shape_spectra(full)
+    cost = step_cost.cost_of(full, SMALL[1])
+    ranks = step_cost.ranks_of(step_cost.cut(full, cost, 0.35))
+    assert len({ranks[name] / layer.full_rank for name, layer in svd_layers(full).items()}) > 2
+
+
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
+@pytest.mark.filterwarnings("ignore:`isinstance")
+def test_a_whole_run_is_timed_with_and_without_a_logger(tmp_path):
+    arguments = ["--net", "small", "--epochs", "2", "--steps", "5", "--rounds", "1", "--loggers", "CSV"]
+    result = rows_written(whole_run.main, tmp_path / "r.json", *arguments)
+    assert [row["variant"] for row in result["rows"] if row["what"] == "logging"] == [
+        "dense, CSV",
+        "ours, to 0.35 of the MACs, CSV",
+    ]
+    ours = result["rows"][1]
+    assert 0.35 < ours["floor"] < 1.0
+    assert 0 < ours["before"] < ours["seconds"] and all(seconds >= 0 for seconds in ours["hooks"].values())
+    assert ours["hooks"]["decomposition"] > 0 < ours["hooks"]["regulariser, weight decay"]
+
+
+def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "resnet50_layers", lambda width: torch.nn.Linear(8, 8))
+    monkeypatch.setattr(scale, "vit", lambda width, depth: torch.nn.Linear(8, 8))
+    result = rows_written(scale.main, tmp_path / "r.json", "--quick", "--rounds", "1", "--side", "4")
+    assert {row["what"] for row in result["rows"]} == {"decomposition", "width", "depth"}
+    for folder in ("a", "b"):
+        performance_page.draw("scale", result["rows"], tmp_path / folder)
+    drawn = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert drawn == ["scale-depth.svg", "scale-width.svg"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in drawn)
+
+
+def test_resnet50_has_the_parameters_it_is_known_for():
+    layers = sum(p.numel() for name, p in scale.resnet50_layers().named_parameters() if not name.endswith("bias"))
+    norms = 2 * 26560  # scale and shift of each of its batch normalisations
+    assert layers + norms + 1000 == 25_557_032
+
+
+# ---------------------------------------------------------------------------------------------------------------- page
+
+
+def test_a_section_is_replaced_and_nothing_else():
+    page = "# A\n<!-- x -->\nold\n<!-- /x -->\n<!-- y -->\n<!-- /y -->\nend\n"
+    filled = performance_page.fill(page, "x", "new")
+    assert filled == page.replace("old", "\nnew\n")
+    assert performance_page.fill(filled, "x", "new") == filled
+    with pytest.raises(ValueError, match=r"one section <!-- z --> .*, it has 0"):
+        performance_page.fill(page, "z", "new")
+
+
+def test_the_page_is_written_and_checked(tmp_path, monkeypatch):
+    row = {"ratio": 0.5, "low": 0.4, "high": 0.6, "seconds": 1.0, "floor": 0.3, "peak_bytes": None}
+    row |= {"net": "small", "input": [4, 3], "variant": "ours"}
+    result = {"benchmark": "step_cost", "command": "python benchmarks/step_cost.py", "machine": {"CPU": "fast"}}
+    (tmp_path / "mine.json").write_text(json.dumps(result | {"rows": [row]}))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- mine -->\n<!-- /mine -->\n")
+    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
+    monkeypatch.setattr(performance_page, "PAGE", page)
+    assert performance_page.main(["--check"]) == 1
+    assert performance_page.main([]) == 0
+    assert performance_page.main(["--check"]) == 0
+    assert "| ours | 0.50 | 0.40 - 0.60 | 0.30 | 1.000 |" in page.read_text()
+    assert "`python benchmarks/step_cost.py`, on CPU fast." in page.read_text()
+
+
+def test_the_projects_page_is_what_its_results_say():
+    assert performance_page.main(["--check"]) == 0, "run `python benchmarks/performance_page.py`"

@@ -4,11 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test lint types contracts unit compatibility format clean
+.PHONY: help install demo test lint types contracts docs unit notebooks compatibility format clean
 
 help:
 	@echo "make demo    train a small ResNet dense and low-rank, compare, write a report (about 2 minutes)"
-	@echo "make test    everything that CI runs: lint, types, import contracts, tests"
+	@echo "make test    everything that CI runs: lint, types, import contracts, documentation, tests"
+	@echo "make docs    the documentation as HTML, in docs/_build"
+	@echo "make notebooks  run the notebooks"
 	@echo "make compatibility  write docs/compatibility.md from the tests"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
@@ -28,7 +30,7 @@ demo: install
 	@echo "==> lightning-svd demo"
 	@$(BIN)/lightning-svd demo
 
-test: lint types contracts unit
+test: lint types contracts docs unit
 
 lint: install
 	@echo "==> ruff"
@@ -43,9 +45,16 @@ contracts: install
 	@echo "==> import contracts"
 	@$(BIN)/lint-imports
 
+docs: install
+	@echo "==> sphinx"
+	@$(BIN)/sphinx-build -W --keep-going -E -q docs docs/_build
+
 unit: install
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --doctest-modules tests lightning_svd
+
+notebooks: install
+	@$(BIN)/python -m pytest tests/test_notebooks.py
 
 compatibility: install
 	@$(BIN)/python tests/compatibility.py
@@ -55,4 +64,4 @@ format: install
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) lightning-svd-demo
+	rm -rf $(VENV) docs/_build lightning-svd-demo

@@ -29,6 +29,10 @@ def strength(progress: float, start: float, end: float, shape: str) -> float:
         start: Where ranks begin to fall; the ramp ends here.
         end: Where ranks are frozen; nothing is left to sparsify.
         shape: A key of ``SHAPES``; "constant" is full strength from the first step.
+
+    Example:
+        >>> [strength(t, start=0.4, end=0.8, shape="linear") for t in (0.0, 0.1, 0.4, 0.7, 0.8)]
+        [0.0, 0.25, 1.0, 1.0, 0.0]
     """
     return 0.0 if progress >= end else SHAPES[shape](progress_between(progress, 0.0, start))
 
@@ -41,6 +45,10 @@ def removal(progress: float, start: float, end: float, shape: str) -> float:
         start: Where ranks begin to fall.
         end: Where ranks are frozen.
         shape: A key of ``SHAPES``; "constant" removes all of them at ``start``.
+
+    Example:
+        >>> [removal(t, start=0.25, end=0.75, shape="cubic") for t in (0.0, 0.25, 0.5, 0.75, 1.0)]
+        [0.0, 0.0, 0.875, 1.0, 1.0]
     """
     return 0.0 if progress < start else SHAPES[shape](progress_between(progress, start, end))
 
@@ -56,6 +64,10 @@ def cut_steps(total_steps: int, start: float, end: float, cuts: int) -> list[int
 
     Returns:
         Ascending step counts in [1, total_steps], none twice.
+
+    Example:
+        >>> cut_steps(1000, start=0.3, end=0.7, cuts=4)
+        [400, 500, 600, 700]
     """
     first, last = start * total_steps, end * total_steps
     steps = [first + (last - first) * k / cuts for k in range(1, cuts + 1)]

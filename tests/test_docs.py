@@ -1,0 +1,41 @@
+"""The documentation is complete: every argument and every public name has its place, and no link leads nowhere."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_svd
+from lightning_svd import SVDTrainingCallback
+
+ROOT = Path(__file__).parents[1]
+ARGUMENTS = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")
+
+
+def documented_arguments():
+    """Name -> default, as the page of arguments says."""
+    arguments = {}
+    for heading, default in re.findall(r"^### (.+)\n\nDefault: ((?:`[^`]+`(?:, )?)+)", ARGUMENTS, re.MULTILINE):
+        names, defaults = (re.findall(r"`([^`]+)`", text) for text in (heading, default))
+        arguments |= dict(zip(names, map(ast.literal_eval, defaults), strict=True))
+    return arguments
+
+
+def test_every_argument_is_on_its_page_with_its_default():
+    parameters = list(inspect.signature(SVDTrainingCallback.__init__).parameters.values())[1:]
+    assert documented_arguments() == {parameter.name: parameter.default for parameter in parameters}
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^\.\. auto(?:class|function):: (\w+)$", page, re.MULTILINE)
+    assert sorted(entries) == sorted(lightning_svd.__all__)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_to_files_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)#]+)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"#]+)", text)
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []

@@ -1,6 +1,6 @@
 """What the performance benchmarks share: timing in turns, ratios, tables, and files of results.
 
-A script measures rows, prints them as tables and writes them with ``--json``; ``performance_page.py`` makes the same
+A script measures rows, prints them as tables and writes them with ``--json``; ``pages.py`` makes the same
 tables of the files in ``benchmarks/results``.
 """
 

@@ -11,6 +11,7 @@ def _surroundings(tmp_path, monkeypatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("COLUMNS", "118")  # tables go by the terminal's width
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import harness  # noqa: E402
 import latency  # noqa: E402
 import nets  # noqa: E402
-import performance_page  # noqa: E402
+import pages  # noqa: E402
 import scale  # noqa: E402
 import step_cost  # noqa: E402
 import whole_run  # noqa: E402
@@ -173,7 +173,7 @@ def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, mon
     result = rows_written(scale.main, tmp_path / "r.json", "--quick", "--rounds", "1", "--side", "4")
     assert {row["what"] for row in result["rows"]} == {"decomposition", "width", "depth"}
     for folder in ("a", "b"):
-        performance_page.draw("scale", result["rows"], tmp_path / folder)
+        pages.draw("scale", result["rows"], tmp_path / folder)
     drawn = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert drawn == ["scale-depth.svg", "scale-width.svg"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in drawn)
@@ -190,11 +190,11 @@ def test_resnet50_has_the_parameters_it_is_known_for():
 
 def test_a_section_is_replaced_and_nothing_else():
     page = "# A\n<!-- x -->\nold\n<!-- /x -->\n<!-- y -->\n<!-- /y -->\nend\n"
-    filled = performance_page.fill(page, "x", "new")
+    filled = pages.fill(page, "x", "new")
     assert filled == page.replace("old", "\nnew\n")
-    assert performance_page.fill(filled, "x", "new") == filled
+    assert pages.fill(filled, "x", "new") == filled
     with pytest.raises(ValueError, match=r"one section <!-- z --> .*, it has 0"):
-        performance_page.fill(page, "z", "new")
+        pages.fill(page, "z", "new")
 
 
 def test_the_page_is_written_and_checked(tmp_path, monkeypatch):
@@ -202,16 +202,17 @@ def test_the_page_is_written_and_checked(tmp_path, monkeypatch):
     row |= {"net": "small", "input": [4, 3], "variant": "ours"}
     result = {"benchmark": "step_cost", "command": "python benchmarks/step_cost.py", "machine": {"CPU": "fast"}}
     (tmp_path / "mine.json").write_text(json.dumps(result | {"rows": [row]}))
-    page = tmp_path / "page.md"
+    page, other = tmp_path / "performance.md", tmp_path / "quality.md"
     page.write_text("<!-- mine -->\n<!-- /mine -->\n")
-    monkeypatch.setattr(performance_page, "RESULTS", tmp_path)
-    monkeypatch.setattr(performance_page, "PAGE", page)
-    assert performance_page.main(["--check"]) == 1
-    assert performance_page.main([]) == 0
-    assert performance_page.main(["--check"]) == 0
+    other.write_text("")
+    monkeypatch.setattr(pages, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "DOCS", tmp_path)
+    assert pages.main(["--check"]) == 1
+    assert pages.main([]) == 0
+    assert pages.main(["--check"]) == 0
     assert "| ours | 0.50 | 0.40 - 0.60 | 0.30 | 1.000 |" in page.read_text()
     assert "`python benchmarks/step_cost.py`, on CPU fast." in page.read_text()
 
 
 def test_the_projects_page_is_what_its_results_say():
-    assert performance_page.main(["--check"]) == 0, "run `python benchmarks/performance_page.py`"
+    assert pages.main(["--check"]) == 0, "run `python benchmarks/pages.py`"

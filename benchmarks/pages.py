@@ -1,10 +1,13 @@
-"""Writes the tables and figures of docs/performance.md from benchmarks/results; with --check says whether it is so.
+"""Writes the tables and figures of docs/performance.md and docs/quality.md from benchmarks/results.
+
+With --check it writes nothing and says whether the pages are so.
 
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
-    python benchmarks/performance_page.py
+    python benchmarks/pages.py
 
-The file ``NAME.json`` fills what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->``; for other settings of a script
-(``--dtype bf16``, a GPU) give the file a name of its own, and the page a section of that name.
+The file ``NAME.json``, for quality.md where NAME begins so, fills what lies between ``<!-- NAME -->`` and
+``<!-- /NAME -->``; for other settings of a script (``--dtype bf16``, a GPU) give the file a name of its own, and the
+page a section of that name.
 """
 
 from __future__ import annotations
@@ -18,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import latency
+import quality
 import scale
 import step_cost
 import whole_run
 
 ROOT = Path(__file__).parents[1]
-PAGE, RESULTS, FIGURES = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "figures"
-SCRIPTS = {script.__name__: script for script in (step_cost, whole_run, latency, scale)}
+DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
+SCRIPTS = {script.__name__: script for script in (step_cost, whole_run, latency, scale, quality)}
 
 
 def fill(page: str, name: str, text: str) -> str:
@@ -45,9 +49,7 @@ def section(name: str, result: dict[str, Any]) -> str:
     script, rows = SCRIPTS[result["benchmark"]], result["rows"]
     parts = [table.markdown() for table in script.tables(rows)]
     if script is scale:
-        parts += [
-            f"![{plot.__doc__}]({FIGURES.name}/{name}-{title}.svg)" for title, plot in scale.figures(rows).items()
-        ]
+        parts += [f"![{plot.__doc__}](figures/{name}-{title}.svg)" for title, plot in scale.figures(rows).items()]
     machine = "; ".join(f"{fact} {value}" for fact, value in result["machine"].items())
     return "\n\n".join([*parts, f"`{result['command']}`, on {machine}."])
 
@@ -68,15 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page says something else")
     options = parser.parse_args(argv)
-    old = page = PAGE.read_text(encoding="utf-8")
+    old = {page: (DOCS / page).read_text(encoding="utf-8") for page in ("performance.md", "quality.md")}
+    new = dict(old)
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        page = fill(page, path.stem, section(path.stem, result))
+        page = "quality.md" if path.stem.startswith("quality") else "performance.md"
+        new[page] = fill(new[page], path.stem, section(path.stem, result))
         if result["benchmark"] == "scale" and not options.check:
-            draw(path.stem, result["rows"], FIGURES)
+            draw(path.stem, result["rows"], DOCS / "figures")
     if options.check:
-        return int(page != old)
-    PAGE.write_text(page, encoding="utf-8")
+        return int(new != old)
+    for page, text in new.items():
+        (DOCS / page).write_text(text, encoding="utf-8")
     return 0
 
 

@@ -132,11 +132,13 @@ def arguments(description: str, rounds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def save(path: Path, benchmark: str, argv: Sequence[str] | None, options: argparse.Namespace, rows: list[Row]) -> None:
-    """Write the rows, and what they were measured with and on."""
+def save(benchmark: str, argv: Sequence[str] | None, options: argparse.Namespace, rows: list[Row]) -> None:
+    """Write the rows, and what they were measured with and on, to the file of ``--json``; nothing without one."""
+    if options.json is None:
+        return
     result = {"benchmark": benchmark, "command": command(benchmark, argv), "machine": machine(options), "rows": rows}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def command(benchmark: str, argv: Sequence[str] | None) -> str:

@@ -238,8 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += measure(net, batch, options)
     for table in tables(rows):
         table.print()
-    if options.json:
-        save(options.json, "latency", argv, options, rows)
+    save("latency", argv, options, rows)
 
 
 if __name__ == "__main__":

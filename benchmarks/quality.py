@@ -35,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from harness import Row, Table, command, cpu_name
 from lightning.pytorch import LightningModule, Trainer
+from step_cost import cut
 from torch import Tensor, nn
 
 from lightning_svd import SVDTrainingCallback, add_gradients, decompose, summarize, svd_layers, to_factored
-from lightning_svd.costs import CostMeter, ModelCost
-from lightning_svd.ranks import keep_by_budget, keep_by_energy, strongest
+from lightning_svd.costs import ModelCost, count_costs
+from lightning_svd.ranks import keep_by_energy, strongest
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
@@ -152,21 +153,15 @@ def cosine(progress: float) -> float:
 
 def cost_of(model: nn.Module, setting: Setting) -> ModelCost:
     """Costs of a model with factorised layers."""
-    with CostMeter(model) as meter, torch.no_grad():
-        model.eval()(setting.images.test[0][:1])
-    return meter.cost(batch_size=1)
+    return count_costs(model, setting.images.test[0][:1])
 
 
 def truncated(model: nn.Module, setting: Setting) -> nn.Module:
     """``model``, dense or factorised, as plain low-rank layers within the budget, ranks allocated globally."""
     if not svd_layers(model):
         decompose(model, conv_mode=setting.conv_mode)
-    layers, cost = svd_layers(model), cost_of(model, setting)
-    energies = {name: layer.energies() for name, layer in layers.items()}
-    ranks = keep_by_budget(energies, cost, setting.target * cost.dense("macs"))
-    for name, layer in layers.items():
-        layer.keep(strongest(energies[name], ranks[name]))
-    return to_factored(model, cost)
+    cost = cost_of(model, setting)
+    return to_factored(cut(model, cost, setting.target), cost)
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
@@ -184,6 +179,14 @@ def turn_to_finetuning(setting: Setting) -> int:
     return setting.epochs - round(FINETUNE_SHARE * setting.epochs)
 
 
+def truncated_and_finetuned(model: nn.Module, setting: Setting) -> nn.Module:
+    """Truncated, then trained on with a restarted learning rate."""
+    model = truncated(model, setting)
+    epochs = (turn_to_finetuning(setting), setting.epochs)
+    fit(model, setting, epochs, lambda progress: FINETUNE_RATE * cosine(progress))
+    return model
+
+
 @SharedStart
 def dense_but_finetuning(setting: Setting) -> nn.Module:
     """The dense net after a whole schedule that leaves time to finetune."""
@@ -194,10 +197,7 @@ def dense_but_finetuning(setting: Setting) -> nn.Module:
 
 def truncate_and_finetune(setting: Setting) -> nn.Module:
     """Dense, then truncated by SVD within a global budget, then finetuned with a restarted learning rate."""
-    model = truncated(dense_but_finetuning(setting), setting)
-    epochs = (turn_to_finetuning(setting), setting.epochs)
-    fit(model, setting, epochs, lambda progress: FINETUNE_RATE * cosine(progress))
-    return model
+    return truncated_and_finetuned(dense_but_finetuning(setting), setting)
 
 
 @SharedStart
@@ -249,10 +249,7 @@ def low_rank_by_svds(setting: Setting, every: int = 20, nuclear: float = 3e-4, k
 
 def svd_every_n_steps(setting: Setting) -> nn.Module:
     """Trained rank pruning (Xu et al. 2020), truncated to the budget and finetuned."""
-    model = truncated(low_rank_by_svds(setting), setting)
-    epochs = (turn_to_finetuning(setting), setting.epochs)
-    fit(model, setting, epochs, lambda progress: FINETUNE_RATE * cosine(progress))
-    return model
+    return truncated_and_finetuned(low_rank_by_svds(setting), setting)
 
 
 @SharedStart

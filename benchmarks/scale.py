@@ -280,8 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in options.parts:
         rows += PARTS[part](options)
         tables(rows)[-1].print()
-        if options.json:
-            save(options.json, "scale", argv, options, rows)
+        save("scale", argv, options, rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from harness import Row, Table, against, arguments, in_turns, middle_half, progr
 from torch import Tensor, nn
 
 from lightning_svd import SVDConv2d, SVDLayer, add_gradients, decompose, svd_layers, to_factored
-from lightning_svd.costs import CostMeter, ModelCost
+from lightning_svd.costs import ModelCost, count_costs
 from lightning_svd.optimizers import OptimizerOfFactors
 from lightning_svd.ranks import keep_by_budget, strongest
 from lightning_svd.regularizers import COLUMNS
@@ -127,10 +127,8 @@ def cut(full: nn.Module, cost: ModelCost, budget: float, round_to: int = 1) -> n
 
 def cost_of(model: nn.Module, shape: tuple[int, ...]) -> ModelCost:
     """What a factorised model costs for an input of this shape; nothing is computed for it."""
-    shapes_only = copy.deepcopy(model).eval().to("meta")
-    with CostMeter(shapes_only) as meter, torch.no_grad():
-        shapes_only(torch.zeros(shape, device="meta"))
-    return meter.cost(shape[0])
+    shapes_only = copy.deepcopy(model).to("meta")
+    return count_costs(shapes_only, torch.zeros(shape, device="meta"))
 
 
 def regulariser_products(m_plus_n: int, rank: int) -> int:
@@ -336,8 +334,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for net in ["resnet18"] if options.quick else options.nets:
         rows += measure(net, options, setting)
         tables(rows)[-1].print()
-        if options.json:
-            save(options.json, "step_cost", argv, options, rows)
+        save("step_cost", argv, options, rows)
 
 
 if __name__ == "__main__":

@@ -232,8 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = measure(options)
     for table in tables(rows):
         table.print()
-    if options.json:
-        save(options.json, "whole_run", argv, options, rows)
+    save("whole_run", argv, options, rows)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ convolves, decomposed or not, attention products included.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -125,6 +126,18 @@ def count_params(module: nn.Module) -> ModelCost:
     return ModelCost(costs, sum(p.numel() for p in module.parameters() if id(p) not in factors))
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation inside, each of its modules in the mode it was in afterwards."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
 def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
     """The cost of ``module`` in MACs and parameters.
 
@@ -133,13 +146,8 @@ def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
         example_input: What it is called with, a tuple for several arguments, the first one's first dimension the batch.
     """
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
-    modes = {child: child.training for child in module.modules()}
-    try:
-        with CostMeter(module.eval()) as meter, torch.no_grad():
-            module(*arguments)
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
+    with evaluating(module), CostMeter(module) as meter, torch.no_grad():
+        module(*arguments)
     return meter.cost(batch_size=len(arguments[0]))
 
 

@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
+from lightning_svd.costs import evaluating
+
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
 
@@ -131,17 +133,12 @@ def batch_size(batch: Any) -> int:
 @torch.no_grad()
 def forward_example(pl_module: LightningModule) -> None:
     """Run ``example_input_array`` through the model as in evaluation, leaving its modes as they were."""
-    modes = {module: module.training for module in pl_module.modules()}
     example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
-    pl_module.eval()
-    try:
+    with evaluating(pl_module):
         if isinstance(example, dict):
             pl_module(**example)
         else:
             pl_module(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def builds_layers_late(pl_module: LightningModule) -> bool:

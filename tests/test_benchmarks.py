@@ -6,23 +6,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness
+import latency
+import nets
+import pages
 import pytest
+import scale
+import step_cost
 import torch
+import whole_run
+
+from lightning_svd import svd_layers
+from lightning_svd.costs import count_costs
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import harness  # noqa: E402
-import latency  # noqa: E402
-import nets  # noqa: E402
-import pages  # noqa: E402
-import scale  # noqa: E402
-import step_cost  # noqa: E402
-import whole_run  # noqa: E402
-
-from lightning_svd import svd_layers  # noqa: E402
-from lightning_svd.costs import count_costs  # noqa: E402
-
 SMALL = (lambda: nets.vgg(3, 10, width=8), (4, 3, 8, 8))
 
 

@@ -1,8 +1,6 @@
 """A budget is met by default arguments, whatever the net: on real data, counted on the model that is left."""
 
-import sys
-from pathlib import Path
-
+import nets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,9 +10,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_svd import SVDTrainingCallback, summarize
 from lightning_svd.demo import digits
-
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import nets
 
 
 class Classifier(LightningModule):

@@ -78,7 +78,8 @@ class SVDTrainingCallback(Callback):
         budget_schedule: How ranks fall in between: "constant" (all at once), "linear", "cosine", "cubic".
         rank_updates: In how many cuts they fall.
         min_rank: Fewest ranks that a layer keeps.
-        round_to: Ranks are multiples of this, for hardware that likes them so.
+        round_to: Ranks are multiples of this, for hardware that likes them so; of half of it, a quarter, ... where a
+            layer's break-even rank is smaller.
         monitor: Name of a logged metric; the report says what the pruning cost in it.
         mode: "min" if less of it is better, "max" if more is; to be given with ``monitor``.
         max_metric_drop: How far the metric may fall below its best, in its own unit, before pruning pauses until it

@@ -39,6 +39,7 @@ class SVDLayer(nn.Module):
         kept: Indices of the kept ranks, or None for all: what the arithmetic goes by. It follows :meth:`keep` and
             loading, and nothing else: what averages or swaps a model's buffers leaves it alone.
         bias: As in the dense layer.
+        matrix_shape: (m, n), outputs and inputs of the layer seen as a matrix.
         dense_kind: Name of the dense layer's class.
     """
 
@@ -52,6 +53,7 @@ class SVDLayer(nn.Module):
 
     def __init__(self, factors: Factors, bias: Tensor | None, requires_grad: bool = True) -> None:
         super().__init__()
+        self.matrix_shape = factors.U.shape[0], factors.V.shape[0]
         self.U = nn.Parameter(factors.U, requires_grad)
         self.s = nn.Parameter(factors.s, requires_grad)
         self.V = nn.Parameter(factors.V, requires_grad)
@@ -68,11 +70,6 @@ class SVDLayer(nn.Module):
     def rank(self) -> int:
         """How many ranks are kept."""
         return self.full_rank if self.kept is None else self.kept.numel()
-
-    @property
-    def matrix_shape(self) -> tuple[int, int]:
-        """(m, n): outputs and inputs of the layer seen as a matrix."""
-        return self.U.shape[0], self.V.shape[0]
 
     @property
     def weight(self) -> Tensor:
@@ -170,8 +167,9 @@ class SVDLayer(nn.Module):
 
     def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
         """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k."""
-        rebuild = self.rank * self.dense_params + self.dense_macs(input_shape)
-        return self.rank == 0 or rebuild <= self.rank * self.macs_per_rank(input_shape)
+        rank = self.rank
+        rebuild = rank * self.dense_params + self.dense_macs(input_shape)
+        return rank == 0 or rebuild <= rank * self.macs_per_rank(input_shape)
 
     def forward(self, input: Tensor) -> Tensor:  # its name is the dense layer's, for calls by keyword
         """The dense layer's output, computed in the cheaper way for this input."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,24 +39,24 @@ class OptimizerOfFactors:
         self._layers = list(layers)
         self._whole: list[dict[str, Any]] | None = None
         self._parts: list[list[dict[str, Any]]] = []
+        self._known: _Holdings | None = None
         self._hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
-    def held(self) -> set[nn.Parameter]:
+    def held(self) -> frozenset[nn.Parameter]:
         """The parameters that the optimizer trains at present: a finetuning schedule may add some."""
-        return {p for group in self._optimizer.param_groups for p in group["params"]}
+        return self._holdings().parameters
 
     @property
     def layers(self) -> list[SVDLayer]:
         """The factorised layers of which the optimizer trains a factor."""
-        held = self.held()
-        return [layer for layer in self._layers if not held.isdisjoint((layer.U, layer.s, layer.V))]
+        return self._holdings().layers
 
     def split(self) -> None:
         """Give U, V and s groups of their own with the decay they should have."""
         self.merge()
+        by_decay = self._holdings().by_decay
         groups = self._whole = self._optimizer.param_groups
-        decays = self._decays(groups)
-        self._parts = [_parts(group, decays) for group in groups]
+        self._parts = [_parts(group, decays) for group, decays in zip(groups, by_decay, strict=True)]
         self._optimizer.param_groups = [part for parts in self._parts for part in parts]
 
     def _stepped(self) -> None:
@@ -81,24 +82,54 @@ class OptimizerOfFactors:
         self.merge()
         self._hook.remove()
 
-    def _decays(self, groups: Sequence[dict[str, Any]]) -> dict[nn.Parameter, float]:
-        """The weight decay that each factor should have where it differs from its group's."""
-        of_group = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
-        decays: dict[nn.Parameter, float] = {}
-        for layer in self._layers:
-            decays |= {layer.U: 0.0, layer.V: 0.0}
-            if layer.U in of_group:
-                decays[layer.s] = of_group[layer.U]
-        return {p: decay for p, decay in decays.items() if p in of_group and of_group[p] != decay}
+    def _holdings(self) -> _Holdings:
+        groups = self._optimizer.param_groups if self._whole is None else self._whole
+        # Comparing identities costs a hundredth of sorting the parameters anew. The old key's are kept alive by what
+        # it stands for, so none of them can be another parameter's by now.
+        key = [(group.get("weight_decay", 0.0), list(map(id, group["params"]))) for group in groups]
+        if self._known is None or self._known.key != key:
+            self._known = _holdings(key, groups, self._layers)
+        return self._known
 
 
-def _parts(group: dict[str, Any], decays: dict[nn.Parameter, float]) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Holdings:
+    """What an optimizer's groups are to the factors, worked out once for each way they are.
+
+    Attributes:
+        key: Decay and identities of the parameters of each group.
+        parameters: All of them.
+        layers: Those of which a factor is among them.
+        by_decay: For each group its parameters by the weight decay that they should have; a single entry for a group
+            that can stay whole.
+    """
+
+    key: list[tuple[float, list[int]]]
+    parameters: frozenset[nn.Parameter]
+    layers: list[SVDLayer]
+    by_decay: list[dict[float, list[nn.Parameter]]]
+
+
+def _holdings(
+    key: list[tuple[float, list[int]]], groups: Sequence[dict[str, Any]], layers: Iterable[SVDLayer]
+) -> _Holdings:
+    decays = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
+    held = [layer for layer in layers if not decays.keys().isdisjoint((layer.U, layer.s, layer.V))]
+    for layer in held:
+        decays[layer.s] = decays.get(layer.U, decays.get(layer.s, 0.0))
+        decays[layer.U] = decays[layer.V] = 0.0
+    by_decay: list[dict[float, list[nn.Parameter]]] = []
+    for group in groups:
+        by_decay.append({})
+        for p in group["params"]:
+            by_decay[-1].setdefault(decays[p], []).append(p)
+    return _Holdings(key, frozenset(p for group in groups for p in group["params"]), held, by_decay)
+
+
+def _parts(group: dict[str, Any], by_decay: dict[float, list[nn.Parameter]]) -> list[dict[str, Any]]:
     """The group itself, or it split by the decay its parameters should have."""
-    if not any(p in decays for p in group["params"]):
+    if list(by_decay) in ([], [group.get("weight_decay", 0.0)]):
         return [group]
-    by_decay: dict[float, list[nn.Parameter]] = {}
-    for p in group["params"]:
-        by_decay.setdefault(decays.get(p, group["weight_decay"]), []).append(p)
     return [{**group, "params": params, "weight_decay": decay} for decay, params in by_decay.items()]
 
 

@@ -33,8 +33,8 @@ def keep_by_energy(
     ranks = {}
     for name, energy in energies.items():
         wanted = max(min_rank, energy_rank(energy.sqrt(), threshold))
-        rank = -(-wanted // round_to) * round_to
-        ranks[name] = rank if rank <= min(cost.layers[name].break_even, len(energy)) else len(energy)
+        ladder = _ladder(cost.layers[name], len(energy), wanted, round_to)
+        ranks[name] = next(ladder)
     return ranks
 
 
@@ -98,7 +98,12 @@ def keep_by_budget(
 
 
 def _ladder(layer: LayerCost, candidates: int, min_rank: int, round_to: int) -> Iterator[int]:
-    """The ranks a layer may have, ascending: cheaper than dense, or every candidate."""
+    """The ranks a layer may have, ascending: multiples of ``round_to`` cheaper than dense, or every candidate.
+
+    A layer too narrow for one multiple takes the largest half, quarter, ... of ``round_to`` that is cheaper than dense.
+    """
+    while round_to > max(1, layer.break_even):
+        round_to //= 2
     first = -(-min_rank // round_to) * round_to
     yield from range(first, min(layer.break_even, candidates) + 1, round_to)
     if candidates > layer.break_even or first > candidates:

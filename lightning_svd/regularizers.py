@@ -18,10 +18,11 @@ from lightning_svd.layers import SVDLayer
 
 ValueAndGradient = tuple[Tensor, Tensor]
 LARGE = 1 << 16  # entries of a factor from which copying it beside its like costs more than a kernel's launch
+ALL = slice(None)
 COLUMNS = 64  # of a Gram matrix that are computed in one step, where a step's number is given
 
 
-def orthogonality(factor: Tensor, columns: slice = slice(None)) -> ValueAndGradient:
+def orthogonality(factor: Tensor, columns: slice = ALL) -> ValueAndGradient:
     """``|A^T A - I|_F^2 / r^2`` for factors A (..., n, r) and its gradient ``4 A (A^T A - I) / r^2``.
 
     The penalty of Yang et al. 2020 (equation 3) for one of the two factors, r being the ranks A has. Leading
@@ -154,7 +155,7 @@ def _turn(rank: int, step: int | None) -> tuple[slice, int]:
     """The columns whose turn it is in this step, and in how many steps each has its turn."""
     turns = 1 if step is None else max(1, -(-rank // COLUMNS))
     if step is None or turns == 1:
-        return slice(None), 1
+        return ALL, 1
     width = -(-rank // turns)
     start = step % turns * width
     return slice(start, start + width), turns
@@ -175,7 +176,7 @@ def _add(
     penalty: Callable[[Tensor], ValueAndGradient],
     weight: float,
     only: Collection[nn.Parameter] | None,
-    columns: slice = slice(None),
+    columns: slice = ALL,
 ) -> Tensor:
     """Add the weighted gradient of each part's penalty to these columns of its parameter's; returns the penalties."""
     wide = torch.promote_types(group[0].value.dtype, torch.float32)
@@ -194,10 +195,14 @@ def _add(
 def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, columns: slice | Tensor) -> None:
     if weight == 0.0 or not parameter.requires_grad:
         return
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    gradient = gradient.to(parameter.grad.dtype)
-    if isinstance(columns, slice):
-        parameter.grad[..., columns].add_(gradient, alpha=weight)
+    grad = parameter.grad
+    if grad is None:
+        grad = parameter.grad = torch.zeros_like(parameter)
+    if gradient.dtype != grad.dtype:
+        gradient = gradient.to(grad.dtype)
+    if columns is ALL:  # a view of all would cost small layers as much as the addition
+        grad.add_(gradient, alpha=weight)
+    elif isinstance(columns, slice):
+        grad[..., columns].add_(gradient, alpha=weight)
     else:
-        parameter.grad.index_add_(-1, columns, gradient, alpha=weight)
+        grad.index_add_(-1, columns, gradient, alpha=weight)

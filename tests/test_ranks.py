@@ -46,7 +46,8 @@ def problem(layers, other, seed):
 
 def allowed(layer, candidates, min_rank=1, round_to=1):
     """Every rank that a layer may have, written down from the documentation: cheaper than dense, or all it has."""
-    cheap = [k for k in range(min_rank, candidates + 1) if k % round_to == 0 and k <= layer.break_even]
+    multiple = max(part for part in (round_to, round_to // 2, round_to // 4, 1) if part <= max(1, layer.break_even))
+    cheap = [k for k in range(min_rank, candidates + 1) if k % multiple == 0 and k <= layer.break_even]
     return cheap if cheap and candidates <= layer.break_even else [*cheap, candidates]
 
 
@@ -201,7 +202,7 @@ TEN = ModelCost({"fc": LayerCost(100, 20)}, 0)  # 10 x 10, break-even 4
         ([100, 1, 1, 1, 0, 0, 0, 0, 0, 0], 0.75, {"min_rank": 3}, 3),
         ([100, 1, 1, 1, 0, 0, 0, 0, 0, 0], 0.75, {"round_to": 2}, 2),
         ([1, 1, 1, 1, 1, 0, 0, 0, 0, 0], 0.9, {}, 10),  # 5 of 10 would cost as much as dense
-        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], 0.9, {"round_to": 8}, 10),
+        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], 0.9, {"round_to": 8}, 4),  # the largest half of 8 below break-even
         ([1, 1, 1], 1.0, {}, 3),
         ([1, 1, 1], 0.5, {"round_to": 4}, 3),  # no more than there are
         ([0, 0, 0], 0.5, {}, 1),

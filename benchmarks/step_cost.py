@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
 from torch import Tensor, nn
 
-from lightning_svd import SVDConv2d, SVDLayer, add_gradients, decompose, svd_layers, to_factored
+from lightning_svd import SVDConv, SVDLayer, add_gradients, decompose, svd_layers, to_factored
 from lightning_svd.costs import ModelCost, count_costs
 from lightning_svd.optimizers import OptimizerOfFactors
 from lightning_svd.ranks import keep_by_budget, strongest
@@ -153,7 +153,7 @@ def always_factored(model: nn.Module) -> nn.Module:
     def forward(layer: SVDLayer, x: Tensor) -> Tensor:
         U, s, V = layer.factors()
         root = s.abs().sqrt()
-        if not isinstance(layer, SVDConv2d):
+        if not isinstance(layer, SVDConv):
             return F.linear(F.linear(x, (V * root).mT), U * root, layer.bias)
         kernel = (V * root).mT.reshape(-1, layer.in_channels, *layer.kernel_size)
         maps = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)

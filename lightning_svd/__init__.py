@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_svd.costs import svd_layers
-from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
+from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.low_rank_files import load_low_rank, save_low_rank
 from lightning_svd.regularizers import add_gradients
 from lightning_svd.report import LayerReport, RankChange, SVDReport, summarize
@@ -20,7 +20,7 @@ __all__ = [
     "LayerPlan",
     "LayerReport",
     "RankChange",
-    "SVDConv2d",
+    "SVDConv",
     "SVDLayer",
     "SVDLinear",
     "SVDReport",

@@ -23,7 +23,6 @@ from lightning_svd.guard import MetricGuard, guard_on
 from lightning_svd.latency import time_layers
 from lightning_svd.monitor import SpectrumHistory
 from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors
-from lightning_svd.pairs import CONV_MODES
 from lightning_svd.ranks import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.regularizers import SPARSITY, add_gradients
 from lightning_svd.report import SVDReport, plan_table, report_on
@@ -44,6 +43,7 @@ from lightning_svd.trainers import (
     total_steps,
     unwrap_configure_model,
 )
+from lightning_svd.views import CONV_MODES
 
 # Strengths at which each penalty helps a falling budget without doing the pruning alone.
 SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, None: 0.0}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
-from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
-from lightning_svd.pairs import MARK, factored_pair, is_pair, merged, merged_weight
+from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
+from lightning_svd.pairs import factored_pair, is_pair, merged, merged_weight, rank_of, view_of
 from lightning_svd.surgery import become
+from lightning_svd.views import View
 
 KEY = "lightning_svd"
 VERSION = 1
@@ -45,8 +46,7 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
             mask = layer.kept_mask()  # not the state's, which averaging may have blurred
             dense.pop(f"{prefix}mask")
             dense[f"{prefix}weight"] = layer.fold(truncate(factors, mask.nonzero().squeeze(1).to(factors.s.device)))
-            mode = getattr(layer, "conv_mode", None)
-            exact[name] = {**factors._asdict(), "mask": mask, "conv_mode": mode}
+            exact[name] = {**factors._asdict(), "mask": mask, "conv_mode": layer.conv_mode}
     for name, pair in under_every_name(module, low_rank_pairs(module)):
         prefix = f"{name}." if name else ""
         if f"{prefix}0.weight" in dense:
@@ -54,7 +54,8 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
             dense[f"{prefix}weight"] = merged_weight(pair, first, second)
             if f"{prefix}1.bias" in dense:
                 dense[f"{prefix}bias"] = dense.pop(f"{prefix}1.bias")
-            exact[name] = {"first": first, "second": second, "conv_mode": mode_of(pair)}
+            mode = view_of(pair).conv_mode
+            exact[name] = {"first": first, "second": second, "rank": rank_of(pair), "conv_mode": mode}
     return dense, exact
 
 
@@ -71,8 +72,8 @@ def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mappin
     """
     pairs = dict(under_every_name(module, low_rank_pairs(module)))
     layers = dict(under_every_name(module, svd_layers(module)))
-    here = {name: ("pair", mode_of(pair), rank_of(pair)) for name, pair in pairs.items()}
-    here |= {name: ("factors", getattr(layer, "conv_mode", None), layer.full_rank) for name, layer in layers.items()}
+    here = {name: ("pair", view_of(pair).conv_mode, rank_of(pair)) for name, pair in pairs.items()}
+    here |= {name: ("factors", layer.conv_mode, layer.full_rank) for name, layer in layers.items()}
     saved = {name: _form(entry) for name, entry in exact.items()}
     if here != saved:
         raise ValueError(_why_not_resumed(here, saved))
@@ -95,8 +96,8 @@ _FormOf = tuple[str, str | None, int]  # "pair" or "factors", the convolution's 
 
 def _form(entry: Mapping[str, Any]) -> _FormOf:
     if "first" in entry:
-        return "pair", entry["conv_mode"], entry["first"].shape[0]
-    return "factors", entry["conv_mode"], entry["s"].numel()
+        return "pair", entry["conv_mode"], entry["rank"]
+    return "factors", entry["conv_mode"], entry["s"].shape[-1]
 
 
 def _why_not_resumed(here: Mapping[str, _FormOf], saved: Mapping[str, _FormOf]) -> str:
@@ -147,21 +148,19 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
     return state
 
 
-def _low_rank_twin(plain: nn.Linear | nn.Conv2d, entry: Mapping[str, Any]) -> nn.Module:
+def _low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:
     """What stands for ``plain`` at the rank of a checkpoint's entry; itself where factors do not pay."""
+    mode = entry["conv_mode"]
     if "first" in entry:
-        pair = factored_pair(plain, entry["first"].shape[0], entry["conv_mode"])
+        pair = factored_pair(View.of(plain, mode or "channel"), entry["rank"], plain.bias is not None)
         for part, weight in zip(pair, (entry["first"], entry["second"]), strict=True):
             part.weight = nn.Parameter(weight)
         pair[1].register_parameter("bias", cast("nn.Parameter | None", plain.bias))
         return pair
     factors = Factors(entry["U"], entry["s"], entry["V"])
-    if isinstance(plain, nn.Linear):
-        layer: SVDLayer = SVDLinear(plain, factors=factors)
-    else:
-        layer = SVDConv2d(plain, entry["conv_mode"], factors=factors)
+    layer: SVDLayer = SVDConv(plain, mode, factors=factors) if mode else SVDLinear(plain, factors=factors)
     layer.keep(entry["mask"].to(factors.s.device))
-    return layer.factored() if layer.rank * layer.params_per_rank < layer.dense_params else plain
+    return layer.factored() if layer.rank * layer.params_per_rank < layer.dense_params else layer.dense()
 
 
 def low_rank_pairs(module: nn.Module) -> dict[str, nn.Sequential]:
@@ -187,14 +186,3 @@ def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a plain layer."""
     assert isinstance(layer.weight, Tensor)
     return layer.weight
-
-
-def rank_of(pair: nn.Sequential) -> int:
-    """The rank of a pair."""
-    return weight_of(pair[0]).shape[0]
-
-
-def mode_of(pair: nn.Sequential) -> str | None:
-    """The mode of a pair of convolutions, None for linear layers."""
-    mode: str = vars(pair)[MARK]
-    return None if mode == "linear" else mode

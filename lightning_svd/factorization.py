@@ -29,11 +29,11 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
     positive, so that the same weights always give the same factors.
 
     Args:
-        matrix: Shape (m, n).
+        matrix: Shape (m, n), or a stack of such, (..., m, n).
         name: What to call the matrix in an error, for instance the layer's name.
 
     Returns:
-        U (m, r), s (r,) in descending order, V (n, r), with r = min(m, n).
+        U (m, r), s (r,) in descending order, V (n, r), with r = min(m, n), each stacked as ``matrix`` is.
 
     Raises:
         ValueError: If ``matrix`` holds NaN or infinity, or has no entries.
@@ -45,38 +45,38 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
         >>> reconstruct(U, s, V).tolist()
         [[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]
     """
-    if matrix.ndim != 2 or matrix.numel() == 0:
+    if matrix.ndim < 2 or matrix.numel() == 0:
         raise ValueError(f"`{name}`: expected a non-empty matrix, got shape {tuple(matrix.shape)}")
     if not torch.isfinite(matrix).all():
         bad = int((~torch.isfinite(matrix)).sum())
         raise ValueError(f"`{name}`: expected finite weights, got {bad} NaN or infinite of {matrix.numel()}")
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
         wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
-        if matrix.shape[0] >= matrix.shape[1]:
+        if matrix.shape[-2] >= matrix.shape[-1]:
             U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
             V = Vh.mT
         else:  # LAPACK takes several times as long for a wide matrix as for its transpose
             V, s, Uh = torch.linalg.svd(wide.mT, full_matrices=False)
             U = Uh.mT
-        signs = _column_signs(U)
+        signs = _column_signs(U).unsqueeze(-2)
         return Factors(U * signs, s, V * signs)
 
 
 def _column_signs(U: Tensor) -> Tensor:
-    largest = U.gather(0, U.abs().argmax(dim=0, keepdim=True)).squeeze(0)
+    largest = U.gather(-2, U.abs().argmax(dim=-2, keepdim=True)).squeeze(-2)
     return torch.where(largest < 0, -1.0, 1.0).to(U.dtype)
 
 
 def reconstruct(U: Tensor, s: Tensor, V: Tensor) -> Tensor:
-    """``U @ diag(s) @ V.T``, shape (m, n); the inverse of :func:`svd`."""
-    return (U * s) @ V.mT
+    """``U @ diag(s) @ V.T``, shape (..., m, n); the inverse of :func:`svd`."""
+    return (U * s.unsqueeze(-2)) @ V.mT
 
 
 def truncate(factors: Factors, kept: Tensor) -> Factors:
     """Only the kept rank-one terms, differentiable.
 
     Args:
-        factors: U (m, r), s (r,), V (n, r).
+        factors: U (..., m, r), s (..., r), V (..., n, r).
         kept: Their indices (k,); not a mask, whose count would have to be asked of the device.
 
     Example:
@@ -84,8 +84,7 @@ def truncate(factors: Factors, kept: Tensor) -> Factors:
         >>> reconstruct(*truncate(factors, torch.tensor([0]))).tolist()
         [[3.0, 0.0], [0.0, 0.0]]
     """
-    U, s, V = factors
-    return Factors(U.index_select(1, kept), s.index_select(0, kept), V.index_select(1, kept))
+    return Factors(*(factor.index_select(-1, kept) for factor in factors))
 
 
 def roundoff(shape: tuple[int, ...], dtype: torch.dtype, factor: float = 32.0) -> float:

@@ -7,43 +7,30 @@ two ways: rebuild W and apply it once, or apply the two factors one after the ot
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_svd.factorization import Factors, reconstruct, svd, truncate
-from lightning_svd.pairs import (
-    CONV_MODES,
-    empty_dense,
-    factored_pair,
-    fill,
-    fold_conv_weight,
-    geometry,
-    kernel,
-    stages,
-    unfold_conv_weight,
-)
+from lightning_svd.pairs import empty_dense, factored_pair, fill
+from lightning_svd.views import CONVOLUTIONS, Half, View
 
 
 class SVDLayer(nn.Module):
     """What all factorised layers share: the factors, the kept ranks, the ``weight`` they stand for.
 
     Attributes:
-        U: Left singular vectors (m, r).
+        view: How the dense layer's weight is seen as a matrix.
+        U: Left singular vectors (m, r); with groups (groups, m, r), and s and V likewise.
         s: Singular values (r,); training may make them negative, only their magnitude counts.
         V: Right singular vectors (n, r).
         mask: Boolean buffer (r,): which ranks are kept, as it is saved.
         kept: Indices of the kept ranks, or None for all: what the arithmetic goes by. It follows :meth:`keep` and
             loading, and nothing else: what averages or swaps a model's buffers leaves it alone.
         bias: As in the dense layer.
-        matrix_shape: (m, n), outputs and inputs of the layer seen as a matrix.
-        dense_kind: Name of the dense layer's class.
     """
-
-    dense_kind: ClassVar[str]
 
     U: nn.Parameter
     s: nn.Parameter
@@ -51,25 +38,48 @@ class SVDLayer(nn.Module):
     mask: Tensor
     bias: Tensor | None
 
-    def __init__(self, factors: Factors, bias: Tensor | None, requires_grad: bool = True) -> None:
+    def __init__(self, layer: Any, view: View, name: str = "weight", factors: Factors | None = None) -> None:
+        """Factorise ``layer``; its bias is taken over as it is, the same tensor.
+
+        Args:
+            layer: The dense layer; left unchanged.
+            view: Of its weight.
+            name: What to call it in an error.
+            factors: To be taken instead of the SVD of its weight.
+
+        Raises:
+            ValueError: If the weight holds NaN or infinity.
+        """
         super().__init__()
-        self.matrix_shape = factors.U.shape[0], factors.V.shape[0]
-        self.U = nn.Parameter(factors.U, requires_grad)
-        self.s = nn.Parameter(factors.s, requires_grad)
-        self.V = nn.Parameter(factors.V, requires_grad)
-        self.register_parameter("bias", cast("nn.Parameter | None", bias))
-        self.register_buffer("mask", torch.ones_like(factors.s, dtype=torch.bool))
+        self.view = view
+        if factors is None:
+            factors = svd(view.unfold(layer.weight), name)
+        for factor, value in zip("UsV", factors, strict=True):
+            trained = nn.Parameter(value.to(layer.weight.dtype).contiguous(), layer.weight.requires_grad)
+            setattr(self, factor, trained)
+        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         self.kept: Tensor | None = None
+        self.register_buffer("mask", self.kept_mask())
 
     @property
     def full_rank(self) -> int:
         """How many ranks the factors have room for."""
-        return self.s.numel()
+        return self.s.shape[-1]
 
     @property
     def rank(self) -> int:
         """How many ranks are kept."""
         return self.full_rank if self.kept is None else self.kept.numel()
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs of the layer seen as a matrix, of each group."""
+        return self.view.matrix_shape
+
+    @property
+    def conv_mode(self) -> str | None:
+        """The matrix that a convolution is seen as; None for other layers."""
+        return self.view.conv_mode
 
     @property
     def weight(self) -> Tensor:
@@ -78,7 +88,7 @@ class SVDLayer(nn.Module):
 
     def fold(self, factors: Factors) -> Tensor:
         """The dense weight that these or other factors of this layer's shape stand for."""
-        return self._fold(reconstruct(*factors))
+        return self.view.fold(reconstruct(*factors))
 
     def factors(self) -> Factors:
         """The kept U (m, k), s (k,), V (n, k), differentiable."""
@@ -109,8 +119,9 @@ class SVDLayer(nn.Module):
     def kept_mask(self) -> Tensor:
         """Boolean (r,): the ranks the arithmetic goes by."""
         if self.kept is None:
-            return torch.ones_like(self.s, dtype=torch.bool)
-        return torch.zeros_like(self.s, dtype=torch.bool).index_fill_(0, self.kept.to(self.s.device), True)
+            return torch.ones(self.full_rank, dtype=torch.bool, device=self.s.device)
+        none = torch.zeros(self.full_rank, dtype=torch.bool, device=self.s.device)
+        return none.index_fill_(0, self.kept.to(self.s.device), True)
 
     def _gather_from_mask(self) -> None:
         self.kept = None if bool(self.mask.all()) else self.mask.nonzero().squeeze(1)
@@ -122,20 +133,21 @@ class SVDLayer(nn.Module):
 
     @torch.no_grad()
     def energies(self) -> Tensor:
-        """What each rank carries, (s |u| |v|)^2, shape (r,), in float32 or wider.
+        """What each rank carries, (s |u| |v|)^2 summed over groups, shape (r,), in float32 or wider.
 
         The sum is |W|_F^2 when U and V are orthonormal.
         """
         U, s, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (self.U, self.s, self.V))
-        return s.square() * U.square().sum(0) * V.square().sum(0)
+        energies = s.square() * U.square().sum(-2) * V.square().sum(-2)
+        return energies if energies.ndim == 1 else energies.sum(0)
 
     def spectrum(self) -> list[float]:
-        """The kept singular values' magnitudes in descending order."""
-        return _descending(self.factors().s)
+        """The kept singular values as :func:`magnitudes`."""
+        return cast("list[float]", magnitudes(self.factors().s).tolist())
 
     def full_spectrum(self) -> list[float]:
-        """All singular values' magnitudes in descending order, dropped ones as they were then."""
-        return _descending(self.s)
+        """All singular values as :func:`magnitudes`, dropped ones as they were then."""
+        return cast("list[float]", magnitudes(self.s).tolist())
 
     @torch.no_grad()
     def compact(self) -> None:
@@ -143,33 +155,32 @@ class SVDLayer(nn.Module):
         # clone: a view would keep, and save, the whole storage.
         for name, value in zip("UsV", self.factors(), strict=True):
             setattr(self, name, nn.Parameter(value.detach().clone(), getattr(self, name).requires_grad))
-        self.mask = torch.ones_like(self.s, dtype=torch.bool)
         self.kept = None
+        self.mask = self.kept_mask()
 
     @property
     def dense_params(self) -> int:
         """Entries of the dense weight."""
-        m, n = self.matrix_shape
-        return m * n
+        return self.view.dense_params
 
     @property
     def params_per_rank(self) -> int:
         """Entries that one rank costs in two plain layers, s merged into them."""
-        return sum(self.matrix_shape)
+        return self.view.params_per_rank
 
     def dense_macs(self, input_shape: tuple[int, ...]) -> int:
         """Multiply-accumulates of the dense layer for an input of this shape, batch included."""
-        raise NotImplementedError
+        return self.view.dense_macs(input_shape)
 
     def macs_per_rank(self, input_shape: tuple[int, ...]) -> int:
         """Multiply-accumulates of each rank when two factors are applied to an input of this shape."""
-        raise NotImplementedError
+        return self.view.macs_per_rank(input_shape)
 
     def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
         """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k."""
-        rank = self.rank
-        rebuild = rank * self.dense_params + self.dense_macs(input_shape)
-        return rank == 0 or rebuild <= rank * self.macs_per_rank(input_shape)
+        rank, view = self.rank, self.view
+        rebuild = rank * view.dense_params + view.dense_macs(input_shape)
+        return rank == 0 or rebuild <= rank * view.macs_per_rank(input_shape)
 
     def forward(self, input: Tensor) -> Tensor:  # its name is the dense layer's, for calls by keyword
         """The dense layer's output, computed in the cheaper way for this input."""
@@ -184,30 +195,18 @@ class SVDLayer(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def dense(self) -> nn.Linear | nn.Conv2d:
+    def dense(self) -> nn.Module:
         """A new plain layer with the weight these factors stand for."""
-        return fill(empty_dense(self), self.weight, self)
+        return fill(empty_dense(self.view, self.bias is not None), self.weight, self)
 
     @torch.no_grad()
     def factored(self) -> nn.Sequential:
         """Two new plain layers in sequence, of the kept rank (1 if none is kept), sqrt|s| merged into each."""
         U, V = self._balanced()
-        pair = factored_pair(self, max(1, self.rank), getattr(self, "conv_mode", None))
-        for layer, weight in zip(pair, (self._fold_right(V), self._fold_left(U)), strict=True):
+        pair = factored_pair(self.view, U.shape[-1], self.bias is not None)
+        for layer, weight in zip(pair, (self.view.first_weight(V), self.view.second_weight(U)), strict=True):
             fill(layer, weight, self)
-        return pair
-
-    def _fold(self, matrix: Tensor) -> Tensor:
-        """A matrix (m, n) in the shape of the dense weight."""
-        raise NotImplementedError
-
-    def _fold_right(self, V: Tensor) -> Tensor:
-        """V (n, k) as the weight of the first of two plain layers."""
-        raise NotImplementedError
-
-    def _fold_left(self, U: Tensor) -> Tensor:
-        """U (m, k) as the weight of the second of two plain layers."""
-        raise NotImplementedError
+        return pair.train(self.training)
 
     def _balanced(self) -> tuple[Tensor, Tensor]:
         """Detached left (m, k) and right (n, k) factors of equal scale, so that neither overflows in half precision."""
@@ -215,188 +214,129 @@ class SVDLayer(nn.Module):
         if self.rank == 0:
             U, s, V = (factor.new_zeros(*factor.shape[:-1], 1) for factor in (U, s, V))
         root = s.abs().sqrt()
-        return (U * (root * s.sign())).detach(), (V * root).detach()
+        return (U * (root * s.sign()).unsqueeze(-2)).detach(), (V * root.unsqueeze(-2)).detach()
 
     def _describe(self) -> str:
         return f"rank={self.rank}/{self.full_rank}, bias={self.bias is not None}"
 
 
 class SVDLinear(SVDLayer):
-    """``nn.Linear`` with weight (out, in) = U diag(s) V^T."""
+    """``nn.Linear`` with weight (out, in) = U diag(s) V^T, or the Conv1D of transformers, whose weight is (in, out)."""
 
-    dense_kind = "Linear"
-
-    def __init__(self, linear: nn.Linear, name: str = "weight", factors: Factors | None = None) -> None:
-        """Factorise ``linear``; its bias is taken over as it is, the same tensor.
-
-        Args:
-            linear: The dense layer; left unchanged.
-            name: What to call it in an error.
-            factors: To be taken instead of the SVD of its weight.
-
-        Raises:
-            ValueError: If the weight holds NaN or infinity.
-        """
-        weight = linear.weight
-        super().__init__(factors or _factors_like(weight, weight, name), linear.bias, weight.requires_grad)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-
-    def dense_macs(self, input_shape: tuple[int, ...]) -> int:
-        return _positions(input_shape) * self.dense_params
-
-    def macs_per_rank(self, input_shape: tuple[int, ...]) -> int:
-        return _positions(input_shape) * self.params_per_rank
+    def __init__(self, linear: nn.Module, name: str = "weight", factors: Factors | None = None) -> None:
+        """Factorise ``linear``; arguments as for :class:`SVDLayer`."""
+        super().__init__(linear, View.of(linear), name, factors)
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, reconstruct(*self.factors()), self.bias)
 
     def forward_factored(self, x: Tensor) -> Tensor:
         U, s, V = self.factors()
         return F.linear(F.linear(x, V.mT), U * s, self.bias)
 
-    def _fold(self, matrix: Tensor) -> Tensor:
-        return matrix
+    @property
+    def in_features(self) -> int:
+        """As in ``nn.Linear``."""
+        return self.view.inputs
 
-    def _fold_right(self, V: Tensor) -> Tensor:
-        return V.mT
-
-    def _fold_left(self, U: Tensor) -> Tensor:
-        return U
+    @property
+    def out_features(self) -> int:
+        """As in ``nn.Linear``."""
+        return self.view.outputs
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
 
 
-class SVDConv2d(SVDLayer):
-    """``nn.Conv2d`` whose weight (out, in, kh, kw), seen as a matrix, is U diag(s) V^T.
+class SVDConv(SVDLayer):
+    """A convolution, plain or transposed, of one to three axes, whose weight, seen as a matrix, is U diag(s) V^T.
 
-    In mode "channel" the matrix is (out, in*kh*kw): a convolution to r maps, then one of 1x1. In mode "spatial" it is
-    (out*kw, in*kh): a convolution of kh x 1, then one of 1 x kw (Yang et al. 2020, section 3.1).
+    For ``nn.Conv2d`` with weight (out, in, kh, kw): in mode "channel" the matrix is (out, in*kh*kw), a convolution to r
+    maps, then one of 1x1; in mode "spatial" it is (out*kw, in*kh), a convolution of kh x 1, then one of 1 x kw (Yang et
+    al. 2020, section 3.1). See :mod:`lightning_svd.views` for the others.
     """
 
-    dense_kind = "Conv2d"
-
     def __init__(
-        self, conv: nn.Conv2d, conv_mode: str = "channel", name: str = "weight", factors: Factors | None = None
+        self, conv: nn.Module, conv_mode: str = "channel", name: str = "weight", factors: Factors | None = None
     ) -> None:
-        """Factorise ``conv``; its bias is taken over as it is, the same tensor.
+        """Factorise ``conv``.
 
         Args:
-            conv: The dense layer, without groups; left unchanged.
+            conv: The dense layer; left unchanged.
             conv_mode: "channel" or "spatial".
             name: What to call it in an error.
             factors: To be taken instead of the SVD of its weight.
 
         Raises:
-            ValueError: If the weight holds NaN or infinity, the layer has groups, or the mode is unknown.
+            ValueError: If the weight holds NaN or infinity, or the mode is unknown.
         """
-        if conv_mode not in CONV_MODES:
-            raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, got {conv_mode!r}")
-        if conv.groups != 1:
-            raise ValueError(f"`{name}`: expected a convolution without groups, got groups={conv.groups}")
-        factors = factors or _factors_like(unfold_conv_weight(conv.weight, conv_mode), conv.weight, name)
-        super().__init__(factors, conv.bias, conv.weight.requires_grad)
-        self.conv_mode = conv_mode
-        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
-        self.kernel_size = kernel(conv.weight)
-        self.stride, self.dilation = conv.stride, conv.dilation
-        self.padding, self.padding_mode = conv.padding, conv.padding_mode
-
-    def dense_macs(self, input_shape: tuple[int, ...]) -> int:
-        images, out_h, out_w = self._output_shape(input_shape)
-        return images * out_h * out_w * self.dense_params
-
-    def macs_per_rank(self, input_shape: tuple[int, ...]) -> int:
-        images, out_h, out_w = self._output_shape(input_shape)
-        if self.conv_mode == "channel":
-            return images * out_h * out_w * self.params_per_rank
-        (m, n), in_w = self.matrix_shape, input_shape[-1]
-        return images * out_h * (in_w * n + out_w * m)
+        super().__init__(conv, View.of(conv, conv_mode), name, factors)
+        # Under their own names, for code that reads a convolution's.
+        self.in_channels, self.out_channels, self.kernel_size = self.view.inputs, self.view.outputs, self.view.kernel
+        for attribute, value in (self.view.geometry or {}).items():
+            setattr(self, attribute, value)
 
     def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
         # An input of another shape is the dense convolution's to refuse.
-        return len(input_shape) not in (3, 4) or super().rebuilding_is_cheaper(input_shape)
+        axes = len(self.view.kernel)
+        return len(input_shape) not in (axes + 1, axes + 2) or super().rebuilding_is_cheaper(input_shape)
 
-    def _output_shape(self, input_shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """Images in the batch, height and width of the output."""
-        sizes = [
-            _conv_size(
-                input_shape[axis - 2], self.kernel_size[axis], self.stride[axis], self._pads(axis), self.dilation[axis]
+    def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
+        """As :meth:`SVDLayer.forward`.
+
+        Raises:
+            NotImplementedError: If an ``output_size`` is given, which two layers in sequence could not take.
+        """
+        if output_size is not None:
+            raise NotImplementedError(
+                "a factorised transposed convolution takes no `output_size`: build the layer with `output_padding`, or "
+                "leave it out by `exclude_modules`"
             )
-            for axis in (0, 1)
-        ]
-        return (input_shape[0] if len(input_shape) == 4 else 1), sizes[0], sizes[1]
-
-    def _pads(self, axis: int) -> int:
-        """Padding of one axis, both sides together."""
-        if self.padding == "same":
-            return self.dilation[axis] * (self.kernel_size[axis] - 1)
-        return 0 if self.padding == "valid" else 2 * int(self.padding[axis])
+        return super().forward(input)
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        return _convolve(x, self.weight, self.bias, geometry(self), self.padding_mode)
+        return _convolve(x, self.weight, self.bias, self.view.whole)
 
     def forward_factored(self, x: Tensor) -> Tensor:
         if self.rank == 0:
             return self.forward_rebuilt(x)  # there is no convolution to no maps
         U, s, V = self.factors()
-        first, second = stages(self, self.conv_mode)
-        maps = _convolve(x, self._fold_right(V), None, first, self.padding_mode)
-        return _convolve(maps, self._fold_left(U * s), self.bias, second, self.padding_mode)
-
-    def _fold(self, matrix: Tensor) -> Tensor:
-        return fold_conv_weight(matrix, (self.out_channels, self.in_channels, *self.kernel_size), self.conv_mode)
-
-    def _fold_right(self, V: Tensor) -> Tensor:
-        kh, kw = self.kernel_size
-        # A contiguous matrix first: copying it as such is much faster than as a strided kernel.
-        return V.mT.contiguous().reshape(-1, self.in_channels, kh, kw if self.conv_mode == "channel" else 1)
-
-    def _fold_left(self, U: Tensor) -> Tensor:
-        kw = 1 if self.conv_mode == "channel" else self.kernel_size[1]
-        return U.reshape(self.out_channels, kw, -1).transpose(1, 2).unsqueeze(2)
+        first, second = self.view.halves
+        maps = _convolve(x, self.view.first_weight(V), None, first)
+        return _convolve(maps, self.view.second_weight(U * s.unsqueeze(-2)), self.bias, second)
 
     def extra_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
-            f"padding={self.padding}, conv_mode={self.conv_mode!r}, {self._describe()}"
-        )
+        geometry = {"kernel_size": self.kernel_size, **(self.view.geometry or {}), "conv_mode": self.conv_mode}
+        options = ", ".join(f"{name}={value!r}" for name, value in geometry.items())
+        return f"{self.in_channels}, {self.out_channels}, {options}, {self._describe()}"
 
 
-def _factors_like(matrix: Tensor, weight: Tensor, name: str) -> Factors:
-    """The SVD of a layer's matrix, in the dtype of its weight, each factor contiguous."""
-    return Factors(*(factor.to(weight.dtype).contiguous() for factor in svd(matrix, name)))
+def magnitudes(s: Tensor) -> Tensor:
+    """Singular values (r,), or (groups, r), as magnitudes (r,) in descending order, the root of squares over groups."""
+    wide = s.detach().to(torch.promote_types(s.dtype, torch.float32))
+    combined: Tensor = wide.abs() if wide.ndim == 1 else torch.linalg.vector_norm(wide, dim=0)
+    return combined.sort(descending=True).values
 
 
-def _descending(s: Tensor) -> list[float]:
-    return s.detach().abs().float().sort(descending=True).values.tolist()
-
-
-def _positions(input_shape: tuple[int, ...]) -> int:
-    """How many times a linear layer is applied to an input of this shape."""
-    return prod(input_shape[:-1])
-
-
-def _conv_size(size: int, kernel: int, stride: int, pads: int, dilation: int) -> int:
-    return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any], padding_mode: str) -> Tensor:
-    """``F.conv2d`` with nn.Conv2d's padding modes."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> Tensor:
+    """What a plain convolution of this type and geometry does, padding modes included."""
+    options = dict(half.geometry)
+    mode = options.pop("padding_mode", "zeros")
     # The output's layout follows the weight's strides, even those of dimensions of size 1. Plain ones leave the choice
     # to the input, as in the dense layer; otherwise a later `.view` in the user's model may fail.
     weight = weight.reshape(-1).view(weight.shape)
-    if padding_mode == "zeros":
-        return F.conv2d(x, weight, bias, **geometry)
-    padded = F.pad(x, _pad_amounts(weight, geometry), mode=padding_mode)
-    return F.conv2d(padded, weight, bias, geometry["stride"], 0, geometry["dilation"])
+    if mode != "zeros":
+        x = F.pad(x, _pad_amounts(half.kernel, options), mode=mode)
+        options["padding"] = 0
+    out: Tensor = CONVOLUTIONS[half.layer_type](x, weight, bias, **options)
+    return out
 
 
-def _pad_amounts(weight: Tensor, geometry: dict[str, Any]) -> list[int]:
-    """What F.pad takes: left, right, top, bottom."""
-    if geometry["padding"] == "valid":
-        return [0, 0, 0, 0]
-    if geometry["padding"] == "same":
-        totals = [d * (k - 1) for d, k in zip(geometry["dilation"], weight.shape[2:], strict=True)]
+def _pad_amounts(kernel: tuple[int, ...], options: dict[str, Any]) -> list[int]:
+    """What F.pad takes: both sides of the last axis, of the one before it, ..."""
+    if options["padding"] == "valid":
+        return [0, 0] * len(kernel)
+    if options["padding"] == "same":
+        totals = [d * (k - 1) for d, k in zip(options["dilation"], kernel, strict=True)]
         return [amount for total in reversed(totals) for amount in (total // 2, total - total // 2)]
-    return [amount for pad in reversed(geometry["padding"]) for amount in (pad, pad)]
+    return [amount for pad in reversed(options["padding"]) for amount in (pad, pad)]

@@ -17,14 +17,13 @@ from lightning_svd.checkpoints import (
     VERSION,
     check_version,
     low_rank_pairs,
-    mode_of,
-    rank_of,
     under_every_name,
     weight_of,
 )
 from lightning_svd.costs import svd_layers
-from lightning_svd.pairs import CONV_MODES, factored_pair
+from lightning_svd.pairs import factored_pair, rank_of, view_of
 from lightning_svd.surgery import become, to_factored
+from lightning_svd.views import CONV_MODES, View, supported_type
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -41,7 +40,7 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
     """
     compacted = to_factored(module) if svd_layers(module) else module
     pairs = low_rank_pairs(compacted)
-    ranks = {name: {"rank": rank_of(pair), "conv_mode": mode_of(pair)} for name, pair in pairs.items()}
+    ranks = {name: {"rank": rank_of(pair), "conv_mode": view_of(pair).conv_mode} for name, pair in pairs.items()}
     save_model(compacted, str(path), {KEY: json.dumps({"version": VERSION, "layers": ranks})})
     return Path(path)
 
@@ -102,10 +101,11 @@ def _pair_for(module: nn.Module, name: str, entry: Mapping[str, Any], path: str 
         layer = module.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{path} has a low-rank layer `{name}`, which {type(module).__name__} does not have") from None
-    expected = nn.Linear if entry["conv_mode"] is None else nn.Conv2d
-    if type(layer) is not expected:
-        raise ValueError(f"`{name}` must be a plain {expected.__name__} to load {path}, got {type(layer).__name__}")
-    pair = factored_pair(layer, entry["rank"], entry["conv_mode"]).to(weight_of(layer).dtype)
+    view = View.of(layer, entry["conv_mode"] or "channel") if type(layer) is supported_type(layer) else None
+    if view is None or view.conv_mode != entry["conv_mode"]:
+        expected = "convolution" if entry["conv_mode"] else "linear layer"
+        raise ValueError(f"`{name}` must be a plain {expected} to load {path}, got {type(layer).__name__}")
+    pair = factored_pair(view, entry["rank"], layer.bias is not None).to(weight_of(layer).dtype)
     pair[1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
     return pair
 

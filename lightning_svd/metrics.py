@@ -16,9 +16,9 @@ from torchmetrics import Metric
 
 from lightning_svd.arguments import check_share
 from lightning_svd.factorization import effective_rank, energy_rank, stable_rank
-from lightning_svd.layers import SVDLayer
-from lightning_svd.pairs import unfold_conv_weight
+from lightning_svd.layers import SVDLayer, magnitudes
 from lightning_svd.regularizers import orthogonality
+from lightning_svd.views import View, supported_type
 
 
 @torch.no_grad()
@@ -28,25 +28,25 @@ def singular_values(layer: nn.Module, conv_mode: str = "channel") -> Tensor:
     Args:
         layer: A factorised layer, whose kept ones are read off, or any layer with a weight of two dimensions or of a
             convolution, which costs an SVD in float32 or wider. The weight is not changed.
-        conv_mode: The matrix a plain Conv2d is seen as, "channel" or "spatial".
+        conv_mode: The matrix a plain convolution is seen as, "channel" or "spatial".
 
     Returns:
-        Magnitudes (r,) in descending order, on the layer's device; all NaN if a weight is not finite.
+        Magnitudes (r,) in descending order, the root of the sum of squares over groups, on the layer's device; all NaN
+        if a weight is not finite.
 
     Raises:
         ValueError: If the layer has no such weight.
     """
     if isinstance(layer, SVDLayer):
-        return layer.factors().s.detach().abs().sort(descending=True).values
+        return magnitudes(layer.factors().s)
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         raise ValueError(f"`layer` must have a weight of two dimensions or more, got {type(layer).__name__}")
-    matrix = unfold_conv_weight(weight, conv_mode) if weight.ndim == 4 else weight.flatten(1)
+    matrix = View.of(layer, conv_mode).unfold(weight) if supported_type(layer) else weight.flatten(1)
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     if not torch.isfinite(wide).all():
-        return wide.new_full((min(wide.shape),), math.nan)  # where LAPACK raises
-    values: Tensor = torch.linalg.svdvals(wide)
-    return values
+        return wide.new_full((min(wide.shape[-2:]),), math.nan)  # where LAPACK raises
+    return magnitudes(torch.linalg.svdvals(wide))
 
 
 class _MeanRank(Metric):

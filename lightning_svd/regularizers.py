@@ -132,7 +132,7 @@ def add_gradients(
         penalties = turns * _add(group, penalty, turns * scale * orthogonality_weight, only, columns)
         orthogonalities.append(penalties.sum())
         defects.append(penalties.sum() * rank**2)
-        ranks += rank * len(group)
+        ranks += rank * penalties.numel()
     if sparsity is not None:
         for group in _alike(values):
             sparsities.append(_add(group, SPARSITY[sparsity], scale * sparsity_weight, only).sum())

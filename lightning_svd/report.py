@@ -290,7 +290,7 @@ def report_on(
         rows.append(
             LayerReport(
                 name=name,
-                kind=layer.dense_kind,
+                kind=layer.view.layer_type.__name__,
                 matrix_shape=layer.matrix_shape,
                 conv_mode=getattr(layer, "conv_mode", None),
                 full_rank=len(spectra_before[name]),

@@ -14,8 +14,8 @@ from lightning_svd.factorization import effective_rank, energy_rank, numerical_r
 from lightning_svd.layers import SVDLayer
 from lightning_svd.metrics import singular_values
 from lightning_svd.monitor import SpectrumHistory, metric_name
-from lightning_svd.pairs import CONV_MODES, conv_matrix_shape
 from lightning_svd.surgery import LayerPlan, Targets, matching, plan
+from lightning_svd.views import CONV_MODES, View, supported_type
 
 ENERGY_PERCENTAGES = (90, 95, 99)
 SECTION = "layer"
@@ -167,7 +167,7 @@ def watched_layers(
     watched = [_watched(plans[name], modules[name], conv_mode) for name in modules if name in targeted]
     layers = [layer for layer in watched if layer.matrix_shape]
     if not layers:
-        raise ValueError(f"{type(module).__name__} has no Linear or Conv2d to watch")
+        raise ValueError(f"{type(module).__name__} has no linear layer or convolution to watch")
     return layers
 
 
@@ -177,15 +177,12 @@ def _watched(layer_plan: LayerPlan, layer: nn.Module, conv_mode: str) -> LayerPl
         return layer_plan
     shape = layer_plan.weight_shape
     if isinstance(layer, SVDLayer):
-        seen, mode = layer.matrix_shape, getattr(layer, "conv_mode", None)
-    elif isinstance(layer, nn.Linear) and shape:
-        seen, mode = (shape[0], shape[1]), None
-    elif isinstance(layer, nn.Conv2d) and shape and layer.groups == 1:
-        mode = "channel" if conv_mode == "auto" else conv_mode
-        seen = conv_matrix_shape(shape, mode)
+        view = layer.view
+    elif shape and supported_type(layer):
+        view = View.of(layer, "channel" if conv_mode == "auto" else conv_mode)
     else:
         return layer_plan
-    return replace(layer_plan, matrix_shape=seen, conv_mode=mode, skipped=None)
+    return replace(layer_plan, matrix_shape=view.matrix_shape, conv_mode=view.conv_mode, skipped=None)
 
 
 def ranks_of(spectrum: Tensor, layer: LayerPlan) -> dict[str, float]:

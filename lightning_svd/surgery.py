@@ -10,7 +10,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch.nn.parameter import is_lazy
 
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
-from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
-from lightning_svd.pairs import CONV_MODES, MARK, conv_matrix_shape
+from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
+from lightning_svd.pairs import MARK
+from lightning_svd.views import CONV_MODES, View, supported_type
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Targets = str | Sequence[str] | None
@@ -58,8 +59,7 @@ class LayerPlan:
         """The largest rank whose factors have fewer parameters than the dense weight; 0 if the layer is skipped."""
         if not self.matrix_shape:
             return 0
-        m, n = self.matrix_shape
-        return (m * n - 1) // (m + n)
+        return _break_even(*self.matrix_shape)
 
 
 def plan(
@@ -222,16 +222,16 @@ class _Reasons:
             yield "not initialised yet"
         if weight.is_meta:
             yield "on the meta device, without values"
-        if type(layer) not in (nn.Linear, nn.Conv2d):
-            base = next((t for t in (nn.Linear, nn.Conv2d) if isinstance(layer, t)), None)
-            yield f"subclass of {base.__name__}, which may have a forward of its own" if base else "unsupported type"
+        kind = supported_type(layer)
+        if kind is None:
+            yield "unsupported type"
+        elif type(layer) is not kind:
+            yield f"subclass of {kind.__name__}, which may have a forward of its own"
         if self.owners[id(weight)] > 1:
             yield "weight tied to another module's"
         if id(layer) in self.read_past_forward:
             yield f"{self.read_past_forward[id(layer)]} reads its weight directly"
-        if getattr(layer, "groups", 1) != 1:
-            yield f"grouped convolution (groups={layer.groups})"
-        if _seen_as_matrix(tuple(weight.shape), self.conv_mode).break_even == 0:
+        if _break_even(*view_in(layer, self.conv_mode).matrix_shape) == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"
 
 
@@ -242,14 +242,15 @@ def _weight(layer: nn.Module) -> Tensor:
     return weight
 
 
-def _seen_as_matrix(weight_shape: tuple[int, ...], conv_mode: str) -> LayerPlan:
-    """The plan's numbers for a weight of this shape."""
-    if len(weight_shape) == 2:
-        return LayerPlan("", "", weight_shape, (weight_shape[0], weight_shape[1]))
-    modes = CONV_MODES if conv_mode == "auto" else (conv_mode,)
-    plans = [LayerPlan("", "", weight_shape, conv_matrix_shape(weight_shape, mode), mode) for mode in modes]
+def _break_even(m: int, n: int) -> int:
+    return (m * n - 1) // (m + n)
+
+
+def view_in(layer: nn.Module, conv_mode: str) -> View:
+    """The view of a plain layer in a mode, "auto" among them."""
+    views = [View.of(layer, mode) for mode in (CONV_MODES if conv_mode == "auto" else (conv_mode,))]
     # "auto": where the break-even rank is the larger share of the full rank, less must be removed before it pays.
-    return max(plans, key=lambda seen: seen.break_even / seen.full_rank)
+    return max(views, key=lambda view: _break_even(*view.matrix_shape) / min(view.matrix_shape))
 
 
 def _plan_layer(name: str, layer: nn.Module, conv_mode: str, skipped: str | None) -> LayerPlan:
@@ -257,7 +258,8 @@ def _plan_layer(name: str, layer: nn.Module, conv_mode: str, skipped: str | None
     shape = () if is_lazy(weight) else tuple(weight.shape)
     if skipped:
         return LayerPlan(name, kind, shape, skipped=skipped)
-    return replace(_seen_as_matrix(shape, conv_mode), name=name, kind=kind)
+    view = view_in(layer, conv_mode)
+    return LayerPlan(name, kind, shape, view.matrix_shape, view.conv_mode)
 
 
 def matching(layers: dict[str, nn.Module], targets: Targets, argument: str) -> set[str]:
@@ -287,20 +289,17 @@ def _no_match(argument: str, target: str, layers: dict[str, nn.Module]) -> str:
 
 def _nothing_to_do(module: nn.Module, layer_plans: list[LayerPlan]) -> str:
     reasons = "; ".join(f"{layer.name or 'the module itself'}: {layer.skipped}" for layer in layer_plans[:8])
-    return f"{type(module).__name__} has no layer to factorise ({reasons or 'no Linear or Conv2d in it'})"
+    return f"{type(module).__name__} has no layer to factorise ({reasons or 'no linear layer or convolution in it'})"
 
 
 def _factorise(layer: nn.Module, layer_plan: LayerPlan) -> SVDLayer:
     name = layer_plan.name or type(layer).__name__
-    if isinstance(layer, nn.Linear):
-        return SVDLinear(layer, name)
-    assert isinstance(layer, nn.Conv2d) and layer_plan.conv_mode
-    return SVDConv2d(layer, layer_plan.conv_mode, name)
+    return SVDConv(layer, layer_plan.conv_mode, name) if layer_plan.conv_mode else SVDLinear(layer, name)
 
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks and the training flag among them
-_OF_SVD_LAYERS = ("kept", "matrix_shape", "conv_mode", MARK)
+_OF_SVD_LAYERS = ("kept", "view", MARK)
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:

@@ -8,7 +8,8 @@ import torch
 from helpers import assert_same, counted_macs
 from torch import nn
 
-from lightning_svd.layers import SVDConv2d, SVDLinear, fold_conv_weight, unfold_conv_weight
+from lightning_svd.layers import SVDConv, SVDLinear
+from lightning_svd.views import View
 
 # torch's own: a kernel of even length with padding "same" has it copy the input.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -26,10 +27,45 @@ GEOMETRIES = [
 ]
 PADDING_MODES = ["zeros", "reflect", "replicate", "circular"]
 IMAGE = (2, 5, 9, 8)
+# Convolutions of other kinds, each for inputs of 6 channels.
+OTHER_CONVS = {
+    "Conv1d": lambda: nn.Conv1d(6, 4, 3, padding=1),
+    "Conv1d, strided": lambda: nn.Conv1d(6, 9, 4, stride=3, dilation=2, padding="valid", bias=False),
+    "Conv1d, same": lambda: nn.Conv1d(6, 5, 4, padding="same", dilation=2),
+    "Conv1d, circular": lambda: nn.Conv1d(6, 5, 3, padding=2, padding_mode="circular"),
+    "Conv3d": lambda: nn.Conv3d(6, 4, (3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 2)),
+    "Conv3d, replicate": lambda: nn.Conv3d(6, 4, 3, padding=(2, 1, 1), padding_mode="replicate", dilation=(1, 1, 2)),
+    "groups": lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2),
+    "groups of few inputs": lambda: nn.Conv2d(6, 9, (3, 2), stride=2, groups=3, bias=False),
+    "groups, 1d": lambda: nn.Conv1d(6, 10, 5, padding="same", groups=2),
+    "groups, 3d": lambda: nn.Conv3d(6, 8, 2, groups=2),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(6, 4, 4, stride=2, padding=1),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(6, 4, 2, stride=2),
+    "ConvTranspose2d, odd": lambda: nn.ConvTranspose2d(
+        6, 5, (3, 4), stride=(2, 3), padding=(1, 2), output_padding=(1, 0), dilation=(2, 1), bias=False
+    ),
+    "ConvTranspose2d, groups": lambda: nn.ConvTranspose2d(6, 9, 3, stride=2, output_padding=1, groups=3),
+    "ConvTranspose3d": lambda: nn.ConvTranspose3d(6, 5, (2, 3, 2), stride=(1, 2, 2), padding=(0, 1, 0)),
+}
+INPUTS = {1: (2, 6, 13), 2: (2, 6, 9, 8), 3: (2, 6, 5, 6, 7)}
+
+
+def transformers_conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(5, 6)
+
+
+# One of each kind for what holds for all of them: the dense layer, its mode, the shape of an input.
 DENSE = {
-    "linear": lambda: nn.Linear(6, 5),
-    "channel": lambda: nn.Conv2d(5, 4, 3, padding=1),
-    "spatial": lambda: nn.Conv2d(5, 4, (3, 2), stride=(1, 2)),
+    "linear": (lambda: nn.Linear(6, 5), None, (3, 6)),
+    "transformers": (transformers_conv1d, None, (3, 6)),
+    "channel": (lambda: nn.Conv2d(5, 4, 3, padding=1), "channel", IMAGE),
+    "spatial": (lambda: nn.Conv2d(5, 4, (3, 2), stride=(1, 2)), "spatial", IMAGE),
+    "1d": (OTHER_CONVS["Conv1d"], "spatial", INPUTS[1]),
+    "3d": (OTHER_CONVS["Conv3d"], "spatial", INPUTS[3]),
+    "groups": (OTHER_CONVS["groups"], "channel", INPUTS[2]),
+    "spatial groups": (OTHER_CONVS["groups"], "spatial", INPUTS[2]),
+    "transposed": (OTHER_CONVS["ConvTranspose2d"], "channel", INPUTS[2]),
+    "spatial transposed": (OTHER_CONVS["ConvTranspose2d, groups"], "spatial", INPUTS[2]),
 }
 MASKS = {
     "all": lambda r: torch.ones(r, dtype=torch.bool),
@@ -45,10 +81,9 @@ def _seed():
 
 
 def factorise(kind, dtype=torch.float64):
-    dense = DENSE[kind]().to(dtype)
-    layer = SVDLinear(dense) if kind == "linear" else SVDConv2d(dense, kind)
-    x = torch.randn(3, 6, dtype=dtype) if kind == "linear" else torch.randn(IMAGE, dtype=dtype)
-    return dense, layer, x
+    build, mode, shape = DENSE[kind]
+    dense = build().to(dtype)
+    return dense, SVDConv(dense, mode) if mode else SVDLinear(dense), torch.randn(shape, dtype=dtype)
 
 
 def prune(layer, mask):
@@ -65,11 +100,29 @@ def prune(layer, mask):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_conv_is_the_dense_conv(geometry, padding_mode, conv_mode, dtype):
     conv = nn.Conv2d(5, 7, **geometry, padding_mode=padding_mode, dtype=dtype)
-    layer = SVDConv2d(conv, conv_mode)
+    layer = SVDConv(conv, conv_mode)
     batch = torch.randn(IMAGE, dtype=dtype)
     for x in (batch, batch[0]):
         for compute in (layer, layer.forward_rebuilt, layer.forward_factored, layer.dense(), layer.factored()):
             assert_same(compute(x), conv(x), layer.matrix_shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("conv_mode", MODES)
+@pytest.mark.parametrize("kind", OTHER_CONVS)
+def test_other_convs_are_the_dense_ones(kind, conv_mode, dtype):
+    conv = OTHER_CONVS[kind]().to(dtype)
+    layer = SVDConv(conv, conv_mode)
+    batch = torch.randn(INPUTS[len(conv.kernel_size)], dtype=dtype)
+    for x in (batch, batch[0]):
+        for compute in (layer, layer.forward_rebuilt, layer.forward_factored, layer.dense(), layer.factored()):
+            assert_same(compute(x), conv(x), layer.matrix_shape)
+
+
+def test_a_transposed_conv_refuses_an_output_size():
+    layer = SVDConv(nn.ConvTranspose2d(4, 4, 3, stride=2))
+    with pytest.raises(NotImplementedError, match="takes no `output_size`: build the layer with `output_padding`"):
+        layer(torch.randn(1, 4, 5, 5), output_size=(12, 12))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -84,7 +137,7 @@ def test_linear_is_the_dense_linear(sizes, leading, bias, dtype):
         assert_same(compute(x), linear(x), layer.matrix_shape)
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("kind", [kind for kind in DENSE if kind != "transformers"])
 def test_called_by_keyword_as_the_dense_layer_is(kind):
     dense, layer, x = factorise(kind)
     assert_same(layer(input=x), dense(input=x), layer.matrix_shape)
@@ -117,17 +170,22 @@ def test_energies_add_up_to_the_squared_norm(kind):
     assert_same(layer.energies().sum(), dense.weight.detach().square().sum(), layer.matrix_shape)
 
 
-@pytest.mark.parametrize("conv_mode", MODES)
-def test_unfolding_a_conv_weight_is_undone_by_folding(conv_mode):
-    weight = torch.randn(7, 5, 3, 2)
-    assert torch.equal(fold_conv_weight(unfold_conv_weight(weight, conv_mode), weight.shape, conv_mode), weight)
+@pytest.mark.parametrize("kind", DENSE)
+def test_unfolding_a_weight_is_undone_by_folding(kind):
+    dense, layer, _ = factorise(kind)
+    view = layer.view
+    matrix = view.unfold(dense.weight)
+    assert matrix.shape == (*([view.groups] if view.groups > 1 else []), *view.matrix_shape)
+    assert view.weight_shape == dense.weight.shape and torch.equal(view.fold(matrix), dense.weight)
+    assert torch.equal(view.right_factor(view.first_weight(layer.V)), layer.V)
+    assert torch.equal(view.left_factor(view.second_weight(layer.U)), layer.U)
 
 
 def test_what_cannot_be_factorised_is_refused():
     with pytest.raises(ValueError, match=r"`conv_mode` must be one of channel, spatial, got 'depth'"):
-        SVDConv2d(nn.Conv2d(4, 4, 3), "depth")
-    with pytest.raises(ValueError, match=r"`stem`: expected a convolution without groups, got groups=2"):
-        SVDConv2d(nn.Conv2d(4, 4, 3, groups=2), name="stem")
+        SVDConv(nn.Conv2d(4, 4, 3), "depth")
+    with pytest.raises(ValueError, match="Embedding has no weight that can be seen as a matrix"):
+        View.of(nn.Embedding(3, 4))
 
 
 # ------------------------------------------------------------------------------------------------- two ways to compute
@@ -169,8 +227,18 @@ def test_the_cheaper_way_is_taken(rank, positions, rebuild, monkeypatch):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("shape", [IMAGE, IMAGE[1:]])
 def test_conv_macs_are_what_torch_counts(shape, geometry, conv_mode):
-    layer = prune(SVDConv2d(nn.Conv2d(5, 7, **geometry), conv_mode), "scattered")
+    layer = prune(SVDConv(nn.Conv2d(5, 7, **geometry), conv_mode), "scattered")
     x = torch.randn(shape)
+    assert layer.dense_macs(x.shape) == counted_macs(layer.dense(), x)
+    assert layer.rank * layer.macs_per_rank(x.shape) == counted_macs(layer.factored(), x)
+
+
+@pytest.mark.parametrize("conv_mode", MODES)
+@pytest.mark.parametrize("kind", OTHER_CONVS)
+def test_macs_of_other_convs_are_what_torch_counts(kind, conv_mode):
+    conv = OTHER_CONVS[kind]()
+    layer = prune(SVDConv(conv, conv_mode), "scattered")
+    x = torch.randn(INPUTS[len(conv.kernel_size)])
     assert layer.dense_macs(x.shape) == counted_macs(layer.dense(), x)
     assert layer.rank * layer.macs_per_rank(x.shape) == counted_macs(layer.factored(), x)
 
@@ -247,8 +315,8 @@ def test_without_any_rank_only_the_bias_is_left(kind, compute):
     dense, layer, x = factorise(kind)
     prune(layer, "none")
     output = getattr(layer, compute)(x) if compute.startswith("forward") else getattr(layer, compute)()(x)
-    bias = dense.bias if kind == "linear" else dense.bias[:, None, None]
-    assert torch.equal(output, bias.expand_as(dense(x)))
+    bias = dense.bias.reshape(-1, *[1] * (x.ndim - 2))
+    assert torch.equal(output, bias.squeeze().expand_as(dense(x)) if x.ndim == 2 else bias.expand_as(dense(x)))
 
 
 # ----------------------------------------------------------------------------------------------- plain layers and files
@@ -259,11 +327,14 @@ def test_without_any_rank_only_the_bias_is_left(kind, compute):
 def test_plain_layers_reproduce_the_output(kind, mask):
     original, layer, x = factorise(kind)
     with torch.no_grad():
-        layer.s[::2] *= -1  # training may make singular values negative
+        layer.s[..., ::2] *= -1  # training may make singular values negative
     prune(layer, mask).eval()
     dense, factored = layer.dense(), layer.factored()
     assert type(dense) is type(original)
-    assert type(factored) is nn.Sequential and [type(half) for half in factored] == [type(original)] * 2
+    kinds = [nn.Linear] * 2 if kind == "transformers" else [type(original)] * 2
+    if kind == "transposed":  # of which the first half is of 1x1
+        kinds[0] = nn.Conv2d
+    assert type(factored) is nn.Sequential and [type(half) for half in factored] == kinds
     assert dense.bias is factored[1].bias is layer.bias and factored[0].bias is None
     assert not (dense.training or factored.training or factored[0].training)
     for plain in (dense, factored):
@@ -276,9 +347,9 @@ def test_plain_halves_are_balanced(kind):
     _, layer, _ = factorise(kind)
     prune(layer, "scattered")
     first, second = layer.factored()
-    root = layer.s[layer.mask].detach().sqrt()
-    assert_same(first.weight.detach().flatten(1).norm(dim=1), root, layer.matrix_shape)
-    assert_same(second.weight.detach().transpose(0, 1).flatten(1).norm(dim=1), root, layer.matrix_shape)
+    root = layer.s[..., layer.mask].detach().sqrt()
+    assert_same(layer.view.right_factor(first.weight.detach()).norm(dim=-2), root, layer.matrix_shape)
+    assert_same(layer.view.left_factor(second.weight.detach()).norm(dim=-2), root, layer.matrix_shape)
 
 
 @pytest.mark.parametrize("padding_mode", PADDING_MODES)
@@ -289,7 +360,7 @@ def test_plain_halves_are_balanced(kind):
 @pytest.mark.parametrize("mask", ["all", "one"])
 def test_output_has_the_layout_of_the_dense_conv(mask, layout, conv_mode, channels, compute, padding_mode):
     conv = nn.Conv2d(channels, 8, 3, padding=1, padding_mode=padding_mode)
-    layer = prune(SVDConv2d(conv, conv_mode), mask)
+    layer = prune(SVDConv(conv, conv_mode), mask)
     x = torch.randn(2, channels, 6, 6).to(memory_format=layout)
     output = getattr(layer, compute)(x)
     assert output.stride() == conv(x).stride()
@@ -330,7 +401,7 @@ def test_compact_shrinks_storage_and_nothing_else(kind, frozen):
     rank, before, spectrum = layer.rank, layer(x), layer.spectrum()
     layer.compact()
     held = sum(factor.untyped_storage().nbytes() for factor in (layer.U, layer.s, layer.V))
-    assert held == rank * (sum(layer.matrix_shape) + 1) * x.element_size()
+    assert held == rank * layer.view.groups * (sum(layer.matrix_shape) + 1) * x.element_size()
     assert layer.rank == layer.full_rank == rank and layer.mask.all()
     assert layer.spectrum() == spectrum
     assert_same(layer(x), before, layer.matrix_shape)

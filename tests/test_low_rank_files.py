@@ -225,7 +225,10 @@ def without_a_tensor(path):
         (rewritten(layers={"head": {"rank": 3}}), "header is damaged"),
         (rewritten(version=2), "format version 2, this lightning-svd reads version 1: update it"),
         (rewritten(layers={"tail": {"rank": 3, "conv_mode": None}}), "low-rank layer `tail`, which Net does not have"),
-        (rewritten(layers={"norm": {"rank": 3, "conv_mode": None}}), "`norm` must be a plain (Linear|Conv2d)"),
+        (
+            rewritten(layers={"norm": {"rank": 3, "conv_mode": None}}),
+            "`norm` must be a plain (linear layer|convolution)",
+        ),
         (rewritten(layers={}), "does not fit the model: `conv.0.weight` is .* None here"),
         (without_a_tensor, "does not fit the model: `norm.running_mean` is None there"),
     ],
@@ -263,11 +266,11 @@ class OtherType(Net):
     [
         (lambda: Net(width=7), r"`conv.0.weight` is \(\d+, 8, 3, 3\) there, \(\d+, 7, 3, 3\) here"),
         (lambda: Net(bias=False), r"`conv.1.bias` is \(12,\) there, None here"),
-        (WithoutHead, "`head` must be a plain (Linear|Conv2d) to load .*, got Identity"),
+        (WithoutHead, "`head` must be a plain (linear layer|convolution) to load .*, got Identity"),
         (WithMore, r"`more.weight` is None there, \(3, 3\) here"),
-        (OtherType, "`flat.1` must be a plain (Linear|Conv2d) to load .*, got Bilinear"),
-        (lambda: pruned(Net()), "must be a plain (Linear|Conv2d) to load .*, got SVDConv2d"),
-        (lambda: to_factored(pruned(Net())), "must be a plain (Linear|Conv2d) to load .*, got Sequential"),
+        (OtherType, "`flat.1` must be a plain (linear layer|convolution) to load .*, got Bilinear"),
+        (lambda: pruned(Net()), "must be a plain (linear layer|convolution) to load .*, got SVDConv"),
+        (lambda: to_factored(pruned(Net())), "must be a plain (linear layer|convolution) to load .*, got Sequential"),
     ],
 )
 def test_refuses_a_model_that_does_not_fit_and_leaves_it_as_it_was(model, message, tmp_path):

@@ -167,7 +167,7 @@ class Variety(nn.Module):
         self.late = nn.LazyLinear(3)
 
 
-WATCHED = ["encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "head", "conv", "thin"]
+WATCHED = ["encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "head", "conv", "grouped", "up", "thin"]
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
@@ -177,6 +177,7 @@ def test_every_linear_and_convolution_is_watched_those_that_cannot_be_factorised
     assert not any(layer.skipped for layer in layers)
     shapes = {layer.name: layer.matrix_shape for layer in layers}
     assert (shapes["head"], shapes["conv"], shapes["thin"]) == ((20, 16), (8, 27), (5, 1))
+    assert (shapes["grouped"], shapes["up"]) == ((4, 18), (72, 4))
 
 
 @pytest.mark.parametrize(("mode", "shape"), [("channel", (8, 9)), ("spatial", (24, 3)), ("auto", (24, 3))])
@@ -191,7 +192,7 @@ def test_a_convolution_is_seen_as_its_mode_says(mode, shape):
     [
         (["linear1", "head"], None, ["encoder.linear1", "head"]),
         (r"encoder\..*", ["linear1"], ["encoder.self_attn.out_proj", "encoder.linear2"]),
-        (None, r"encoder\..*|thin", ["head", "conv"]),
+        (None, r"encoder\..*|thin", ["head", "conv", "grouped", "up"]),
     ],
 )
 def test_layers_are_chosen_as_in_a_plan_factorised_or_not(targets, excluded, names):
@@ -209,7 +210,7 @@ def test_a_pattern_that_matches_nothing_is_refused_before_the_first_step():
 
 
 def test_a_model_without_such_layers_is_refused():
-    with pytest.raises(ValueError, match="Sequential has no Linear or Conv2d to watch"):
+    with pytest.raises(ValueError, match="Sequential has no linear layer or convolution to watch"):
         watched_layers(nn.Sequential(nn.Embedding(3, 4)))
 
 

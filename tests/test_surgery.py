@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_svd.costs import CostMeter, count_params, svd_layers
-from lightning_svd.layers import SVDConv2d, SVDLayer, SVDLinear
+from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.surgery import compact, decompose, plan, restore, to_dense, to_factored
 
 
@@ -94,11 +94,14 @@ def reason(module, name, **options):
     [
         (Tied, "head", "weight tied to another module's"),
         (Tied, "embed", "unsupported type"),
-        (lambda: nn.Sequential(nn.Conv1d(4, 8, 3)), "0", "unsupported type"),
-        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 8, 3)), "0", "unsupported type"),
+        (lambda: nn.Sequential(nn.Bilinear(4, 8, 3)), "0", "unsupported type"),
         (lambda: nn.Sequential(UserLinear(8, 8)), "0", "subclass of Linear, which may have a forward of its own"),
         (lambda: nn.MultiheadAttention(8, 2), "out_proj", "subclass of Linear, which may have a forward of its own"),
-        (lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2)), "0", "grouped convolution (groups=2)"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
+            "0",
+            "too thin: even rank 1 costs as much as the dense layer",
+        ),
         (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), "0", "on the meta device, without values"),
         (lambda: nn.Sequential(nn.Linear(8, 1)), "0", "too thin: even rank 1 costs as much as the dense layer"),
         (lambda: nn.Sequential(SVDLinear(nn.Linear(8, 8))), "0", "already factorised"),
@@ -165,7 +168,7 @@ def test_a_plan_describes_matrices_and_changes_nothing():
 )
 def test_auto_takes_the_mode_with_fewer_parameters_at_full_rank(conv, mode):
     def full_rank_params(conv_mode):
-        layer = SVDConv2d(conv(), conv_mode)
+        layer = SVDConv(conv(), conv_mode)
         return layer.full_rank * layer.params_per_rank
 
     (layer,) = plan(conv(), conv_mode="auto")
@@ -228,7 +231,7 @@ def test_a_bad_regular_expression_is_refused_by_name(argument):
 @pytest.mark.parametrize(
     ("build", "options", "why"),
     [
-        (nn.ReLU, {}, "ReLU has no layer to factorise .no Linear or Conv2d in it"),
+        (nn.ReLU, {}, "ReLU has no layer to factorise .no linear layer or convolution in it"),
         (lambda: nn.Sequential(nn.Linear(8, 1)), {}, "Sequential has no layer to factorise .0: too thin"),
         (Net, {"target_modules": []}, "Net has no layer to factorise .conv: not in `target_modules`; blocks.0: not"),
         (lambda: SVDLinear(nn.Linear(8, 8)), {}, "the module itself: already factorised"),
@@ -253,7 +256,7 @@ def test_every_reference_to_a_layer_stays_valid(images):
     expected = model(images)
     calls.clear()
     decompose(model)
-    assert [type(layer) for layer in layers.values()] == [SVDConv2d, SVDLinear, SVDLinear, SVDLinear]
+    assert [type(layer) for layer in layers.values()] == [SVDConv, SVDLinear, SVDLinear, SVDLinear]
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert model.plain_list[0] is model.second_name is model.blocks[0]
     assert all(layer.bias is biases[name] for name, layer in layers.items())
@@ -387,12 +390,12 @@ def test_compact_goes_by_macs_where_they_are_known():
     # 3 x 24 in spatial mode: rank 2 has 54 parameters instead of 72, but the first convolution runs on every column
     # and the second keeps one in eight.
     model = nn.Sequential(nn.Conv2d(8, 1, 3, stride=(1, 8)))
-    model[0] = SVDConv2d(model[0], "spatial")
+    model[0] = SVDConv(model[0], "spatial")
     model[0].keep(torch.tensor([True, True, False]))
     x = torch.randn(1, 8, 16, 16)
     with CostMeter(model) as meter:
         model(x)
-    assert type(compact(copy.deepcopy(model))[0]) is SVDConv2d
+    assert type(compact(copy.deepcopy(model))[0]) is SVDConv
     assert type(compact(copy.deepcopy(model), meter.cost(1))[0]) is nn.Conv2d
 
 
@@ -401,7 +404,7 @@ def test_compact_goes_by_macs_where_they_are_known():
 def test_layers_of_this_package_built_by_hand_become_plain_too(finish, padding_mode):
     conv = nn.Conv2d(4, 8, 3, padding=1, padding_mode=padding_mode)
     x = torch.randn(2, 4, 6, 6)
-    by_hand = nn.Sequential(SVDConv2d(conv))
+    by_hand = nn.Sequential(SVDConv(conv))
     assert plain(finish(by_hand))
     assert_same(finish(by_hand)(x), conv(x), (8, 36))
 

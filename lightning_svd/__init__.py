@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_svd.costs import svd_layers
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.low_rank_files import load_low_rank, save_low_rank
+from lightning_svd.plans import LayerPlan, plan, read_plan, write_plan
 from lightning_svd.regularizers import add_gradients
 from lightning_svd.report import LayerReport, RankChange, SVDReport, summarize
-from lightning_svd.surgery import LayerPlan, compact, decompose, plan, to_dense, to_factored
+from lightning_svd.surgery import compact, decompose, to_dense, to_factored
 
 if TYPE_CHECKING:
     from lightning_svd.callback import SVDTrainingCallback
@@ -31,11 +32,13 @@ __all__ = [
     "decompose",
     "load_low_rank",
     "plan",
+    "read_plan",
     "save_low_rank",
     "summarize",
     "svd_layers",
     "to_dense",
     "to_factored",
+    "write_plan",
 ]
 
 

@@ -37,7 +37,7 @@ def check_targets(name: str, value: Any) -> None:
     if value is None or isinstance(value, str):
         return
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"`{name}` must be a list of names or one regular expression, got {value!r}")
+        raise ValueError(f"`{name}` must be a name or a pattern, or a list of them, got {value!r}")
 
 
 def _is_number(value: Any) -> bool:

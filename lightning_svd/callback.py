@@ -23,12 +23,13 @@ from lightning_svd.guard import MetricGuard, guard_on
 from lightning_svd.latency import time_layers
 from lightning_svd.monitor import SpectrumHistory
 from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors
+from lightning_svd.plans import LayerPlan, Targets, plan, read_plan
 from lightning_svd.ranks import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.regularizers import SPARSITY, add_gradients
 from lightning_svd.report import SVDReport, plan_table, report_on
 from lightning_svd.run import SVDRun
 from lightning_svd.schedules import SHAPES, cut_steps, removal, strength
-from lightning_svd.surgery import LayerPlan, Targets, compact, decompose, make_dense, make_factored, restore
+from lightning_svd.surgery import compact, decompose, make_dense, make_factored, restore
 from lightning_svd.trainers import (
     batch_size,
     builds_layers_late,
@@ -53,19 +54,21 @@ DEFAULT_TARGET_MACS = 0.5
 class SVDTrainingCallback(Callback):
     """Trains a LightningModule in factorised form down to a budget and leaves a smaller, faster model.
 
-    When the fit is set up, each Linear and Conv2d is factorised into its full-rank SVD, U diag(s) V^T, and the
-    factors are trained (Yang et al. 2020, arXiv 2004.09031). In three phases of one run: full rank, while the
+    When the fit is set up, each linear layer and convolution is factorised into its full-rank SVD, U diag(s) V^T, and
+    the factors are trained (Yang et al. 2020, arXiv 2004.09031). In three phases of one run: full rank, while the
     sparsity strength ramps up; ranks fall towards the budget; ranks are frozen and the low-rank model is finetuned.
 
     Works with no argument (``target_macs=0.5``). Give at most one of ``target_macs``, ``target_params`` and
     ``energy_threshold``.
 
     Args:
-        target_modules: Layers to factorise: a list of names (whole, or their ends after a dot), or one regular
-            expression for whole names. None: every supported layer.
+        target_modules: Layers to factorise: one or a list of names (whole, or their ends after a dot), types
+            ("Conv2d"), "all-linear", or regular expressions for whole names. None: every supported layer.
         exclude_modules: Layers to leave alone, in the same form.
         conv_mode: The matrix that a convolution is seen as: "channel" (out, in*kh*kw), "spatial" (out*kw, in*kh), or
             "auto".
+        rank_pattern: Layers, in the same form -> the most ranks that they keep.
+        plan_file: A plan as YAML (see :func:`write_plan`), instead of the four arguments above.
         orthogonality_weight: Weight of ``(|U'U - I|^2 + |V'V - I|^2) / r^2``, which keeps U and V singular vectors.
         sparsity: Penalty on the singular values: "hoyer", "hoyer_square", "l1" or None.
         sparsity_weight: Its full weight; None for a measured default of each penalty.
@@ -106,6 +109,8 @@ class SVDTrainingCallback(Callback):
         target_modules: str | list[str] | None = None,
         exclude_modules: str | list[str] | None = None,
         conv_mode: str = "channel",
+        rank_pattern: dict[str, int] | None = None,
+        plan_file: str | None = None,
         orthogonality_weight: float = 1.0,
         sparsity: str | None = "hoyer",
         sparsity_weight: float | None = None,
@@ -113,8 +118,8 @@ class SVDTrainingCallback(Callback):
         target_macs: float | None = None,
         target_params: float | None = None,
         energy_threshold: float | None = None,
-        sparsify_start: float = 0.3,
-        sparsify_end: float = 0.7,
+        sparsify_start: float = 0.2,
+        sparsify_end: float = 0.6,
         budget_schedule: str = "cubic",
         rank_updates: int = 20,
         min_rank: int = 1,
@@ -131,6 +136,13 @@ class SVDTrainingCallback(Callback):
         check_targets("target_modules", target_modules)
         check_targets("exclude_modules", exclude_modules)
         check_choice("conv_mode", conv_mode, (*CONV_MODES, "auto"))
+        for pattern, rank in (rank_pattern or {}).items():
+            check_count(f"rank_pattern[{pattern!r}]", rank)
+        if plan_file is not None and (target_modules, exclude_modules, conv_mode, rank_pattern) != _EVERY_LAYER:
+            raise ValueError(
+                "give either `plan_file`, which says it for each layer, or `target_modules`, `exclude_modules`, "
+                "`conv_mode`, `rank_pattern`"
+            )
         check_weight("orthogonality_weight", orthogonality_weight)
         check_choice("sparsity", sparsity, (*SPARSITY, None))
         if sparsity_weight is not None:
@@ -156,6 +168,8 @@ class SVDTrainingCallback(Callback):
         self.target_modules: Targets = target_modules
         self.exclude_modules: Targets = exclude_modules
         self.conv_mode = conv_mode
+        self.rank_pattern = rank_pattern
+        self.plan_file = plan_file
         self.orthogonality_weight = orthogonality_weight
         self.sparsity = sparsity
         self.sparsity_weight = SPARSITY_WEIGHTS[sparsity] if sparsity_weight is None else sparsity_weight
@@ -206,7 +220,7 @@ class SVDTrainingCallback(Callback):
         if is_trial(pl_module.trainer):
             self._before_trial = copy.deepcopy(pl_module.state_dict())
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
-        self.plan = decompose(pl_module, self.target_modules, self.exclude_modules, self.conv_mode)
+        self.plan = decompose(pl_module, layer_plans=self._choose_layers(pl_module))
         layers = svd_layers(pl_module)
         guard = guard_on(self.monitor, self.mode, self.max_metric_drop)
         dense_weights = {name: weights[f"{name}.weight"] for name in layers}
@@ -432,11 +446,22 @@ class SVDTrainingCallback(Callback):
             cost: Of the model.
         """
         if self.target_name == "energy":
-            return keep_by_energy(energies, cost, self.target, self.min_rank, self.round_to)
+            return keep_by_energy(energies, cost, self.target, **self._bounds)
         unit: Unit = self.target_name
-        return keep_by_budget(energies, cost, self.target * cost.dense(unit), unit, self.min_rank, self.round_to)
+        return keep_by_budget(energies, cost, self.target * cost.dense(unit), unit, **self._bounds)
 
     # ------------------------------------------------------------------------------------------------------ parts
+
+    def _choose_layers(self, pl_module: LightningModule) -> list[LayerPlan]:
+        if self.plan_file is not None:
+            return read_plan(self.plan_file, pl_module)
+        return plan(pl_module, self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern)
+
+    @property
+    def _bounds(self) -> dict[str, Any]:
+        """What ranks a layer may have."""
+        most = {layer.name: layer.max_rank for layer in self.plan if layer.max_rank is not None}
+        return {"min_rank": self.min_rank, "round_to": self.round_to, "max_ranks": most}
 
     def _with_latency(self, run: SVDRun, trainer: Trainer, cost: ModelCost) -> ModelCost:
         # One decision for all processes, whose clocks differ.
@@ -472,7 +497,7 @@ class SVDTrainingCallback(Callback):
         unit: Unit = self.target_name
         if not cost.dense(unit):
             raise ValueError("`target_macs`: the first forward pass used no layer whose MACs could be counted")
-        least = smallest_cost(cost, unit, run.full_ranks, self.min_rank, self.round_to) / cost.dense(unit)
+        least = smallest_cost(cost, unit, run.full_ranks, **self._bounds) / cost.dense(unit)
         if least > self.target:
             raise ValueError(
                 f"`target_{unit}` must be at least {share_above(least)} for this model, its cost when every "
@@ -505,6 +530,7 @@ class SVDTrainingCallback(Callback):
             self._spectra.draw(trainer.loggers, self._run.spectra, epoch, trainer.global_step, last)
 
 
+_EVERY_LAYER = (None, None, "channel", None)
 _ARGUMENT = {"macs": "target_macs", "params": "target_params", "energy": "energy_threshold"}
 _FINISH = {"factored": make_factored, "dense": lambda module, cost: make_dense(module), "decomposed": compact}
 

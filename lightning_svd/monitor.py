@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_svd.heat_map import FLOOR, HeatMap, heat_map_page
+from lightning_svd.plans import LayerPlan
 from lightning_svd.report import SVDReport
 from lightning_svd.run import SVDRun
-from lightning_svd.surgery import LayerPlan
 
 HISTOGRAM_BINS = 64
 MOST_CHARTS = 6

@@ -17,7 +17,12 @@ from lightning_svd.factorization import energy_rank
 
 
 def keep_by_energy(
-    energies: Mapping[str, Tensor], cost: ModelCost, threshold: float, min_rank: int = 1, round_to: int = 1
+    energies: Mapping[str, Tensor],
+    cost: ModelCost,
+    threshold: float,
+    min_rank: int = 1,
+    round_to: int = 1,
+    max_ranks: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Ranks that hold ``threshold`` of each layer's energy (Yang et al. 2020, section 3.3).
 
@@ -29,22 +34,29 @@ def keep_by_energy(
         threshold: Share of the energy to keep, in (0, 1].
         min_rank: Fewest ranks of a layer.
         round_to: Ranks are rounded up to a multiple of this.
+        max_ranks: The most ranks of some layers.
     """
     ranks = {}
     for name, energy in energies.items():
         wanted = max(min_rank, energy_rank(energy.sqrt(), threshold))
-        ladder = _ladder(cost.layers[name], len(energy), wanted, round_to)
-        ranks[name] = next(ladder)
+        ranks[name] = next(_ladder(cost.layers[name], _most(name, len(energy), max_ranks), wanted, round_to))
     return ranks
 
 
 def smallest_cost(
-    cost: ModelCost, unit: Unit, full_ranks: Mapping[str, int], min_rank: int = 1, round_to: int = 1
+    cost: ModelCost,
+    unit: Unit,
+    full_ranks: Mapping[str, int],
+    min_rank: int = 1,
+    round_to: int = 1,
+    max_ranks: Mapping[str, int] | None = None,
 ) -> int:
     """What the model costs when every layer keeps as little as it may."""
-    return cost.at(
-        {name: next(_ladder(cost.layers[name], full, min_rank, round_to)) for name, full in full_ranks.items()}, unit
-    )
+    least = {
+        name: next(_ladder(cost.layers[name], _most(name, full, max_ranks), min_rank, round_to))
+        for name, full in full_ranks.items()
+    }
+    return cost.at(least, unit)
 
 
 def share_above(share: float) -> float:
@@ -59,6 +71,7 @@ def keep_by_budget(
     unit: Unit = "macs",
     min_rank: int = 1,
     round_to: int = 1,
+    max_ranks: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """Ranks whose cost fits a budget over the whole model and which carry the most.
 
@@ -75,15 +88,17 @@ def keep_by_budget(
         unit: "macs" or "params".
         min_rank: Fewest ranks of a layer.
         round_to: Ranks below the break-even are multiples of this.
+        max_ranks: The most ranks of some layers.
 
     Returns:
-        For each layer how many of its strongest candidates to keep; all of them where it is better left dense.
+        For each layer how many of its strongest candidates to keep; as many as it may where it is better left dense.
 
     Raises:
         ValueError: If the smallest reachable cost is above the budget.
     """
     ladders = {
-        name: list(_ladder(cost.layers[name], len(energy), min_rank, round_to)) for name, energy in energies.items()
+        name: list(_ladder(cost.layers[name], _most(name, len(energy), max_ranks), min_rank, round_to))
+        for name, energy in energies.items()
     }
     ranks = {name: ladder[0] for name, ladder in ladders.items()}
     spent = cost.at(ranks, unit)
@@ -95,6 +110,11 @@ def keep_by_budget(
     for only_hull in (True, False):
         spent = _fill(ranks, curves, spent, budget, only_hull)
     return ranks
+
+
+def _most(name: str, candidates: int, max_ranks: Mapping[str, int] | None) -> int:
+    """How many of its candidates a layer may keep."""
+    return min(candidates, (max_ranks or {}).get(name, candidates))
 
 
 def _ladder(layer: LayerCost, candidates: int, min_rank: int, round_to: int) -> Iterator[int]:

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.guard import Pause
 from lightning_svd.layers import SVDLayer
-from lightning_svd.surgery import LayerPlan
+from lightning_svd.plans import LayerPlan
 from lightning_svd.tables import is_wide, markdown_code, markdown_table, markdown_text, screen_table
 
 LAYER_HEADINGS = ("layer", "kind", "matrix", "full rank", "break-even", "rank", "MACs", "parameters", "form")

@@ -14,7 +14,7 @@ from lightning_svd.factorization import effective_rank, energy_rank, numerical_r
 from lightning_svd.layers import SVDLayer
 from lightning_svd.metrics import singular_values
 from lightning_svd.monitor import SpectrumHistory, metric_name
-from lightning_svd.surgery import LayerPlan, Targets, matching, plan
+from lightning_svd.plans import LayerPlan, Targets, matching, plan
 from lightning_svd.views import CONV_MODES, View, supported_type
 
 ENERGY_PERCENTAGES = (90, 95, 99)
@@ -24,8 +24,8 @@ SECTION = "layer"
 class SpectrumMonitor(Callback):
     """Draws the spectrum of each layer and logs its ranks, for models that are factorised or not.
 
-    At the start of a fit, every ``every_n_epochs`` epochs and at the end, each Linear and Conv2d, subclasses and
-    factorised ones included, gives ``layer_stable_rank/<layer>``, ``layer_effective_rank/<layer>``,
+    At the start of a fit, every ``every_n_epochs`` epochs and at the end, each linear layer and convolution, subclasses
+    and factorised ones included, gives ``layer_stable_rank/<layer>``, ``layer_effective_rank/<layer>``,
     ``layer_energy_rank_90/<layer>`` (95 and 99 too), ``layer_break_even_rank/<layer>`` and, as a share of the full
     rank, ``layer_numerical_rank/<layer>``, on every logger. W&B and TensorBoard also get the pictures that they get
     from ``SVDTrainingCallback``, as ``layer_histogram``, ``layer_spectrum`` and ``layer/spectrum_heatmap``. Works with

@@ -7,81 +7,18 @@ layer (a Python list of layers, a second name, a bound method, a hook) stays val
 from __future__ import annotations
 
 import copy
-import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import nn
 
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.pairs import MARK
-from lightning_svd.views import CONV_MODES, View, supported_type
+from lightning_svd.plans import LayerPlan, Targets, plan
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-Targets = str | Sequence[str] | None
-
-# nn.TransformerEncoderLayer reads these children's `weight` in its eval fast path, past their forward.
-_READ_PAST_FORWARD: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What is to become of one layer.
-
-    Attributes:
-        name: As in ``named_modules``.
-        kind: Class of the dense layer.
-        weight_shape: Of the dense weight.
-        matrix_shape: (m, n) of the weight seen as a matrix; None if the layer is skipped.
-        conv_mode: "channel" or "spatial" for a convolution that is factorised, else None.
-        skipped: Why the layer is left alone; None if it is factorised.
-    """
-
-    name: str
-    kind: str
-    weight_shape: tuple[int, ...]
-    matrix_shape: tuple[int, int] | None = None
-    conv_mode: str | None = None
-    skipped: str | None = None
-
-    @property
-    def full_rank(self) -> int:
-        """min(m, n); 0 if the layer is skipped."""
-        return min(self.matrix_shape) if self.matrix_shape else 0
-
-    @property
-    def break_even(self) -> int:
-        """The largest rank whose factors have fewer parameters than the dense weight; 0 if the layer is skipped."""
-        if not self.matrix_shape:
-            return 0
-        return _break_even(*self.matrix_shape)
-
-
-def plan(
-    module: nn.Module,
-    target_modules: Targets = None,
-    exclude_modules: Targets = (),
-    conv_mode: str = "channel",
-) -> list[LayerPlan]:
-    """What :func:`decompose` would do, with the reason for every layer that it would skip; changes nothing.
-
-    Raises:
-        ValueError: As :func:`decompose`, but for weights that are not finite.
-    """
-    if conv_mode not in (*CONV_MODES, "auto"):
-        raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {conv_mode!r}")
-    layers = {
-        name: child for name, child in module.named_modules() if _holds_matrix(child) or isinstance(child, SVDLayer)
-    }
-    targeted = matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
-    excluded = matching(layers, exclude_modules, "exclude_modules")
-    reasons = _Reasons(module, targeted, excluded, conv_mode)
-    return [_plan_layer(name, layer, conv_mode, reasons.why_not(name, layer)) for name, layer in layers.items()]
 
 
 def decompose(
@@ -89,6 +26,8 @@ def decompose(
     target_modules: Targets = None,
     exclude_modules: Targets = (),
     conv_mode: str = "channel",
+    *,
+    layer_plans: Sequence[LayerPlan] | None = None,
 ) -> list[LayerPlan]:
     """Factorise the layers of ``module`` in place: ``weight`` becomes parameters U, s, V of full rank.
 
@@ -97,10 +36,11 @@ def decompose(
 
     Args:
         module: Any module; a layer itself too.
-        target_modules: Names of layers (whole names, or their ends after a dot), or one regular expression that must
-            match a whole name; None for every supported layer.
+        target_modules: Layers to factorise, each item a layer's name, the end of one after a dot, a type of layer
+            ("Conv2d"), "all-linear", or a regular expression for whole names; None for every supported layer.
         exclude_modules: Layers to leave alone, in the same form.
         conv_mode: "channel", "spatial", or "auto", for each layer the one that has less to remove before it pays.
+        layer_plans: A plan to follow instead, from :func:`~lightning_svd.plan` or :func:`~lightning_svd.read_plan`.
 
     Returns:
         The plan in effect, skipped layers with their reason.
@@ -108,7 +48,8 @@ def decompose(
     Raises:
         ValueError: If nothing can be factorised, a pattern matches no layer, or a weight holds NaN or infinity.
     """
-    layer_plans = plan(module, target_modules, exclude_modules, conv_mode)
+    if layer_plans is None:
+        layer_plans = plan(module, target_modules, exclude_modules, conv_mode)
     if all(layer.skipped for layer in layer_plans):
         raise ValueError(_nothing_to_do(module, layer_plans))
     modules = dict(module.named_modules())
@@ -116,7 +57,7 @@ def decompose(
     factorised = [(modules[p.name], _factorise(modules[p.name], p)) for p in layer_plans if not p.skipped]
     for layer, twin in factorised:
         become(layer, twin)
-    return layer_plans
+    return list(layer_plans)
 
 
 def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
@@ -185,109 +126,7 @@ def to_dense(module: ModuleT) -> ModuleT:
     return make_dense(copy.deepcopy(module))
 
 
-def _holds_matrix(module: nn.Module) -> bool:
-    """Whether the module itself owns a weight of two or more dimensions, lazy ones included."""
-    weight = module._parameters.get("weight")
-    return weight is not None and (is_lazy(weight) or weight.ndim >= 2)
-
-
-class _Reasons:
-    """Why layers are skipped."""
-
-    def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str) -> None:
-        self.targeted, self.excluded, self.conv_mode = targeted, excluded, conv_mode
-        self.owners = Counter(
-            id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
-        )
-        self.read_past_forward = {
-            id(getattr(parent, child)): type(parent).__name__
-            for parent in module.modules()
-            for kind, children in _READ_PAST_FORWARD.items()
-            if isinstance(parent, kind)
-            for child in children
-        }
-
-    def why_not(self, name: str, layer: nn.Module) -> str | None:
-        return next(self._reasons(name, layer), None)
-
-    def _reasons(self, name: str, layer: nn.Module) -> Iterator[str]:
-        if isinstance(layer, SVDLayer):
-            yield "already factorised"
-        if name in self.excluded:
-            yield "excluded by `exclude_modules`"
-        if name not in self.targeted:
-            yield "not in `target_modules`"
-        weight = _weight(layer)
-        if is_lazy(weight):
-            yield "not initialised yet"
-        if weight.is_meta:
-            yield "on the meta device, without values"
-        kind = supported_type(layer)
-        if kind is None:
-            yield "unsupported type"
-        elif type(layer) is not kind:
-            yield f"subclass of {kind.__name__}, which may have a forward of its own"
-        if self.owners[id(weight)] > 1:
-            yield "weight tied to another module's"
-        if id(layer) in self.read_past_forward:
-            yield f"{self.read_past_forward[id(layer)]} reads its weight directly"
-        if _break_even(*view_in(layer, self.conv_mode).matrix_shape) == 0:
-            yield "too thin: even rank 1 costs as much as the dense layer"
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    """The weight that the layer holds or stands for."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def _break_even(m: int, n: int) -> int:
-    return (m * n - 1) // (m + n)
-
-
-def view_in(layer: nn.Module, conv_mode: str) -> View:
-    """The view of a plain layer in a mode, "auto" among them."""
-    views = [View.of(layer, mode) for mode in (CONV_MODES if conv_mode == "auto" else (conv_mode,))]
-    # "auto": where the break-even rank is the larger share of the full rank, less must be removed before it pays.
-    return max(views, key=lambda view: _break_even(*view.matrix_shape) / min(view.matrix_shape))
-
-
-def _plan_layer(name: str, layer: nn.Module, conv_mode: str, skipped: str | None) -> LayerPlan:
-    weight, kind = _weight(layer), type(layer).__name__
-    shape = () if is_lazy(weight) else tuple(weight.shape)
-    if skipped:
-        return LayerPlan(name, kind, shape, skipped=skipped)
-    view = view_in(layer, conv_mode)
-    return LayerPlan(name, kind, shape, view.matrix_shape, view.conv_mode)
-
-
-def matching(layers: dict[str, nn.Module], targets: Targets, argument: str) -> set[str]:
-    """Names of the layers that ``targets`` name."""
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(f"`{argument}` is not a regular expression: {targets!r} ({error})") from None
-        matched = {name for name in layers if pattern.fullmatch(name)}
-        if not matched:
-            raise ValueError(_no_match(argument, targets, layers))
-        return matched
-    matched = set()
-    for target in targets or ():
-        hits = {name for name in layers if name == target or name.endswith(f".{target}")}
-        if not hits:
-            raise ValueError(_no_match(argument, target, layers))
-        matched |= hits
-    return matched
-
-
-def _no_match(argument: str, target: str, layers: dict[str, nn.Module]) -> str:
-    known = ", ".join(list(layers)[:8]) + (", ..." if len(layers) > 8 else "")
-    return f"`{argument}`: {target!r} matches no layer with a weight matrix; there are: {known or 'none'}"
-
-
-def _nothing_to_do(module: nn.Module, layer_plans: list[LayerPlan]) -> str:
+def _nothing_to_do(module: nn.Module, layer_plans: Sequence[LayerPlan]) -> str:
     reasons = "; ".join(f"{layer.name or 'the module itself'}: {layer.skipped}" for layer in layer_plans[:8])
     return f"{type(module).__name__} has no layer to factorise ({reasons or 'no linear layer or convolution in it'})"
 

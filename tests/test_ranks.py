@@ -67,20 +67,22 @@ def value(energies, ranks):
     min_rank=st.integers(1, 6),
     round_to=st.sampled_from([1, 2, 4, 8]),
     already_kept=st.just(1.0) | st.floats(0.1, 1),
+    bound=st.none() | st.integers(1, 8),
 )
 def test_a_budget_is_met_and_what_is_left_buys_nothing(
-    layers, other, seed, share, unit, min_rank, round_to, already_kept
+    layers, other, seed, share, unit, min_rank, round_to, already_kept, bound
 ):
     energies, cost = problem(layers, other, seed)
     energies = {name: energy[: max(1, round(already_kept * len(energy)))] for name, energy in energies.items()}
     full = {name: len(energy) for name, energy in energies.items()}
-    least = smallest_cost(cost, unit, full, min_rank, round_to)
+    bounds = {} if bound is None else {next(iter(full)): bound}
+    least = smallest_cost(cost, unit, full, min_rank, round_to, bounds)
     budget = least + share * (cost.dense(unit) - least)
-    ranks = keep_by_budget(energies, cost, budget, unit, min_rank, round_to)
+    ranks = keep_by_budget(energies, cost, budget, unit, min_rank, round_to, bounds)
     spent = cost.at(ranks, unit)
     assert spent <= budget
     for name, layer in cost.layers.items():
-        ladder = allowed(layer, full[name], min_rank, round_to)
+        ladder = allowed(layer, min(full[name], bounds.get(name, full[name])), min_rank, round_to)
         assert ranks[name] in ladder
         for more in ladder[ladder.index(ranks[name]) + 1 :]:
             assert spent + layer.at(more, unit) - layer.at(ranks[name], unit) > budget
@@ -206,6 +208,8 @@ TEN = ModelCost({"fc": LayerCost(100, 20)}, 0)  # 10 x 10, break-even 4
         ([1, 1, 1], 1.0, {}, 3),
         ([1, 1, 1], 0.5, {"round_to": 4}, 3),  # no more than there are
         ([0, 0, 0], 0.5, {}, 1),
+        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], 0.9, {"max_ranks": {"fc": 2}}, 2),
+        ([1, 1, 1, 0, 0, 0, 0, 0, 0, 0], 0.9, {"max_ranks": {"fc": 2}, "min_rank": 3}, 2),
     ],
 )
 def test_keep_by_energy_by_hand(energy, threshold, options, rank):

@@ -223,8 +223,8 @@ def test_a_model_without_such_layers_is_refused():
         ({"every_n_epochs": 0}, "`every_n_epochs` must be an integer >= 1, got 0"),
         ({"every_n_epochs": 1.5}, "`every_n_epochs` must be an integer >= 1, got 1.5"),
         ({"conv_mode": "rows"}, "`conv_mode` must be one of 'channel', 'spatial', 'auto', got 'rows'"),
-        ({"target_modules": 3}, "`target_modules` must be a list of names or one regular expression, got 3"),
-        ({"exclude_modules": [3]}, "`exclude_modules` must be a list of names or one regular expression"),
+        ({"target_modules": 3}, "`target_modules` must be a name or a pattern, or a list of them, got 3"),
+        ({"exclude_modules": [3]}, "`exclude_modules` must be a name or a pattern, or a list of them"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(arguments, message):

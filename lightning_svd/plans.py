@@ -1,0 +1,299 @@
+"""Which layers are factorised and how, or why not: decided here, done by :mod:`lightning_svd.surgery`.
+
+A plan can be written to a YAML file, edited, and read back.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_svd.arguments import check_count
+from lightning_svd.layers import SVDLayer
+from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
+
+Targets = str | Sequence[str] | None
+ALL_LINEAR = "all-linear"
+
+# nn.TransformerEncoderLayer reads these children's `weight` in its eval fast path, past their forward.
+_READ_PAST_FORWARD: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to become of one layer.
+
+    Attributes:
+        name: As in ``named_modules``.
+        kind: Class of the dense layer.
+        weight_shape: Of the dense weight.
+        matrix_shape: (m, n) of the weight seen as a matrix, of each group; None if the layer is skipped.
+        conv_mode: "channel" or "spatial" for a convolution that is factorised, else None.
+        skipped: Why the layer is left alone; None if it is factorised.
+        max_rank: The most ranks that it is to keep; None for no bound.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    matrix_shape: tuple[int, int] | None = None
+    conv_mode: str | None = None
+    skipped: str | None = None
+    max_rank: int | None = None
+
+    @property
+    def full_rank(self) -> int:
+        """min(m, n); 0 if the layer is skipped."""
+        return min(self.matrix_shape) if self.matrix_shape else 0
+
+    @property
+    def break_even(self) -> int:
+        """The largest rank whose factors have fewer parameters than the dense weight; 0 if the layer is skipped."""
+        return _break_even(*self.matrix_shape) if self.matrix_shape else 0
+
+
+def plan(
+    module: nn.Module,
+    target_modules: Targets = None,
+    exclude_modules: Targets = (),
+    conv_mode: str = "channel",
+    rank_pattern: Mapping[str, int] | None = None,
+) -> list[LayerPlan]:
+    """What :func:`~lightning_svd.decompose` would do, with the reason for every layer skipped; changes nothing.
+
+    Args:
+        module: Any module.
+        target_modules: Layers to factorise, each item a layer's name, the end of one after a dot, a type of layer
+            ("Conv2d"), "all-linear", or a regular expression for whole names; None for every supported layer.
+        exclude_modules: Layers to leave alone, in the same form.
+        conv_mode: "channel", "spatial", or "auto", for each layer the one that has less to remove before it pays.
+        rank_pattern: The most ranks that layers are to keep, by names in the same form; of several that match a layer
+            the last counts.
+
+    Raises:
+        ValueError: If the mode is unknown, an item matches no layer, or a rank is not a positive integer.
+    """
+    if conv_mode not in (*CONV_MODES, "auto"):
+        raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {conv_mode!r}")
+    layers = {
+        name: child for name, child in module.named_modules() if _holds_matrix(child) or isinstance(child, SVDLayer)
+    }
+    targeted = matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
+    excluded = matching(layers, exclude_modules, "exclude_modules")
+    most: dict[str, int] = {}
+    for pattern, rank in (rank_pattern or {}).items():
+        check_count(f"rank_pattern[{pattern!r}]", rank)
+        most |= dict.fromkeys(matching(layers, pattern, "rank_pattern"), rank)
+    reasons = _Reasons(module, targeted, excluded, conv_mode)
+    return [
+        _plan_layer(name, layer, conv_mode, reasons.why_not(name, layer), most.get(name))
+        for name, layer in layers.items()
+    ]
+
+
+def matching(layers: Mapping[str, nn.Module], targets: Targets, argument: str) -> set[str]:
+    """Names of the layers that ``targets`` name; see :func:`plan`.
+
+    Raises:
+        ValueError: If one of them names none.
+    """
+    matched = set()
+    for target in [targets] if isinstance(targets, str) else targets or ():
+        hits = _named(layers, target)
+        if not hits:
+            raise ValueError(_no_match(argument, target, layers))
+        matched |= hits
+    return matched
+
+
+def _named(layers: Mapping[str, nn.Module], target: str) -> set[str]:
+    if target == ALL_LINEAR:
+        return {name for name, layer in layers.items() if _is_linear(layer)}
+    hits = {
+        name
+        for name, layer in layers.items()
+        if name == target or name.endswith(f".{target}") or type(layer).__name__ == target
+    }
+    if hits:
+        return hits
+    try:
+        pattern = re.compile(target)
+    except re.error:
+        return set()
+    return {name for name in layers if pattern.fullmatch(name)}
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    kind = layer.view.layer_type if isinstance(layer, SVDLayer) else supported_type(layer)
+    return kind is not None and kind not in CONVOLUTIONS
+
+
+def _no_match(argument: str, target: str, layers: Mapping[str, nn.Module]) -> str:
+    known = ", ".join(list(layers)[:8]) + (", ..." if len(layers) > 8 else "")
+    return f"`{argument}`: {target!r} matches no layer with a weight matrix; there are: {known or 'none'}"
+
+
+# Why layers are skipped
+
+
+def _holds_matrix(module: nn.Module) -> bool:
+    """Whether the module itself owns a weight of two or more dimensions, lazy ones included."""
+    weight = module._parameters.get("weight")
+    return weight is not None and (is_lazy(weight) or weight.ndim >= 2)
+
+
+class _Reasons:
+    """Why layers are skipped."""
+
+    def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str) -> None:
+        self.targeted, self.excluded, self.conv_mode = targeted, excluded, conv_mode
+        self.owners = Counter(
+            id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
+        )
+        self.read_past_forward = {
+            id(getattr(parent, child)): type(parent).__name__
+            for parent in module.modules()
+            for kind, children in _READ_PAST_FORWARD.items()
+            if isinstance(parent, kind)
+            for child in children
+        }
+
+    def why_not(self, name: str, layer: nn.Module) -> str | None:
+        return next(self._reasons(name, layer), None)
+
+    def _reasons(self, name: str, layer: nn.Module) -> Iterator[str]:
+        if isinstance(layer, SVDLayer):
+            yield "already factorised"
+        if name in self.excluded:
+            yield "excluded by `exclude_modules`"
+        if name not in self.targeted:
+            yield "not in `target_modules`"
+        weight = _weight(layer)
+        if is_lazy(weight):
+            yield "not initialised yet"
+        if weight.is_meta:
+            yield "on the meta device, without values"
+        kind = supported_type(layer)
+        if kind is None:
+            yield "unsupported type"
+        elif type(layer) is not kind:
+            yield f"subclass of {kind.__name__}, which may have a forward of its own"
+        if self.owners[id(weight)] > 1:
+            yield "weight tied to another module's"
+        if id(layer) in self.read_past_forward:
+            yield f"{self.read_past_forward[id(layer)]} reads its weight directly"
+        if _break_even(*_view_in(layer, self.conv_mode).matrix_shape) == 0:
+            yield "too thin: even rank 1 costs as much as the dense layer"
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    """The weight that the layer holds or stands for."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _break_even(m: int, n: int) -> int:
+    return (m * n - 1) // (m + n)
+
+
+def _view_in(layer: nn.Module, conv_mode: str) -> View:
+    """The view of a plain layer in a mode, "auto" among them."""
+    views = [View.of(layer, mode) for mode in (CONV_MODES if conv_mode == "auto" else (conv_mode,))]
+    # "auto": where the break-even rank is the larger share of the full rank, less must be removed before it pays.
+    return max(views, key=lambda view: _break_even(*view.matrix_shape) / min(view.matrix_shape))
+
+
+def _plan_layer(
+    name: str, layer: nn.Module, conv_mode: str, skipped: str | None, max_rank: int | None = None
+) -> LayerPlan:
+    weight, kind = _weight(layer), type(layer).__name__
+    shape = () if is_lazy(weight) else tuple(weight.shape)
+    if skipped:
+        return LayerPlan(name, kind, shape, skipped=skipped)
+    view = _view_in(layer, conv_mode)
+    return LayerPlan(name, kind, shape, view.matrix_shape, view.conv_mode, max_rank=max_rank)
+
+
+# Plans in files
+
+_HOW_TO_USE = """\
+# What becomes of each layer. Edit it and pass it back, as SVDTrainingCallback(plan_file=...): change `conv_mode`, set
+# `max_rank`, or write a reason to `skip` a layer. A layer that is not listed is skipped.
+"""
+
+
+def write_plan(layer_plans: Sequence[LayerPlan], path: str | Path) -> Path:
+    """Write a plan as YAML, for reading, editing and :func:`read_plan`; returns the path."""
+    text = yaml.safe_dump({"layers": {layer.name: _entry(layer) for layer in layer_plans}}, sort_keys=False, width=120)
+    Path(path).write_text(_HOW_TO_USE + text, encoding="utf-8")
+    return Path(path)
+
+
+def _entry(layer: LayerPlan) -> dict[str, Any]:
+    about = {"kind": layer.kind, "weight": list(layer.weight_shape)}
+    if layer.skipped:
+        return about | {"skip": layer.skipped}
+    mode = {"conv_mode": layer.conv_mode} if layer.conv_mode else {}
+    assert layer.matrix_shape
+    matrix = {"matrix": list(layer.matrix_shape), "break_even": layer.break_even}
+    return about | mode | matrix | {"max_rank": layer.max_rank}
+
+
+def read_plan(path: str | Path, module: nn.Module) -> list[LayerPlan]:
+    """The plan of a file that :func:`write_plan` wrote, edited or not, for ``module``.
+
+    What `kind`, `matrix` and `break_even` say there is for the reader's information; a `weight` must be the model's.
+
+    Raises:
+        ValueError: If the file is no such plan, or does not fit ``module``; the message names the layer.
+    """
+    entries = _entries(path)
+    layers = {layer.name: layer for layer in plan(module)}
+    unknown = sorted(entries.keys() - layers.keys())
+    if unknown:
+        raise ValueError(f"{path}: {type(module).__name__} has no layer {unknown[0]!r} with a weight matrix")
+    return [_as_edited(layer, entries.get(name), module, path) for name, layer in layers.items()]
+
+
+def _entries(path: str | Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"`plan_file`: cannot read a plan from {path}: {error}") from None
+    entries = content.get("layers") if isinstance(content, dict) else None
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError(f"{path}: expected `layers:` with an entry for each layer")
+    return entries
+
+
+def _as_edited(layer: LayerPlan, entry: dict[str, Any] | None, module: nn.Module, path: str | Path) -> LayerPlan:
+    where = f"{path}: `{layer.name}`"
+    if entry is None:
+        return LayerPlan(layer.name, layer.kind, layer.weight_shape, skipped=f"not in {Path(path).name}")
+    known = {"kind", "weight", "skip", "conv_mode", "matrix", "break_even", "max_rank"}
+    if entry.keys() - known:
+        raise ValueError(f"{where}: expected {', '.join(sorted(known))}, got {sorted(entry.keys() - known)[0]!r}")
+    shape = entry.get("weight", list(layer.weight_shape))
+    if shape != list(layer.weight_shape):
+        raise ValueError(f"{where}: the plan is for a weight {shape}, the model's is {list(layer.weight_shape)}")
+    if entry.get("skip"):
+        return LayerPlan(layer.name, layer.kind, layer.weight_shape, skipped=str(entry["skip"]))
+    mode = entry.get("conv_mode") or "channel"
+    if mode not in (*CONV_MODES, "auto"):
+        raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {mode!r}")
+    if entry.get("max_rank") is not None:
+        check_count(f"{where}: max_rank", entry["max_rank"])
+    child = module.get_submodule(layer.name)
+    reason = _Reasons(module, {layer.name}, set(), mode).why_not(layer.name, child)
+    if reason:
+        raise ValueError(f"{where} cannot be factorised ({reason}): give it a `skip`")
+    return replace(_plan_layer(layer.name, child, mode, None), max_rank=entry.get("max_rank"))

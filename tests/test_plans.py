@@ -1,0 +1,139 @@
+"""Layers are chosen as people name them, and a plan survives a file and an editor."""
+
+import pytest
+import torch
+import yaml
+from models import SmallNet, data, quiet_trainer
+from torch import nn
+
+from lightning_svd import SVDTrainingCallback, decompose, plan, read_plan, svd_layers, write_plan
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.ModuleDict(
+        {
+            "stem": nn.Conv2d(3, 16, 3),
+            "blocks": nn.ModuleList(
+                nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "fc": nn.Linear(16, 32)}) for _ in range(2)
+            ),
+            "up": nn.ConvTranspose2d(16, 16, 3, groups=2),
+            "embed": nn.Embedding(9, 16),
+            "head": nn.Linear(16, 12),
+        }
+    )
+
+
+def factorised(layer_plans):
+    return [layer.name for layer in layer_plans if not layer.skipped]
+
+
+CONVS, LINEARS = ["blocks.0.conv", "blocks.1.conv"], ["blocks.0.fc", "blocks.1.fc"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("Conv2d", ["stem", *CONVS]),
+        (["ConvTranspose2d", "head"], ["up", "head"]),
+        ("all-linear", [*LINEARS, "head"]),
+        (["all-linear", "stem"], ["stem", *LINEARS, "head"]),
+        ("conv", CONVS),
+        (r"blocks\.0\..*", ["blocks.0.conv", "blocks.0.fc"]),
+        ([r".*\.fc", "stem"], ["stem", *LINEARS]),
+    ],
+)
+def test_layers_are_named_by_name_type_pattern_or_all_linear(targets, names):
+    everything = factorised(plan(net()))
+    assert sorted(factorised(plan(net(), targets))) == sorted(names)
+    assert factorised(plan(net(), exclude_modules=targets)) == [name for name in everything if name not in names]
+
+
+def test_the_most_ranks_of_a_layer_are_given_by_patterns_of_which_the_last_counts():
+    layers = {layer.name: layer.max_rank for layer in plan(net(), rank_pattern={"all-linear": 6, r"blocks\.1\..*": 4})}
+    assert layers["blocks.0.fc"] == layers["head"] == 6 and layers["blocks.1.fc"] == layers["blocks.1.conv"] == 4
+    assert layers["stem"] is layers["embed"] is None
+    with pytest.raises(ValueError, match=r"`rank_pattern`: 'tail' matches no layer"):
+        plan(net(), rank_pattern={"tail": 3})
+    with pytest.raises(ValueError, match=r"`rank_pattern\['head'\]` must be an integer >= 1, got 0"):
+        plan(net(), rank_pattern={"head": 0})
+
+
+@pytest.mark.parametrize("conv_mode", ["channel", "spatial", "auto"])
+def test_a_plan_is_read_back_as_it_was_written(conv_mode, tmp_path):
+    written = plan(net(), exclude_modules=["stem"], conv_mode=conv_mode, rank_pattern={"head": 5})
+    assert read_plan(write_plan(written, tmp_path / "plan.yaml"), net()) == written
+
+
+def edited(tmp_path, change):
+    """The plan of :func:`net` in a file, after an edit of its entries."""
+    path = write_plan(plan(net()), tmp_path / "plan.yaml")
+    content = yaml.safe_load(path.read_text())
+    change(content["layers"])
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_an_edited_plan_is_followed(tmp_path):
+    def change(layers):
+        layers["stem"]["skip"] = "the first one"
+        layers["blocks.0.conv"]["conv_mode"] = "spatial"
+        layers["head"]["max_rank"] = 3
+        del layers["up"]
+
+    model = net()
+    layers = {layer.name: layer for layer in decompose(model, layer_plans=read_plan(edited(tmp_path, change), model))}
+    assert layers["stem"].skipped == "the first one" and layers["up"].skipped == "not in plan.yaml"
+    assert layers["blocks.0.conv"].conv_mode == "spatial" and layers["blocks.1.conv"].conv_mode == "channel"
+    assert layers["head"].max_rank == 3
+    assert list(svd_layers(model)) == [*CONVS[:1], *LINEARS[:1], *CONVS[1:], *LINEARS[1:], "head"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda layers: layers.update(tail=layers.pop("head")), "ModuleDict has no layer 'tail'"),
+        (lambda layers: layers["head"].update(weight=[12, 17]), r"a weight \[12, 17\], the model's is \[12, 16\]"),
+        (lambda layers: layers["stem"].update(conv_mode="wide"), "`stem`: `conv_mode` must be one of .*, got 'wide'"),
+        (lambda layers: layers["head"].update(max_rank=0), "`head`: max_rank` must be an integer >= 1, got 0"),
+        (lambda layers: layers["head"].update(rank=3), "`head`: expected .*, got 'rank'"),
+        (lambda layers: layers["embed"].pop("skip"), r"`embed` cannot be factorised \(unsupported type\)"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_by_the_layer(change, why, tmp_path):
+    with pytest.raises(ValueError, match=why):
+        read_plan(edited(tmp_path, change), net())
+
+
+@pytest.mark.parametrize("text", ["", "layers: 3", "layers:\n  head: factorised", "{", "\0"])
+def test_a_file_that_is_no_plan_is_refused(text, tmp_path):
+    (tmp_path / "plan.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read a plan|expected `layers:`"):
+        read_plan(tmp_path / "plan.yaml", net())
+    with pytest.raises(ValueError, match="cannot read a plan from"):
+        read_plan(tmp_path / "missing.yaml", net())
+
+
+def fit(**arguments):
+    model, svd = SmallNet(), SVDTrainingCallback(**arguments)
+    quiet_trainer(callbacks=[svd]).fit(model, data())
+    return svd
+
+
+@pytest.mark.parametrize("target", ["target_macs", "target_params", "energy_threshold"])
+def test_a_fit_keeps_no_more_ranks_than_it_may(target):
+    free = fit(**{target: 0.9})
+    svd = fit(**{target: 0.9}, rank_pattern={"hidden": 2, "Conv2d": 4})
+    ranks = {layer.name: layer.rank for layer in svd.report.layers}
+    assert ranks["hidden"] <= 2 < next(layer.rank for layer in free.report.layers if layer.name == "hidden")
+    assert max(ranks["features.0"], ranks["features.2"]) <= 4
+
+
+def test_a_fit_follows_a_plan_in_a_file(tmp_path):
+    layer_plans = plan(SmallNet(), exclude_modules=["head"], conv_mode="spatial", rank_pattern={"hidden": 2})
+    path = write_plan(layer_plans, tmp_path / "plan.yaml")
+    svd = fit(energy_threshold=0.9, plan_file=str(path))
+    assert svd.plan == layer_plans and svd.report.arguments["plan_file"] == str(path)
+    assert "head" not in {layer.name for layer in svd.report.layers}
+    with pytest.raises(ValueError, match=r"give either `plan_file`, .* or `target_modules`"):
+        SVDTrainingCallback(plan_file=str(path), conv_mode="spatial")

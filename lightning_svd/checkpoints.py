@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
-from lightning_svd.pairs import factored_pair, is_pair, merged, merged_weight, rank_of, view_of
+from lightning_svd.pairs import factored_pair, is_pair, low_rank_pairs, merged, merged_weight, rank_of, view_of
 from lightning_svd.surgery import become
 from lightning_svd.views import View
 
@@ -142,13 +142,13 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
         plain.weight.data = state.pop(f"{prefix}weight")
         if plain.bias is not None:
             plain.bias.data = state.pop(f"{prefix}bias")
-        twin = _low_rank_twin(plain, exact[name]) if name in exact else plain
+        twin = low_rank_twin(plain, exact[name]) if name in exact else plain
         become(layer, twin)
         state |= {f"{prefix}{key}": value for key, value in twin.state_dict().items()}
     return state
 
 
-def _low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:
+def low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:
     """What stands for ``plain`` at the rank of a checkpoint's entry; itself where factors do not pay."""
     mode = entry["conv_mode"]
     if "first" in entry:
@@ -161,12 +161,6 @@ def _low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:
     layer: SVDLayer = SVDConv(plain, mode, factors=factors) if mode else SVDLinear(plain, factors=factors)
     layer.keep(entry["mask"].to(factors.s.device))
     return layer.factored() if layer.rank * layer.params_per_rank < layer.dense_params else layer.dense()
-
-
-def low_rank_pairs(module: nn.Module) -> dict[str, nn.Sequential]:
-    """The pairs of plain layers that stand for one each, by name."""
-    sequences = {name: child for name, child in module.named_modules() if isinstance(child, nn.Sequential)}
-    return {name: sequence for name, sequence in sequences.items() if is_pair(sequence)}
 
 
 def under_every_name(module: nn.Module, found: Mapping[str, ModuleT]) -> Iterator[tuple[str, ModuleT]]:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+_EXTRAS = {"convert": "export"}  # of the package, that a command needs; its own name otherwise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,8 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except ModuleNotFoundError as missing:
-        command = options.command
-        raise SystemExit(f"{command} needs {missing.name}: pip install 'lightning-svd[{command}]'") from None
+        extra = _EXTRAS.get(options.command, options.command)
+        raise SystemExit(f"{options.command} needs {missing.name}: pip install 'lightning-svd[{extra}]'") from None
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"lightning-svd {options.command}: {error}") from None
     return 0
 
 
@@ -30,14 +37,55 @@ def _wandb_workspace(options: argparse.Namespace) -> None:
     print(save_workspace(build_workspace(options.entity, options.project, options.name)))
 
 
+def _plan(options: argparse.Namespace) -> None:
+    from lightning_svd.loading import build, model_class
+    from lightning_svd.plans import plan, write_plan
+    from lightning_svd.report import plan_table
+
+    model = build(model_class(options.model), options.arguments)
+    layers = plan(model, options.target_modules, options.exclude_modules or (), options.conv_mode)
+    print(json.dumps([asdict(layer) for layer in layers]) if options.json else plan_table(layers))
+    if options.out:
+        write_plan(layers, options.out)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from lightning_svd.inspection import as_table, inspect_model, inspect_weights
+    from lightning_svd.loading import dense_weights, example_input, kept_ranks, load, model_class
+
+    if options.model:
+        model = load(model_class(options.model), options.file, options.arguments)
+        example = example_input(options.example_input, model)
+        report = inspect_model(model, example, options.target_macs, options.target_params)
+        print(report.to_json() if options.json else report)
+        if options.html:
+            print(report.to_html(options.html))
+        return
+    if options.html or options.target_macs:
+        raise ValueError("`--html` and `--target-macs` need the model: `--model package.module:Class`")
+    layers = inspect_weights(dense_weights(options.file), kept_ranks(options.file), options.target_params)
+    print(json.dumps([asdict(layer) for layer in layers]) if options.json else as_table(layers))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from lightning_svd.loading import convert, example_input, load, model_class
+
+    model = load(model_class(options.model), options.file, options.arguments)
+    example = example_input(options.example_input, model)
+    result = convert(model, options.to, options.out, example, options.batch_size)
+    print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-svd", description="SVD training for PyTorch Lightning.")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
-    demo = commands.add_parser(
-        "demo",
-        help="train a small ResNet on digits, dense and low-rank, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        added.set_defaults(run=run)
+        return added
+
+    demo = command("demo", _demo, "train a small ResNet on digits, dense and low-rank, and compare")
     demo.add_argument(
         "--out", type=Path, default=Path("lightning-svd-demo"), help="folder for the report and the files"
     )
@@ -47,21 +95,55 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--logger", choices=("wandb", "tensorboard", "csv", "none"), default="wandb", help="W&B runs offline"
     )
-    demo.set_defaults(run=_demo)
-    workspace = commands.add_parser(
-        "wandb-workspace",
-        help="save a W&B workspace laid out for SVD training",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+
+    planned = command("plan", _plan, "what would become of each layer of a model; as YAML to edit and pass back")
+    _add_model(planned, required=True)
+    planned.add_argument("--target-modules", nargs="+", help="names, types, patterns, all-linear")
+    planned.add_argument("--exclude-modules", nargs="+", help="layers to leave alone")
+    planned.add_argument("--conv-mode", default="channel", help="channel, spatial or auto")
+    planned.add_argument("--out", type=Path, help="YAML file to write")
+
+    inspected = command("inspect", _inspect, "spectra and ranks of a file, and what a budget would keep")
+    inspected.add_argument("file", type=Path, help="Lightning checkpoint or safetensors")
+    _add_model(inspected, required=False)
+    inspected.add_argument("--example-input", type=_integers, help="shape of an input, to count MACs: 1,3,32,32")
+    budget = inspected.add_mutually_exclusive_group()
+    budget.add_argument("--target-macs", type=float, help="share to keep")
+    budget.add_argument("--target-params", type=float, help="share to keep")
+    inspected.add_argument("--html", type=Path, help="page to write, with the spectra drawn")
+
+    converted = command("convert", _convert, "a checkpoint or safetensors file in another form, checked against it")
+    converted.add_argument("file", type=Path, help="Lightning checkpoint or safetensors")
+    _add_model(converted, required=True)
+    converted.add_argument("--to", choices=("dense", "factored", "onnx"), required=True)
+    converted.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
+    converted.add_argument("--example-input", type=_integers, help="shape of an input, for onnx: 1,3,32,32")
+    converted.add_argument("--batch-size", type=int, default=64, help="for the timing of onnx against dense")
+
+    workspace = command("wandb-workspace", _wandb_workspace, "save a W&B workspace laid out for SVD training")
     workspace.add_argument("--entity", required=True, help="W&B user or team")
     workspace.add_argument("--project", required=True, help="its project")
     workspace.add_argument("--name", default="SVD training", help="of the workspace")
-    workspace.set_defaults(run=_wandb_workspace)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--model", required=required, help="package.module:Class or path/to/file.py:Class")
+    parser.add_argument(
+        "--arguments", type=_mapping, default={}, help="of the class, as JSON; a checkpoint brings its own"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _integers(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_svd.callback import SVDTrainingCallback
+from lightning_svd.low_rank_files import save_low_rank
 from lightning_svd.report import SVDReport, quantity, summarize
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 30, 64, 0.1
@@ -128,17 +129,14 @@ def run_demo(
         dense, dense_accuracy = _train(seed, epochs, False, [])
         console.print(f"[bold]Seed {seed}: SVD training to {target_macs:.0%} of the MACs, {epochs} epochs[/bold]")
         callback = SVDTrainingCallback(target_macs=target_macs)
-        low_rank, accuracy = _train(seed, epochs, _logger(logger, folder), [callback])
+        low_rank, accuracy = _train(seed, epochs, _logger(logger, folder), [callback], folder / "low-rank.ckpt")
         assert callback.report is not None
         report = callback.report
         latency = _latencies([dense, low_rank])
-        pair = (
-            Result(
-                dense_accuracy, summarize(dense, torch.zeros(1, 1, 8, 8)), _save(dense, folder / "dense"), latency[0]
-            ),
-            Result(accuracy, report, _save(low_rank, folder / "low-rank"), latency[1]),
-        )
-        pairs.append(pair)
+        files = _save(dense, folder / "dense.safetensors"), save_low_rank(low_rank, folder / "low-rank.safetensors")
+        sizes = [file.stat().st_size for file in files]
+        before = Result(dense_accuracy, summarize(dense, torch.zeros(1, 1, 8, 8)), sizes[0], latency[0])
+        pairs.append((before, Result(accuracy, report, sizes[1], latency[1])))
     console.print(_table(pairs))
     # The report has rows of its own for what it counts; the rest was measured here.
     measured = {name: (before, after) for name, before, after in _rows(pairs) if name not in ("MACs", "Parameters")}
@@ -147,7 +145,9 @@ def run_demo(
     return pairs
 
 
-def _train(seed: int, epochs: int, logger: Logger | bool, callbacks: list[Callback]) -> tuple[DigitsResNet, float]:
+def _train(
+    seed: int, epochs: int, logger: Logger | bool, callbacks: list[Callback], checkpoint: Path | None = None
+) -> tuple[DigitsResNet, float]:
     seed_everything(seed, verbose=False)
     train, test = digits()
     model = DigitsResNet()
@@ -163,6 +163,8 @@ def _train(seed: int, epochs: int, logger: Logger | bool, callbacks: list[Callba
     )
     loader = DataLoader(train, BATCH_SIZE, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed))
     trainer.fit(model, loader)
+    if checkpoint is not None:
+        trainer.save_checkpoint(checkpoint)
     metrics = trainer.test(model, DataLoader(test, TEST_SIZE), verbose=False)
     return model.eval(), metrics[0]["test_accuracy"]
 
@@ -176,10 +178,9 @@ def _logger(name: str, folder: Path) -> Logger | bool:
     return CSVLogger(folder, name="csv") if name == "csv" else False
 
 
-def _save(model: nn.Module, stem: Path) -> int:
-    path = stem.with_suffix(".safetensors")
+def _save(model: nn.Module, path: Path) -> Path:
     save_model(model, str(path))
-    return path.stat().st_size
+    return path
 
 
 @torch.inference_mode()

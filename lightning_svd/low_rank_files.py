@@ -1,8 +1,10 @@
-"""Files of low-rank models: plain weights as safetensors, the ranks in the header."""
+"""Files of low-rank models: plain weights as safetensors, the ranks in the header; and checkpoints, to load."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,14 +18,14 @@ from lightning_svd.checkpoints import (
     KEY,
     VERSION,
     check_version,
-    low_rank_pairs,
+    low_rank_twin,
     under_every_name,
     weight_of,
 )
 from lightning_svd.costs import svd_layers
-from lightning_svd.pairs import factored_pair, rank_of, view_of
+from lightning_svd.pairs import factored_pair, low_rank_pairs, rank_of, view_of
 from lightning_svd.surgery import become, to_factored
-from lightning_svd.views import CONV_MODES, View, supported_type
+from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -46,19 +48,55 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
 
 
 def load_low_rank(module: ModuleT, path: str | Path) -> ModuleT:
-    """Load a low-rank file into a freshly built dense model, in place.
+    """Load a low-rank model into a freshly built dense one, in place.
 
     Args:
         module: As it was before it was factorised; its own weights do not matter.
-        path: Of a file that :func:`save_low_rank` wrote.
+        path: Of a file that :func:`save_low_rank` wrote, or of a checkpoint of SVD training: one from during the fit
+            gives the model of the ranks that it had then.
 
     Returns:
         ``module``.
 
     Raises:
-        ValueError: If the file is not such a file, is damaged, is of another version, or does not fit the model, which
-            is then as it was.
+        ValueError: If the file is neither, is damaged, is of another version, or does not fit the model, which is then
+            as it was.
     """
+    if zipfile.is_zipfile(path):  # as torch.save writes them
+        return _load_checkpoint(module, path)
+    return _load_safetensors(module, path)
+
+
+def _load_checkpoint(module: ModuleT, path: str | Path) -> ModuleT:
+    checkpoint = read_checkpoint(path)
+    state, beside = checkpoint["state_dict"], checkpoint.get(KEY)
+    if beside is None:
+        raise ValueError(f"{path} has no ranks beside its weights: it is no checkpoint of SVD training to resume from")
+    check_version(beside["version"], str(path))
+    _check_shapes(_tensors(module.state_dict(keep_vars=True)), {key: tuple(v.shape) for key, v in state.items()}, path)
+    layers = {name: _plain_layer(module, name, entry["conv_mode"], path) for name, entry in beside["layers"].items()}
+    module.load_state_dict(state)
+    for name, layer in layers.items():
+        become(layer, low_rank_twin(layer, beside["layers"][name]))
+    return module
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint, on the CPU, read without running any code that it may hold.
+
+    Raises:
+        ValueError: If it is none, or cannot be read in that way.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no `state_dict`")
+    return checkpoint
+
+
+def _load_safetensors(module: ModuleT, path: str | Path) -> ModuleT:
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(KEY, "null"))
@@ -97,17 +135,24 @@ def _is_entry(entry: Any) -> bool:
 
 def _pair_for(module: nn.Module, name: str, entry: Mapping[str, Any], path: str | Path) -> nn.Sequential:
     """What the layer is to become: weights on the meta device, its own bias."""
+    layer = _plain_layer(module, name, entry["conv_mode"], path)
+    view = View.of(layer, entry["conv_mode"] or "channel")
+    pair = factored_pair(view, entry["rank"], layer.bias is not None).to(weight_of(layer).dtype)
+    pair[1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+    return pair
+
+
+def _plain_layer(module: nn.Module, name: str, conv_mode: str | None, path: str | Path) -> nn.Module:
+    """The layer of this name, if it is a plain one that can be low-rank in this mode."""
     try:
         layer = module.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{path} has a low-rank layer `{name}`, which {type(module).__name__} does not have") from None
-    view = View.of(layer, entry["conv_mode"] or "channel") if type(layer) is supported_type(layer) else None
-    if view is None or view.conv_mode != entry["conv_mode"]:
-        expected = "convolution" if entry["conv_mode"] else "linear layer"
+    kind = supported_type(layer)
+    if type(layer) is not kind or (kind in CONVOLUTIONS) != (conv_mode is not None):
+        expected = "convolution" if conv_mode else "linear layer"
         raise ValueError(f"`{name}` must be a plain {expected} to load {path}, got {type(layer).__name__}")
-    pair = factored_pair(view, entry["rank"], layer.bias is not None).to(weight_of(layer).dtype)
-    pair[1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
-    return pair
+    return layer
 
 
 def _state_with(module: nn.Module, pairs: Mapping[str, nn.Sequential]) -> dict[str, Tensor]:
@@ -120,6 +165,10 @@ def _state_with(module: nn.Module, pairs: Mapping[str, nn.Sequential]) -> dict[s
         for key in ("weight", "bias"):
             state.pop(f"{prefix}{key}", None)
         state |= {f"{prefix}{key}": value for key, value in pair_of[id(layer)].state_dict(keep_vars=True).items()}
+    return _tensors(state)
+
+
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -33,6 +33,12 @@ def is_pair(module: nn.Module) -> bool:
     return type(module) is nn.Sequential and MARK in vars(module)
 
 
+def low_rank_pairs(module: nn.Module) -> dict[str, nn.Sequential]:
+    """The pairs of plain layers that stand for one each, by name."""
+    sequences = {name: child for name, child in module.named_modules() if isinstance(child, nn.Sequential)}
+    return {name: sequence for name, sequence in sequences.items() if is_pair(sequence)}
+
+
 def view_of(pair: nn.Sequential) -> View:
     """The view of the layer that a :func:`factored_pair` stands for."""
     view: View = vars(pair)[MARK]

@@ -233,7 +233,8 @@ _HOW_TO_USE = """\
 
 def write_plan(layer_plans: Sequence[LayerPlan], path: str | Path) -> Path:
     """Write a plan as YAML, for reading, editing and :func:`read_plan`; returns the path."""
-    text = yaml.safe_dump({"layers": {layer.name: _entry(layer) for layer in layer_plans}}, sort_keys=False, width=120)
+    entries = {layer.name: _entry(layer) for layer in layer_plans}
+    text = yaml.safe_dump({"layers": entries}, sort_keys=False, width=120, default_flow_style=None)
     Path(path).write_text(_HOW_TO_USE + text, encoding="utf-8")
     return Path(path)
 

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
-from lightning_svd.pairs import MARK
+from lightning_svd.pairs import MARK, low_rank_pairs, merged
 from lightning_svd.plans import LayerPlan, Targets, plan
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -122,8 +122,14 @@ def to_factored(module: ModuleT, cost: ModelCost | None = None, example_input: A
 
 
 def to_dense(module: ModuleT) -> ModuleT:
-    """A copy of ``module`` in plain torch layers of the original shapes, with the original parameter names."""
-    return make_dense(copy.deepcopy(module))
+    """A copy of ``module`` in plain torch layers of the original shapes, with the original parameter names.
+
+    Factorised layers and pairs of low-rank layers become what they stand for.
+    """
+    dense = make_dense(copy.deepcopy(module))
+    for pair in low_rank_pairs(dense).values():
+        become(pair, merged(pair))
+    return dense
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Sequence[LayerPlan]) -> str:

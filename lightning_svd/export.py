@@ -1,0 +1,114 @@
+"""A low-rank model as ONNX, checked against eager PyTorch."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_svd.costs import evaluating, svd_layers
+from lightning_svd.surgery import to_factored
+
+TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order
+ROUNDS, SECONDS = 5, 0.2  # of a timing, in turns
+
+
+def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
+    """Write a model as ONNX, with any batch size, and check it in onnxruntime against eager PyTorch.
+
+    Needs ``pip install 'lightning-svd[export]'``.
+
+    Args:
+        module: With factorised layers, which are written as pairs of plain ones, or without.
+        path: File to write; the weights are in it.
+        example_input: What ``module`` is called with, a tuple for several tensors, their first dimension the batch.
+
+    Returns:
+        The largest difference to eager, relative to the largest output.
+
+    Raises:
+        RuntimeError: If it is more than 1e-4; the file is left for inspection.
+        ModuleNotFoundError: If onnx, onnxscript or onnxruntime is missing.
+    """
+    import onnxruntime  # noqa: F401 - before the work, not after it
+
+    plain = to_factored(module) if svd_layers(module) else module
+    inputs = as_tuple(example_input)
+    dynamic = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    with evaluating(plain), torch.no_grad(), _quiet():
+        program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        assert program is not None
+        program.save(str(path))
+        expected = _outputs(plain(*inputs))
+    actual = [torch.from_numpy(output) for output in onnx_session(path)(inputs)]
+    difference = max(
+        float((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        for one, other in zip(actual, expected, strict=True)
+    )
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{path} differs from the model by {difference:.1e} of its largest output in onnxruntime")
+    return difference
+
+
+def onnx_session(path: str | Path) -> Callable[[Sequence[Tensor]], Any]:
+    """A function that runs a file in onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return lambda inputs: session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
+
+
+def onnx_seconds(paths: Sequence[str | Path], example_input: Any, batch_size: int) -> list[float]:
+    """Median seconds that each file takes for a batch in onnxruntime, the files taking turns."""
+    inputs = [each[:1].expand(batch_size, *each.shape[1:]).contiguous() for each in as_tuple(example_input)]
+    sessions = [onnx_session(path) for path in paths]
+    return [
+        statistics.median(seconds)
+        for seconds in zip(*([_seconds(session, inputs) for session in sessions] for _ in range(ROUNDS)), strict=True)
+    ]
+
+
+def _seconds(session: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> float:
+    session(inputs)
+    start, runs = time.perf_counter(), 0
+    while time.perf_counter() - start < SECONDS:
+        session(inputs)
+        runs += 1
+    return (time.perf_counter() - start) / runs
+
+
+def as_tuple(example_input: Any) -> tuple[Tensor, ...]:
+    """The arguments of a call with ``example_input``."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """The tensors of a model's output: one, several, or a mapping of them."""
+    if isinstance(output, Tensor):
+        return [output]
+    return list(output.values() if isinstance(output, Mapping) else output)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

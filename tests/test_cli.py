@@ -1,0 +1,179 @@
+"""The command reads what a fit leaves, says what is in it, and turns it into other forms that compute the same."""
+
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import SmallNet, data, quiet_trainer
+from safetensors.torch import load_file, save_model
+
+from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
+from lightning_svd.cli import main
+from lightning_svd.export import TOLERANCE, onnx_session
+from lightning_svd.pairs import low_rank_pairs
+
+MODEL, SHAPE = ["--model", "models:SmallNet"], ["--example-input", "2,1,8,8"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What a fit leaves: checkpoints from within it and after it, the low-rank and the dense weights."""
+    folder = tmp_path_factory.mktemp("fit")
+    torch.manual_seed(0)
+    model = SmallNet(momentum=0.9)
+    saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer = quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4), saving], enable_checkpointing=True)
+    trainer.fit(model, data())
+    trainer.save_checkpoint(folder / "end.ckpt")
+    save_low_rank(model, folder / "low-rank.safetensors")
+    save_model(SmallNet(), str(folder / "dense.safetensors"))
+    torch.save({"weights": {}}, folder / "other.pt")
+    (folder / "text.txt").write_text("no model")
+    return folder
+
+
+def run(capsys, *arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as refusal:
+        main([str(argument) for argument in arguments])
+    return str(refusal.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_a_plan_is_printed_and_written(capsys, tmp_path):
+    out = tmp_path / "plan.yaml"
+    printed = run(capsys, "plan", *MODEL, "--exclude-modules", "head", "--conv-mode", "spatial", "--out", out)
+    assert "3 of 4 layers with a weight matrix are factorised" in printed
+    layers = yaml.safe_load(out.read_text())["layers"]
+    assert layers["features.2"]["conv_mode"] == "spatial" and "exclude_modules" in layers["head"]["skip"]
+    rows = json.loads(run(capsys, "plan", *MODEL, "--target-modules", "all-linear", "--json"))
+    assert [row["name"] for row in rows if not row["skipped"]] == ["hidden", "head"]
+
+
+def test_a_model_is_found_in_a_file_too(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("from torch import nn\n\nclass Mine(nn.Linear):\n    pass\n")
+    options = ("--arguments", '{"in_features": 9, "out_features": 8}', "--json")
+    rows = json.loads(run(capsys, "plan", "--model", f"{tmp_path}/mine.py:Mine", *options))
+    assert rows[0]["weight_shape"] == [8, 9] and "subclass of Linear" in rows[0]["skipped"]
+    del sys.modules["mine"]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        ("SmallNet", "must be `package.module:Class` or"),
+        ("nowhere.at_all:Net", "cannot import nowhere.at_all"),
+        ("nowhere.py:Net", "there is no such file"),
+        ("models:Missing", "models has no class of modules 'Missing'"),
+        ("models:data", "models has no class of modules 'data'"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(model, why):
+    assert why in refused("plan", "--model", model)
+
+
+def test_arguments_that_a_class_does_not_take_are_refused():
+    assert "`--arguments`: Linear cannot be built" in refused("plan", "--model", "torch.nn:Linear", "--arguments", "{}")
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+@pytest.mark.parametrize("file", ["epoch=2.ckpt", "end.ckpt", "dense.safetensors"])
+def test_a_file_with_dense_weights_is_read_without_its_class(file, folder, capsys):
+    table = run(capsys, "inspect", folder / file, "--target-params", "0.5")
+    assert "features.2" in table and "24 x 108" in table and "budget" in table
+    rows = {row["name"]: row for row in json.loads(run(capsys, "inspect", folder / file, "--json"))}
+    hidden = rows["hidden"]
+    assert hidden["matrix_shape"] == [40, 96] and len(hidden["spectrum"]) == 40
+    assert hidden["spectrum"] == sorted(hidden["spectrum"], reverse=True)
+    assert 1 <= hidden["stable_rank"] <= hidden["effective_rank"] <= 40 and hidden["budget_rank"] is None
+    low_rank = any(row["rank"] < min(row["matrix_shape"]) for row in rows.values())
+    assert low_rank == (file != "dense.safetensors")
+
+
+@pytest.mark.parametrize("file", ["epoch=2.ckpt", "end.ckpt", "low-rank.safetensors"])
+def test_with_the_class_the_ranks_and_macs_are_those_of_the_fit(file, folder, capsys, tmp_path):
+    page = tmp_path / "page.html"
+    printed = run(capsys, "inspect", folder / file, *MODEL, *SHAPE, "--html", page)
+    assert "of the MACs" in printed and "hidden" in page.read_text()
+    report = json.loads(run(capsys, "inspect", folder / file, *MODEL, *SHAPE, "--json"))
+    assert 0.35 < report["macs_ratio"] <= 0.4 or file == "epoch=2.ckpt"
+
+
+def test_a_budget_says_what_it_would_keep(folder, capsys):
+    common = ("inspect", folder / "dense.safetensors", *MODEL, *SHAPE, "--json")
+    by_macs = json.loads(run(capsys, *common, "--target-macs", 0.3))
+    by_params = json.loads(run(capsys, *common, "--target-params", 0.3))
+    assert 0.25 < by_macs["macs_ratio"] <= 0.3 and 0.25 < by_params["params_ratio"] <= 0.3
+    assert json.loads(run(capsys, *common))["macs_ratio"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------------------------- convert
+
+
+@pytest.mark.parametrize("file", ["epoch=2.ckpt", "end.ckpt", "low-rank.safetensors"])
+def test_a_low_rank_file_becomes_dense_or_factored(file, folder, capsys, tmp_path):
+    for form in ("dense", "factored"):
+        out = tmp_path / f"{form}.safetensors"
+        options = ("--to", form, "--out", out, *SHAPE, "--json")
+        result = json.loads(run(capsys, "convert", folder / file, *MODEL, *options))
+        assert result["largest difference"] < 1e-5 and result["bytes"] == out.stat().st_size
+    dense = SmallNet()
+    dense.load_state_dict(load_file(tmp_path / "dense.safetensors"))
+    low_rank, x = load_low_rank(SmallNet(), tmp_path / "factored.safetensors"), torch.randn(3, 1, 8, 8)
+    assert torch.allclose(dense(x), low_rank(x), atol=1e-5)
+    assert low_rank_pairs(low_rank) and type(dense.features[2]) is torch.nn.Conv2d
+
+
+@pytest.mark.parametrize("file", ["end.ckpt", "low-rank.safetensors", "dense.safetensors"])
+def test_onnx_computes_the_same_for_any_batch(file, folder, capsys, tmp_path):
+    out = tmp_path / "model.onnx"
+    options = ("--to", "onnx", "--out", out, *SHAPE, "--batch-size", 4, "--json")
+    result = json.loads(run(capsys, "convert", folder / file, *MODEL, *options))
+    assert result["largest difference"] <= TOLERANCE
+    assert ("time / dense, batch 4" in result) == (file != "dense.safetensors")
+    model = SmallNet()
+    if file == "dense.safetensors":
+        model.load_state_dict(load_file(folder / file))
+    else:
+        load_low_rank(model, folder / file)
+    x = torch.randn(7, 1, 8, 8)
+    (actual,) = onnx_session(out)([x])
+    expected = model(x).detach()
+    assert (torch.from_numpy(actual) - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["inspect", "missing.ckpt"], "missing.ckpt"),
+        (["inspect", "{}/text.txt"], "is neither a checkpoint nor safetensors"),
+        (["inspect", "{}/other.pt"], "is no Lightning checkpoint"),
+        (["inspect", "{}/low-rank.safetensors"], "holds a low-rank model: give its class"),
+        (["inspect", "{}/dense.safetensors", "--html", "page.html"], "need the model"),
+        (["inspect", "{}/dense.safetensors", "--target-params", "0.001"], "the budget must be at least"),
+        (["inspect", "{}/end.ckpt", "--model", "lightning_svd.demo:DigitsResNet"], "does not fit the model"),
+        (["inspect", "{}/dense.safetensors", *MODEL, "--target-macs", "0.5"], "needs an example input"),
+        (["convert", "{}/dense.safetensors", *MODEL, "--to", "factored", "--out", "x"], "has no low-rank layer"),
+        (["convert", "{}/end.ckpt", *MODEL, "--to", "onnx", "--out", "x"], "onnx needs an input"),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(arguments, why, folder):
+    message = refused(*(argument.replace("{}", str(folder)) for argument in arguments))
+    assert why in message and message.startswith(f"lightning-svd {arguments[0]}: ") and "\n" not in message
+
+
+def test_a_missing_extra_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    message = refused("convert", folder / "end.ckpt", *MODEL, "--to", "onnx", "--out", tmp_path / "x", *SHAPE)
+    assert message == "convert needs onnxruntime: pip install 'lightning-svd[export]'"

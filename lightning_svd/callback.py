@@ -490,7 +490,13 @@ class SVDTrainingCallback(Callback):
         assert run.cost is not None
         if not trained and not any(layer.dense_macs for layer in run.cost.layers.values()):
             run.cost = None  # a training step that returned early, say; the next pass will tell
-        elif self.target_name == "macs":
+            return
+        whole = [name for name, layer in run.cost.layers.items() if layer.stays_whole]
+        if whole:
+            warning = f"{len(whole)} layers stay dense because the model reads their weight: {', '.join(whole[:8])}"
+            run.warnings.append(warning)
+            rank_zero_warn(f"SVD training: {warning}")
+        if self.target_name == "macs":
             self._check_reachable(run, run.cost)
 
     def _check_reachable(self, run: SVDRun, cost: ModelCost) -> None:

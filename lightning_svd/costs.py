@@ -42,6 +42,7 @@ class LayerCost:
         macs_per_rank: MACs of both factors for each rank in that pass; 0 if none was.
         input_shapes: Of the layer's inputs in that pass, batch included.
         latency: At its present rank; None if it was not measured.
+        stays_whole: Whether the model reads the layer's weight itself, so that two layers cannot take its place.
     """
 
     dense_params: int
@@ -50,10 +51,13 @@ class LayerCost:
     macs_per_rank: int = 0
     input_shapes: tuple[tuple[int, ...], ...] = ()
     latency: LayerLatency | None = None
+    stays_whole: bool = False
 
     @property
     def break_even(self) -> int:
         """The largest rank whose factors are cheaper than the dense layer, in parameters and in MACs."""
+        if self.stays_whole:
+            return 0
         by_params = (self.dense_params - 1) // self.params_per_rank
         if not self.macs_per_rank:
             return by_params
@@ -61,6 +65,8 @@ class LayerCost:
 
     def pays(self, rank: int) -> bool:
         """Whether two factors of this rank are better than the dense layer: cheaper and, if measured, faster."""
+        if self.stays_whole:
+            return False
         return rank <= self.break_even and (self.latency is None or self.latency.factored < self.latency.dense)
 
     def dense(self, unit: Unit) -> int:
@@ -122,7 +128,10 @@ def count_params(module: nn.Module) -> ModelCost:
     """The cost of ``module`` in parameters only."""
     layers = svd_layers(module)
     factors = {id(p) for layer in layers.values() for p in (layer.U, layer.s, layer.V)}
-    costs = {name: LayerCost(layer.dense_params, layer.params_per_rank) for name, layer in layers.items()}
+    costs = {
+        name: LayerCost(layer.dense_params, layer.params_per_rank, stays_whole=layer.stays_whole)
+        for name, layer in layers.items()
+    }
     return ModelCost(costs, sum(p.numel() for p in module.parameters() if id(p) not in factors))
 
 
@@ -175,6 +184,7 @@ class CostMeter:
 
     module: nn.Module
     _shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+    _reads: dict[str, int] = field(default_factory=dict)
     _inside: int = 0
     _before: int = 0
 
@@ -182,6 +192,7 @@ class CostMeter:
         self._handles: list[RemovableHandle] = []
         for name, layer in self._layers.items():
             self._shapes[name] = []
+            self._reads[name] = layer.weight_reads
             self._handles.append(layer.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._leaving))
         self._counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
@@ -197,6 +208,8 @@ class CostMeter:
         self._counter.__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
+        for name, layer in self._layers.items():
+            layer.stays_whole |= layer.weight_reads > self._reads[name]
 
     @cached_property
     def _layers(self) -> dict[str, SVDLayer]:
@@ -226,6 +239,7 @@ class CostMeter:
                 sum(layer.dense_macs(shape) for shape in self._shapes[name]),
                 sum(layer.macs_per_rank(shape) for shape in self._shapes[name]),
                 tuple(self._shapes[name]),
+                stays_whole=layer.stays_whole,
             )
             for name, layer in self._layers.items()
         }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,11 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
 
     plain = to_factored(module) if svd_layers(module) else module
     inputs = as_tuple(example_input)
-    dynamic = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    dynamic: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(plain.forward).parameters.values()]
+    if Parameter.VAR_POSITIONAL in kinds:  # the exporter wants what `*args` takes as one
+        named = kinds.index(Parameter.VAR_POSITIONAL)
+        dynamic = (*dynamic[:named], dynamic[named:])
     with evaluating(plain), torch.no_grad(), _quiet():
         program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
         assert program is not None

@@ -30,6 +30,8 @@ class SVDLayer(nn.Module):
         kept: Indices of the kept ranks, or None for all: what the arithmetic goes by. It follows :meth:`keep` and
             loading, and nothing else: what averages or swaps a model's buffers leaves it alone.
         bias: As in the dense layer.
+        weight_reads: How often ``weight`` was read from outside.
+        stays_whole: Whether the model itself reads ``weight``, which two layers in the place of one do not have.
     """
 
     U: nn.Parameter
@@ -59,6 +61,7 @@ class SVDLayer(nn.Module):
             setattr(self, factor, trained)
         self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         self.kept: Tensor | None = None
+        self.weight_reads, self.stays_whole = 0, False
         self.register_buffer("mask", self.kept_mask())
 
     @property
@@ -84,6 +87,7 @@ class SVDLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight these factors stand for, in the dense layer's shape, differentiable."""
+        self.weight_reads += 1
         return self.fold(self.factors())
 
     def fold(self, factors: Factors) -> Tensor:
@@ -197,7 +201,7 @@ class SVDLayer(nn.Module):
     @torch.no_grad()
     def dense(self) -> nn.Module:
         """A new plain layer with the weight these factors stand for."""
-        return fill(empty_dense(self.view, self.bias is not None), self.weight, self)
+        return fill(empty_dense(self.view, self.bias is not None), self.fold(self.factors()), self)
 
     @torch.no_grad()
     def factored(self) -> nn.Sequential:
@@ -295,7 +299,7 @@ class SVDConv(SVDLayer):
         return super().forward(input)
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        return _convolve(x, self.weight, self.bias, self.view.whole)
+        return _convolve(x, self.fold(self.factors()), self.bias, self.view.whole)
 
     def forward_factored(self, x: Tensor) -> Tensor:
         if self.rank == 0:

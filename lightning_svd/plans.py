@@ -194,9 +194,16 @@ class _Reasons:
             yield "too thin: even rank 1 costs as much as the dense layer"
 
 
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    if isinstance(layer, SVDLayer):
+        return layer.view.weight_shape
+    weight = _weight(layer)
+    return () if is_lazy(weight) else tuple(weight.shape)
+
+
 def _weight(layer: nn.Module) -> Tensor:
-    """The weight that the layer holds or stands for."""
-    weight = layer.weight
+    """The weight that the layer holds, or its U, which is as much."""
+    weight = layer.U if isinstance(layer, SVDLayer) else layer.weight
     assert isinstance(weight, Tensor)
     return weight
 
@@ -215,8 +222,7 @@ def _view_in(layer: nn.Module, conv_mode: str) -> View:
 def _plan_layer(
     name: str, layer: nn.Module, conv_mode: str, skipped: str | None, max_rank: int | None = None
 ) -> LayerPlan:
-    weight, kind = _weight(layer), type(layer).__name__
-    shape = () if is_lazy(weight) else tuple(weight.shape)
+    kind, shape = type(layer).__name__, _weight_shape(layer)
     if skipped:
         return LayerPlan(name, kind, shape, skipped=skipped)
     view = _view_in(layer, conv_mode)

@@ -144,7 +144,7 @@ def _factorise(layer: nn.Module, layer_plan: LayerPlan) -> SVDLayer:
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks and the training flag among them
-_OF_SVD_LAYERS = ("kept", "view", MARK)
+_OF_SVD_LAYERS = ("kept", "view", "weight_reads", "stays_whole", MARK)
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:

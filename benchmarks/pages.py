@@ -1,13 +1,13 @@
-"""Writes the tables and figures of docs/performance.md and docs/quality.md from benchmarks/results.
+"""Writes the tables and figures of the documentation from benchmarks/results.
 
 With --check it writes nothing and says whether the pages are so.
 
     python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
     python benchmarks/pages.py
 
-The file ``NAME.json``, for quality.md where NAME begins so, fills what lies between ``<!-- NAME -->`` and
-``<!-- /NAME -->``; for other settings of a script (``--dtype bf16``, a GPU) give the file a name of its own, and the
-page a section of that name.
+The file ``NAME.json`` fills what lies between ``<!-- NAME -->`` and ``<!-- /NAME -->`` on the page of its benchmark;
+for other settings of a script (``--dtype bf16``, a GPU) give the file a name of its own, and the page a section of that
+name.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import casts
 import latency
 import quality
+import real_models
 import scale
 import step_cost
 import whole_run
 
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-SCRIPTS = {script.__name__: script for script in (step_cost, whole_run, latency, scale, quality)}
+SCRIPTS = {script.__name__: script for script in (step_cost, whole_run, latency, scale, quality, real_models, casts)}
+# By the benchmark; the others are on the first page.
+PAGES = {"quality": "quality.md", "real_models": "models.md", "casts": "models.md"}
 
 
 def fill(page: str, name: str, text: str) -> str:
@@ -70,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if the page says something else")
     options = parser.parse_args(argv)
-    old = {page: (DOCS / page).read_text(encoding="utf-8") for page in ("performance.md", "quality.md")}
+    old = {page: (DOCS / page).read_text(encoding="utf-8") for page in {"performance.md", *PAGES.values()}}
     new = dict(old)
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
-        page = "quality.md" if path.stem.startswith("quality") else "performance.md"
+        page = PAGES.get(result["benchmark"], "performance.md")
         new[page] = fill(new[page], path.stem, section(path.stem, result))
         if result["benchmark"] == "scale" and not options.check:
             draw(path.stem, result["rows"], DOCS / "figures")

@@ -286,11 +286,13 @@ def three_stages(setting: Setting) -> nn.Module:
 
 
 class Classifier(LightningModule):
-    """What a user would write."""
+    """What a user would write; ``epochs`` are those it trains, of which ``rate`` gets the progress in [0, 1]."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(
+        self, setting: Setting, model: nn.Module, epochs: tuple[int, int], rate: Callable[[float], float]
+    ) -> None:
         super().__init__()
-        self.setting, self.model = setting, setting.build()
+        self.setting, self.model, self.epochs, self.rate = setting, model, epochs, rate
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x)
@@ -302,16 +304,16 @@ class Classifier(LightningModule):
         optimizer = torch.optim.SGD(
             self.parameters(), self.setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
         )
-        total = self.setting.epochs * self.setting.steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step / total))
+        total = (self.epochs[1] - self.epochs[0]) * self.setting.steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step / total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Epochs:
     """The batches of one epoch after the other, for Lightning."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting, self.epoch = setting, 0
+    def __init__(self, setting: Setting, first: int) -> None:
+        self.setting, self.epoch = setting, first
 
     def __len__(self) -> int:
         return self.setting.steps
@@ -323,10 +325,25 @@ class Epochs:
 
 def ours(setting: Setting, **arguments: Any) -> nn.Module:
     """SVD training by the callback; default arguments unless others are asked for."""
-    model = Classifier(setting)
+    return svd_trained(Classifier(setting, setting.build(), (0, setting.epochs), cosine), arguments)
+
+
+def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
+    """The callback on a trained net, without sparsity: the same start, epochs and rate as truncate_and_finetune."""
+    epochs = (turn_to_finetuning(setting), setting.epochs)
+    module = Classifier(
+        setting, dense_but_finetuning(setting), epochs, lambda progress: FINETUNE_RATE * cosine(progress)
+    )
+    soon = {"sparsity": None, "sparsify_start": 0.0, "sparsify_end": 0.2}
+    return svd_trained(module, soon | arguments)
+
+
+def svd_trained(module: Classifier, arguments: dict[str, Any]) -> nn.Module:
+    """The net of ``module`` after a fit with the callback."""
+    setting, (first, last) = module.setting, module.epochs
     callback = SVDTrainingCallback(**{"target_macs": setting.target, "conv_mode": setting.conv_mode} | arguments)
     trainer = Trainer(
-        max_epochs=setting.epochs,
+        max_epochs=last - first,
         accelerator="cpu",
         precision=setting.precision,
         callbacks=[callback],
@@ -335,8 +352,8 @@ def ours(setting: Setting, **arguments: Any) -> nn.Module:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, Epochs(setting))
-    return model.model
+    trainer.fit(module, Epochs(setting, first))
+    return module.model
 
 
 METHODS: dict[str, Callable[[Setting], nn.Module]] = {
@@ -347,12 +364,14 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "svd_every_n_steps": svd_every_n_steps,
     "three_stages": three_stages,
     "ours": ours,
+    "ours_from_trained": ours_from_trained,
 }
 SHARED_STARTS = {
     "truncate_and_finetune": dense_but_finetuning,
     "truncate_at_half": dense_until_half,
     "svd_every_n_steps": low_rank_by_svds,
     "three_stages": two_of_three_stages,
+    "ours_from_trained": dense_but_finetuning,
 }
 
 

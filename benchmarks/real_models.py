@@ -258,7 +258,7 @@ def measure(name: str, quick: bool) -> Row:
         "model": name,
         "layers": len(callback.plan),
         "factorised": len(factorised),
-        "skipped": Counter(layer.skipped for layer in callback.plan if layer.skipped),
+        "skipped": Counter(f"{layer.kind}: {layer.skipped}" for layer in callback.plan if layer.skipped),
         "share": sum(layer.dense_macs for layer in report.layers) / report.dense_macs,
         "macs": report.macs_ratio,
     }
@@ -311,7 +311,7 @@ def tables(rows: list[Row]) -> list[Table]:
         ]
         for row in rows
     ]
-    return [Table("", headings, lines)]
+    return [Table("What is found, and how far each form is from the model", headings, lines)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

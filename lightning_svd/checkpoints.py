@@ -17,7 +17,7 @@ from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.pairs import factored_pair, is_pair, low_rank_pairs, merged, merged_weight, rank_of, view_of
-from lightning_svd.surgery import become
+from lightning_svd.surgery import become, settle_fast_paths
 from lightning_svd.views import View
 
 KEY = "lightning_svd"
@@ -145,6 +145,7 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
         twin = low_rank_twin(plain, exact[name]) if name in exact else plain
         become(layer, twin)
         state |= {f"{prefix}{key}": value for key, value in twin.state_dict().items()}
+    settle_fast_paths(module)
     return state
 
 

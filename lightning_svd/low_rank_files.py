@@ -24,7 +24,7 @@ from lightning_svd.checkpoints import (
 )
 from lightning_svd.costs import svd_layers
 from lightning_svd.pairs import factored_pair, low_rank_pairs, rank_of, view_of
-from lightning_svd.surgery import become, to_factored
+from lightning_svd.surgery import become, settle_fast_paths, to_factored
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -78,7 +78,7 @@ def _load_checkpoint(module: ModuleT, path: str | Path) -> ModuleT:
     module.load_state_dict(state)
     for name, layer in layers.items():
         become(layer, low_rank_twin(layer, beside["layers"][name]))
-    return module
+    return settle_fast_paths(module)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _load_safetensors(module: ModuleT, path: str | Path) -> ModuleT:
             part.weight = nn.Parameter(empty, weight_of(layer).requires_grad)
         become(layer, pair)
     load_model(module, str(path))
-    return module
+    return settle_fast_paths(module)
 
 
 def _entries(header: Any, path: str | Path) -> dict[str, Any]:

@@ -23,9 +23,6 @@ from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 Targets = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"
 
-# nn.TransformerEncoderLayer reads these children's `weight` in its eval fast path, past their forward.
-_READ_PAST_FORWARD: dict[type[nn.Module], tuple[str, ...]] = {nn.TransformerEncoderLayer: ("linear1", "linear2")}
-
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -158,13 +155,6 @@ class _Reasons:
         self.owners = Counter(
             id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
         )
-        self.read_past_forward = {
-            id(getattr(parent, child)): type(parent).__name__
-            for parent in module.modules()
-            for kind, children in _READ_PAST_FORWARD.items()
-            if isinstance(parent, kind)
-            for child in children
-        }
 
     def why_not(self, name: str, layer: nn.Module) -> str | None:
         return next(self._reasons(name, layer), None)
@@ -188,8 +178,6 @@ class _Reasons:
             yield f"subclass of {kind.__name__}, which may have a forward of its own"
         if self.owners[id(weight)] > 1:
             yield "weight tied to another module's"
-        if id(layer) in self.read_past_forward:
-            yield f"{self.read_past_forward[id(layer)]} reads its weight directly"
         if _break_even(*_view_in(layer, self.conv_mode).matrix_shape) == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"
 

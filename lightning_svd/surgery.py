@@ -15,7 +15,7 @@ from torch import nn
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
-from lightning_svd.pairs import MARK, low_rank_pairs, merged
+from lightning_svd.pairs import MARK, is_pair, low_rank_pairs, merged
 from lightning_svd.plans import LayerPlan, Targets, plan
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -57,6 +57,7 @@ def decompose(
     factorised = [(modules[p.name], _factorise(modules[p.name], p)) for p in layer_plans if not p.skipped]
     for layer, twin in factorised:
         become(layer, twin)
+    settle_fast_paths(module)
     return list(layer_plans)
 
 
@@ -82,7 +83,7 @@ def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any =
             layer.compact()
         else:
             become(layer, layer.dense())
-    return module
+    return settle_fast_paths(module)
 
 
 def make_factored(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
@@ -96,7 +97,7 @@ def make_dense(module: ModuleT) -> ModuleT:
     """Each factorised layer becomes a plain layer with the weight its kept ranks stand for, in place."""
     for layer in svd_layers(module).values():
         become(layer, layer.dense())
-    return module
+    return settle_fast_paths(module)
 
 
 def restore(module: ModuleT, weights: Mapping[str, nn.Parameter]) -> ModuleT:
@@ -129,7 +130,7 @@ def to_dense(module: ModuleT) -> ModuleT:
     dense = make_dense(copy.deepcopy(module))
     for pair in low_rank_pairs(dense).values():
         become(pair, merged(pair))
-    return dense
+    return settle_fast_paths(dense)
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Sequence[LayerPlan]) -> str:
@@ -140,6 +141,37 @@ def _nothing_to_do(module: nn.Module, layer_plans: Sequence[LayerPlan]) -> str:
 def _factorise(layer: nn.Module, layer_plan: LayerPlan) -> SVDLayer:
     name = layer_plan.name or type(layer).__name__
     return SVDConv(layer, layer_plan.conv_mode, name) if layer_plan.conv_mode else SVDLinear(layer, name)
+
+
+# What turns off the ways in which torch's encoders compute in evaluation without calling their layers.
+_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_USERS = "lightning_svd_fast_path"  # where the attribute's own value waits meanwhile
+
+
+def settle_fast_paths(module: ModuleT) -> ModuleT:
+    """Have torch's transformer encoders call their layers where one is low-rank, and do as they like where none is.
+
+    Their fast paths read the weights of linear layers and compute what the layers would.
+
+    Args:
+        module: Changed in place, after its layers were.
+
+    Returns:
+        ``module``.
+    """
+    for parent in module.modules():
+        for kind, (attribute, off) in _FAST_PATHS.items():
+            if isinstance(parent, kind):
+                low_rank = any(isinstance(child, SVDLayer) or is_pair(child) for child in parent.modules())
+                if low_rank and _USERS not in vars(parent):
+                    vars(parent)[_USERS] = getattr(parent, attribute)
+                    setattr(parent, attribute, off)
+                elif not low_rank and _USERS in vars(parent):
+                    setattr(parent, attribute, vars(parent).pop(_USERS))
+    return module
 
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import casts
 import harness
 import latency
 import nets
@@ -164,6 +165,16 @@ def test_a_whole_run_is_timed_with_and_without_a_logger(tmp_path):
     assert ours["hooks"]["decomposition"] > 0 < ours["hooks"]["regulariser, weight decay"]
 
 
+def test_casts_of_both_models_are_tested_and_weighed(tmp_path, monkeypatch):
+    monkeypatch.setattr(casts, "EPOCHS", 1)
+    result = rows_written(casts.main, tmp_path / "r.json", "--quick", "--nets", "mlp")
+    sizes = {(row["form"], row["precision"]): row["bytes"] for row in result["rows"]}
+    assert len(sizes) == 2 * len(casts.CASTS) and all(0 < row["accuracy"] <= 1 for row in result["rows"])
+    for form in ("dense", "low-rank"):
+        assert sizes[form, "int8, dynamic"] < sizes[form, "float16"] == sizes[form, "bfloat16"] < sizes[form, "float32"]
+    assert sizes["low-rank", "float32"] < 0.5 * sizes["dense", "float32"]
+
+
 def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "resnet50_layers", lambda width: torch.nn.Linear(8, 8))
     monkeypatch.setattr(scale, "vit", lambda width, depth: torch.nn.Linear(8, 8))
@@ -199,9 +210,10 @@ def test_the_page_is_written_and_checked(tmp_path, monkeypatch):
     row |= {"net": "small", "input": [4, 3], "variant": "ours"}
     result = {"benchmark": "step_cost", "command": "python benchmarks/step_cost.py", "machine": {"CPU": "fast"}}
     (tmp_path / "mine.json").write_text(json.dumps(result | {"rows": [row]}))
-    page, other = tmp_path / "performance.md", tmp_path / "quality.md"
+    page = tmp_path / "performance.md"
     page.write_text("<!-- mine -->\n<!-- /mine -->\n")
-    other.write_text("")
+    for other in pages.PAGES.values():
+        (tmp_path / other).write_text("")
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
     monkeypatch.setattr(pages, "DOCS", tmp_path)
     assert pages.main(["--check"]) == 1

@@ -454,7 +454,7 @@ class ValidatedTransformer(Transformer, ValidatedNet):
     pass
 
 
-@pytest.mark.combination("Models", "`nn.TransformerEncoderLayer`, its `linear1` and `linear2` left alone")
+@pytest.mark.combination("Models", "`nn.TransformerEncoder`, which then computes in evaluation as in training")
 def test_a_transformer_is_evaluated_during_and_after_the_fit():
     model = ValidatedTransformer().double()
     quiet_trainer(callbacks=[ours(target_params=0.97, target_macs=None)]).fit(

@@ -106,8 +106,6 @@ def reason(module, name, **options):
         (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), "0", "on the meta device, without values"),
         (lambda: nn.Sequential(nn.Linear(8, 1)), "0", "too thin: even rank 1 costs as much as the dense layer"),
         (lambda: nn.Sequential(SVDLinear(nn.Linear(8, 8))), "0", "already factorised"),
-        (lambda: nn.TransformerEncoderLayer(8, 2), "linear1", "TransformerEncoderLayer reads its weight directly"),
-        (lambda: nn.TransformerEncoderLayer(8, 2), "linear2", "TransformerEncoderLayer reads its weight directly"),
     ],
 )
 def test_a_layer_is_skipped_with_its_reason(build, name, why):
@@ -133,15 +131,34 @@ def test_thinness_is_judged_by_the_matrix_of_the_mode(conv, conv_mode, thin):
     assert bool(reason(conv(), "", conv_mode=conv_mode)) == thin
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("encoder_layer", [nn.TransformerEncoderLayer, UserEncoderLayer])
-def test_a_transformer_still_evaluates_after_surgery(encoder_layer):
-    encoder = nn.Sequential(encoder_layer(16, 2, 32, batch_first=True), nn.Linear(16, 16)).eval()
-    decompose(encoder)
-    for layer in svd_layers(encoder).values():
-        layer.keep(torch.arange(layer.full_rank) < 4)
-    x = torch.randn(2, 3, 16)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_torchs_transformer_evaluates_in_every_form_and_takes_its_fast_path_when_dense(encoder_layer, stacked):
+    def fast():
+        layers = encoder.layers if stacked else [encoder]
+        flags = [layer.activation_relu_or_gelu for layer in layers]
+        return [*flags, encoder.use_nested_tensor] if stacked else flags
+
+    encoder = encoder_layer(16, 2, 32, batch_first=True, dropout=0.0).eval()
+    if stacked:
+        encoder = nn.TransformerEncoder(encoder, 2).eval()
+    x, before, weights = torch.randn(2, 5, 16), fast(), dict(encoder.named_parameters())
+    padding = {"src_key_padding_mask": torch.arange(5) > torch.tensor([[4], [2]])}
+    real = ~padding["src_key_padding_mask"]  # at the others the paths differ, dense too
     with torch.no_grad():  # where the fast path is taken
-        assert_same(to_factored(encoder)(x), encoder(x), SHAPE)
+        expected = encoder(x, **padding)[real]
+        factorised = [layer.name for layer in decompose(encoder) if not layer.skipped]
+        assert len(factorised) == 4 if stacked else factorised == ["linear1", "linear2"]
+        assert not any(fast())
+        assert_same(encoder(x, **padding)[real], expected, SHAPE)
+        for layer in svd_layers(encoder).values():
+            layer.keep(torch.arange(layer.full_rank) < 4)
+        low_rank = encoder(x, **padding)[real]
+        for form in (to_factored(encoder), to_dense(encoder), to_dense(to_factored(encoder))):
+            assert_same(form(x, **padding)[real], low_rank, SHAPE)
+        restore(encoder, {name: weights[f"{name}.weight"] for name in factorised})
+        assert fast() == before and torch.equal(encoder(x, **padding)[real], expected)
 
 
 def test_a_plan_describes_matrices_and_changes_nothing():

@@ -467,6 +467,35 @@ def test_a_transformer_is_evaluated_during_and_after_the_fit():
     assert (fast - slow).abs().max() <= roundoff((32, 64), torch.float64) * slow.abs().max()
 
 
+class AsksForADtype(SmallNet):
+    """Reads a layer's weight in its forward, as vision transformers do of their first one."""
+
+    def forward(self, x):
+        return super().forward(x.to(self.hidden.weight.dtype))
+
+
+@pytest.mark.combination("Models", "layers whose weight the model reads itself, which then stay dense")
+def test_a_layer_whose_weight_the_model_reads_stays_whole_and_the_budget_is_met_by_the_others():
+    model, callback = AsksForADtype(), ours(target_macs=0.4)
+    with pytest.warns(UserWarning, match="1 layers stay dense because the model reads their weight: hidden"):
+        quiet_trainer(callbacks=[callback]).fit(model, data())
+    form = {layer.name: layer.form for layer in callback.report.layers}
+    assert form["hidden"] == "dense" and type(model.hidden) is nn.Linear
+    assert 0.35 < callback.report.macs_ratio <= 0.4 and "factored" in form.values()
+    assert any("hidden" in warning for warning in callback.report.warnings)
+    model(next(iter(data()))[0])
+
+
+def test_what_looks_at_weights_between_steps_does_not_keep_layers_whole():
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            pl_module.features[2].weight.norm()
+
+    model, callback = SmallNet(), ours()
+    quiet_trainer(callbacks=[callback, Looks()]).fit(model, data())
+    assert {layer.name: layer.form for layer in callback.report.layers}["features.2"] == "factored"
+
+
 @pytest.mark.filterwarnings("ignore:Using .torch.compile.module.. when there are global hooks")
 @pytest.mark.combination("Models", "`torch.compile` of a submodule before, of the model after")
 def test_a_submodule_compiled_before_the_fit_trains_and_the_final_model_compiles():

@@ -514,7 +514,7 @@ def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="the CIFAR-10 archive; without it torchvision's is downloaded")
-    parser.add_argument("--data-set", default="cifar10", help="cifar10, digits or mnist1d (for the MLP)")
+    parser.add_argument("--data-set", default="cifar10", help="cifar10, cifar10-16, digits or mnist1d (for the MLP)")
     parser.add_argument("--net", default="resnet20", help="resnet20, resnet56, resnet18, vgg, vit or mlp")
     parser.add_argument("--train-size", type=int, help="the first so many training images")
     parser.add_argument("--test-size", type=int, help="the first so many test images")

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_svd.costs import svd_layers
+from lightning_svd.export import to_onnx
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.low_rank_files import load_low_rank, save_low_rank
 from lightning_svd.plans import LayerPlan, plan, read_plan, write_plan
@@ -38,6 +39,7 @@ __all__ = [
     "svd_layers",
     "to_dense",
     "to_factored",
+    "to_onnx",
     "write_plan",
 ]
 

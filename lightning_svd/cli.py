@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--model", required=required, help="package.module:Class or path/to/file.py:Class")
     parser.add_argument(
-        "--arguments", type=_mapping, default={}, help="of the class, as JSON; a checkpoint brings its own"
+        "--arguments", type=_json_object, default={}, help="of the class, as JSON; a checkpoint brings its own"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -139,7 +139,7 @@ def _integers(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
         raise ValueError(text)

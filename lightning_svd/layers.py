@@ -146,11 +146,11 @@ class SVDLayer(nn.Module):
         return energies if energies.ndim == 1 else energies.sum(0)
 
     def spectrum(self) -> list[float]:
-        """The kept singular values as :func:`magnitudes`."""
+        """The kept singular values' magnitudes in descending order, the root of the sum of squares over groups."""
         return cast("list[float]", magnitudes(self.factors().s).tolist())
 
     def full_spectrum(self) -> list[float]:
-        """All singular values as :func:`magnitudes`, dropped ones as they were then."""
+        """As :meth:`spectrum`, for all singular values, dropped ones as they were then."""
         return cast("list[float]", magnitudes(self.s).tolist())
 
     @torch.no_grad()
@@ -257,7 +257,7 @@ class SVDConv(SVDLayer):
 
     For ``nn.Conv2d`` with weight (out, in, kh, kw): in mode "channel" the matrix is (out, in*kh*kw), a convolution to r
     maps, then one of 1x1; in mode "spatial" it is (out*kw, in*kh), a convolution of kh x 1, then one of 1 x kw (Yang et
-    al. 2020, section 3.1). See :mod:`lightning_svd.views` for the others.
+    al. 2020, section 3.1). See :class:`~lightning_svd.views.View` for the others.
     """
 
     def __init__(

@@ -171,7 +171,7 @@ def test_casts_of_both_models_are_tested_and_weighed(tmp_path, monkeypatch):
     sizes = {(row["form"], row["precision"]): row["bytes"] for row in result["rows"]}
     assert len(sizes) == 2 * len(casts.CASTS) and all(0 < row["accuracy"] <= 1 for row in result["rows"])
     for form in ("dense", "low-rank"):
-        assert sizes[form, "int8, dynamic"] < sizes[form, "float16"] == sizes[form, "bfloat16"] < sizes[form, "float32"]
+        assert sizes[form, "int8, dynamic"] < sizes[form, "float16"] < 0.6 * sizes[form, "float32"]
     assert sizes["low-rank", "float32"] < 0.5 * sizes["dense", "float32"]
 
 

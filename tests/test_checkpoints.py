@@ -75,7 +75,7 @@ def fit(*callbacks, model=None, asynchronous=False, decay=None, ckpt_path=None, 
 
     plugin = Recording(TorchCheckpointIO()) if asynchronous else Recording()
     model = ValidatedNet(momentum=0.9).double() if model is None else model
-    callback = SVDTrainingCallback(**{"target_macs": 0.4} | arguments)
+    callback = SVDTrainingCallback(**{"target_macs": 0.4, "sparsify_start": 0.3, "sparsify_end": 0.7} | arguments)
     writes = any(isinstance(other, ModelCheckpoint) for other in callbacks)
     everyone = (
         [callback, recorder, *callbacks] if decay is None else [callback, *callbacks[:1], recorder, *callbacks[1:]]

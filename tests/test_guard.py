@@ -27,7 +27,8 @@ class Scripted(SmallNet):
 def fit(*values, epochs=10, **arguments):
     """A run of 4 steps an epoch; ranks fall from step 12 to step 28."""
     torch.manual_seed(0)
-    options = {"target_params": 0.3, "monitor": "val_acc", "mode": "max"} | arguments
+    schedule = {"sparsify_start": 0.3, "sparsify_end": 0.7}
+    options = {"target_params": 0.3, "monitor": "val_acc", "mode": "max"} | schedule | arguments
     callback, model = SVDTrainingCallback(**options), Scripted(*values)
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[callback])
     trainer.fit(model, data(32), data(32))

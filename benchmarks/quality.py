@@ -21,6 +21,7 @@ import logging
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -552,7 +553,8 @@ def main() -> None:
         rows += new
         print(*map(json.dumps, new), sep="\n", flush=True)
         if options.json:
-            result = {"benchmark": "quality", "command": command("quality", None), "machine": machine}
+            asked = [argument if argument != str(options.data) else options.data.name for argument in sys.argv[1:]]
+            result = {"benchmark": "quality", "command": command("quality", asked), "machine": machine}
             options.json.write_text(json.dumps(result | {"setting": about, "rows": rows}, indent=1) + "\n")
     title = f"{data.images().name}, {len(data.images().train[1]):,} images, {options.net}, {options.epochs} epochs"
     print(title)

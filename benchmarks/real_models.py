@@ -306,7 +306,7 @@ def tables(rows: list[Row]) -> list[Table]:
             str(row["factorised"]),
             f"{row['share']:.0%}",
             f"{row['macs']:.1%}",
-            *(f"{row[key]:.0e}" if isinstance(row[key], float) else row[key] for key in exports),
+            *(f"{row[key]:.1g}" if isinstance(row[key], float) else row[key] for key in exports),
             "; ".join(f"{count} {reason}" for reason, count in row["skipped"].items()),
         ]
         for row in rows

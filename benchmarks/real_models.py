@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
-from lightning_svd.export import to_onnx
+from lightning_svd.export import largest_difference, to_onnx
 
 TARGET, STEPS, BATCH = 0.5, 8, 4
 WORDS = 200
@@ -265,9 +265,9 @@ def measure(name: str, quick: bool) -> Row:
     low_rank = task.model.eval()
     with torch.no_grad():
         expected = low_rank(*inputs)
-        row["low-rank file"] = attempt(lambda: difference(reloaded(name, low_rank)(*inputs), expected))
+        row["low-rank file"] = attempt(lambda: largest_difference(reloaded(name, low_rank)(*inputs), expected))
         row["torch.export"] = attempt(
-            lambda: difference(torch.export.export(low_rank, inputs).module()(*inputs), expected)
+            lambda: largest_difference(torch.export.export(low_rank, inputs).module()(*inputs), expected)
         )
     if not quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -280,11 +280,6 @@ def reloaded(name: str, low_rank: nn.Module) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         path = save_low_rank(low_rank, Path(folder) / "model.safetensors")
         return load_low_rank(MODELS[name]()[0], path).eval()
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    """The largest, relative to the largest output."""
-    return float((actual - expected).abs().max() / expected.abs().max())
 
 
 def attempt(work: Callable[[], float]) -> float | str:

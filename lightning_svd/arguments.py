@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 
@@ -38,6 +38,14 @@ def check_targets(name: str, value: Any) -> None:
         return
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"`{name}` must be a name or a pattern, or a list of them, got {value!r}")
+
+
+def check_rank_pattern(value: Any) -> None:
+    """None, or a mapping of patterns to positive integers."""
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {value!r}")
+    for pattern, rank in (value or {}).items():
+        check_count(f"rank_pattern[{pattern!r}]", rank)
 
 
 def _is_number(value: Any) -> bool:

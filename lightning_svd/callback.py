@@ -15,7 +15,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_svd import monitor
-from lightning_svd.arguments import check_choice, check_count, check_share, check_targets, check_weight
+from lightning_svd.arguments import (
+    check_choice,
+    check_count,
+    check_rank_pattern,
+    check_share,
+    check_targets,
+    check_weight,
+)
 from lightning_svd.checkpoint_io import SVDCheckpointIO
 from lightning_svd.checkpoints import VERSION, check_version
 from lightning_svd.costs import ModelCost, Unit, count_params, svd_layers
@@ -136,8 +143,7 @@ class SVDTrainingCallback(Callback):
         check_targets("target_modules", target_modules)
         check_targets("exclude_modules", exclude_modules)
         check_choice("conv_mode", conv_mode, (*CONV_MODES, "auto"))
-        for pattern, rank in (rank_pattern or {}).items():
-            check_count(f"rank_pattern[{pattern!r}]", rank)
+        check_rank_pattern(rank_pattern)
         if plan_file is not None and (target_modules, exclude_modules, conv_mode, rank_pattern) != _EVERY_LAYER:
             raise ValueError(
                 "give either `plan_file`, which says it for each layer, or `target_modules`, `exclude_modules`, "

@@ -161,7 +161,7 @@ def low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:
     factors = Factors(entry["U"], entry["s"], entry["V"])
     layer: SVDLayer = SVDConv(plain, mode, factors=factors) if mode else SVDLinear(plain, factors=factors)
     layer.keep(entry["mask"].to(factors.s.device))
-    return layer.factored() if layer.rank * layer.params_per_rank < layer.dense_params else layer.dense()
+    return layer.factored() if layer.rank * layer.params_per_rank < layer.dense_params else plain
 
 
 def under_every_name(module: nn.Module, found: Mapping[str, ModuleT]) -> Iterator[tuple[str, ModuleT]]:

@@ -51,7 +51,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from lightning_svd.inspection import as_table, inspect_model, inspect_weights
-    from lightning_svd.loading import dense_weights, example_input, kept_ranks, load, model_class
+    from lightning_svd.loading import dense_weights, example_input, load, model_class
 
     if options.model:
         model = load(model_class(options.model), options.file, options.arguments)
@@ -63,7 +63,7 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     if options.html or options.target_macs:
         raise ValueError("`--html` and `--target-macs` need the model: `--model package.module:Class`")
-    layers = inspect_weights(dense_weights(options.file), kept_ranks(options.file), options.target_params)
+    layers = inspect_weights(*dense_weights(options.file), options.target_params)
     print(json.dumps([asdict(layer) for layer in layers]) if options.json else as_table(layers))
 
 

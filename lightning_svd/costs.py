@@ -147,6 +147,11 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def as_arguments(example_input: Any) -> tuple[Any, ...]:
+    """What a module is called with: a tuple holds several arguments, anything else is one."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
 def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
     """The cost of ``module`` in MACs and parameters.
 
@@ -154,7 +159,7 @@ def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
         module: With factorised layers or without; run once, as in evaluation and without gradients.
         example_input: What it is called with, a tuple for several arguments, the first one's first dimension the batch.
     """
-    arguments = example_input if isinstance(example_input, tuple) else (example_input,)
+    arguments = as_arguments(example_input)
     with evaluating(module), CostMeter(module) as meter, torch.no_grad():
         module(*arguments)
     return meter.cost(batch_size=len(arguments[0]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
-from lightning_svd.costs import evaluating, svd_layers
+from lightning_svd.costs import as_arguments, evaluating, svd_layers
 from lightning_svd.surgery import to_factored
 
 TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order
@@ -43,7 +43,7 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
     import onnxruntime  # noqa: F401 - before the work, not after it
 
     plain = to_factored(module) if svd_layers(module) else module
-    inputs = as_tuple(example_input)
+    inputs = as_arguments(example_input)
     dynamic: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
     kinds = [parameter.kind for parameter in inspect.signature(plain.forward).parameters.values()]
     if Parameter.VAR_POSITIONAL in kinds:  # the exporter wants what `*args` takes as one
@@ -53,15 +53,19 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
         program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
         assert program is not None
         program.save(str(path))
-        expected = _outputs(plain(*inputs))
-    actual = [torch.from_numpy(output) for output in onnx_session(path)(inputs)]
-    difference = max(
-        float((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
-        for one, other in zip(actual, expected, strict=True)
-    )
+        expected = plain(*inputs)
+    difference = largest_difference([torch.from_numpy(output) for output in onnx_session(path)(inputs)], expected)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"{path} differs from the model by {difference:.1e} of its largest output in onnxruntime")
     return difference
+
+
+def largest_difference(actual: Any, expected: Any) -> float:
+    """Of two outputs of a model, each relative to its largest entry: tensors, several of them, or mappings of them."""
+    return max(
+        float((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        for one, other in zip(_outputs(actual), _outputs(expected), strict=True)
+    )
 
 
 def onnx_session(path: str | Path) -> Callable[[Sequence[Tensor]], Any]:
@@ -77,26 +81,11 @@ def onnx_session(path: str | Path) -> Callable[[Sequence[Tensor]], Any]:
 
 def onnx_seconds(paths: Sequence[str | Path], example_input: Any, batch_size: int) -> list[float]:
     """Median seconds that each file takes for a batch in onnxruntime, the files taking turns."""
-    inputs = [each[:1].expand(batch_size, *each.shape[1:]).contiguous() for each in as_tuple(example_input)]
+    inputs = [each[:1].expand(batch_size, *each.shape[1:]).contiguous() for each in as_arguments(example_input)]
     sessions = [onnx_session(path) for path in paths]
-    return [
-        statistics.median(seconds)
-        for seconds in zip(*([_seconds(session, inputs) for session in sessions] for _ in range(ROUNDS)), strict=True)
-    ]
-
-
-def _seconds(session: Callable[[Sequence[Tensor]], Any], inputs: Sequence[Tensor]) -> float:
-    session(inputs)
-    start, runs = time.perf_counter(), 0
-    while time.perf_counter() - start < SECONDS:
-        session(inputs)
-        runs += 1
-    return (time.perf_counter() - start) / runs
-
-
-def as_tuple(example_input: Any) -> tuple[Tensor, ...]:
-    """The arguments of a call with ``example_input``."""
-    return example_input if isinstance(example_input, tuple) else (example_input,)
+    timers = [Timer("run(inputs)", globals={"run": session, "inputs": inputs}) for session in sessions]
+    rounds = ([timer.blocked_autorange(min_run_time=SECONDS).median for timer in timers] for _ in range(ROUNDS))
+    return [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 def _outputs(output: Any) -> list[Tensor]:

@@ -21,6 +21,11 @@ class Factors(NamedTuple):
     V: Tensor  # (n, r)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def svd(matrix: Tensor, name: str = "matrix") -> Factors:
     """Full-rank singular value decomposition with fixed signs.
 
@@ -51,12 +56,12 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
         bad = int((~torch.isfinite(matrix)).sum())
         raise ValueError(f"`{name}`: expected finite weights, got {bad} NaN or infinite of {matrix.numel()}")
     with torch.no_grad(), torch.autocast(matrix.device.type, enabled=False):
-        wide = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+        full = wide(matrix.detach())
         if matrix.shape[-2] >= matrix.shape[-1]:
-            U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+            U, s, Vh = torch.linalg.svd(full, full_matrices=False)
             V = Vh.mT
         else:  # LAPACK takes several times as long for a wide matrix as for its transpose
-            V, s, Uh = torch.linalg.svd(wide.mT, full_matrices=False)
+            V, s, Uh = torch.linalg.svd(full.mT, full_matrices=False)
             U = Uh.mT
         signs = _column_signs(U).unsqueeze(-2)
         return Factors(U * signs, s, V * signs)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.costs import LayerCost, ModelCost, Unit, count_costs, count_params, svd_layers
-from lightning_svd.factorization import effective_rank, energy_rank, stable_rank
-from lightning_svd.pairs import low_rank_pairs, rank_of
+from lightning_svd.factorization import effective_rank, energy_rank, stable_rank, wide
+from lightning_svd.pairs import low_rank_pairs, rank_of, view_of
+from lightning_svd.plans import plan
 from lightning_svd.ranks import keep_by_budget, strongest
 from lightning_svd.report import SVDReport, summarize
 from lightning_svd.surgery import decompose, to_dense
 from lightning_svd.tables import screen_table
+from lightning_svd.views import CONV_MODES
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def inspect_weights(
         ValueError: If no budget so small can be met.
     """
     matrices = {
-        name.removesuffix("weight").removesuffix("."): _wide(tensor.flatten(1))
+        name.removesuffix("weight").removesuffix("."): wide(tensor.flatten(1))
         for name, tensor in weights.items()
         if name.rpartition(".")[2] == "weight" and tensor.ndim >= 2 and tensor.numel() and tensor.is_floating_point()
     }
@@ -93,10 +95,6 @@ def inspect_weights(
     ]
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-
-
 def inspect_model(
     model: nn.Module, example_input: Any = None, target_macs: float | None = None, target_params: float | None = None
 ) -> SVDReport:
@@ -111,12 +109,15 @@ def inspect_model(
     Raises:
         ValueError: If MACs are asked for without an example input, or no budget so small can be met.
     """
-    kept = {name: rank_of(pair) for name, pair in low_rank_pairs(model).items()}
-    kept |= {name: layer.rank for name, layer in svd_layers(model).items()}
+    low_rank = {name: (view_of(pair), rank_of(pair)) for name, pair in low_rank_pairs(model).items()}
+    low_rank |= {name: (layer.view, layer.rank) for name, layer in svd_layers(model).items()}
     dense = to_dense(model)
-    decompose(dense)
+    plans = {mode: {layer.name: layer for layer in plan(dense, conv_mode=mode)} for mode in CONV_MODES}
+    # A rank means something in the mode that the layer was trained in.
+    modes = {name: view.conv_mode for name, (view, _) in low_rank.items()}
+    decompose(dense, layer_plans=[plans[modes.get(name) or "channel"][name] for name in plans["channel"]])
     layers = svd_layers(dense)
-    ranks = {name: min(rank, layers[name].full_rank) for name, rank in kept.items() if name in layers}
+    ranks = {name: min(rank, layers[name].full_rank) for name, (_, rank) in low_rank.items() if name in layers}
     target = target_params if target_macs is None else target_macs
     if target is not None:
         unit: Unit = "params" if target_macs is None else "macs"

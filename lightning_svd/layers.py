@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_svd.factorization import Factors, reconstruct, svd, truncate
+from lightning_svd.factorization import Factors, reconstruct, svd, truncate, wide
 from lightning_svd.pairs import empty_dense, factored_pair, fill
 from lightning_svd.views import CONVOLUTIONS, Half, View
 
@@ -141,7 +141,7 @@ class SVDLayer(nn.Module):
 
         The sum is |W|_F^2 when U and V are orthonormal.
         """
-        U, s, V = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in (self.U, self.s, self.V))
+        U, s, V = map(wide, (self.U, self.s, self.V))
         energies = s.square() * U.square().sum(-2) * V.square().sum(-2)
         return energies if energies.ndim == 1 else energies.sum(0)
 
@@ -317,8 +317,8 @@ class SVDConv(SVDLayer):
 
 def magnitudes(s: Tensor) -> Tensor:
     """Singular values (r,), or (groups, r), as magnitudes (r,) in descending order, the root of squares over groups."""
-    wide = s.detach().to(torch.promote_types(s.dtype, torch.float32))
-    combined: Tensor = wide.abs() if wide.ndim == 1 else torch.linalg.vector_norm(wide, dim=0)
+    values = wide(s.detach())
+    combined: Tensor = values.abs() if values.ndim == 1 else torch.linalg.vector_norm(values, dim=0)
     return combined.sort(descending=True).values
 
 

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import sys
 import tempfile
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,15 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from lightning_svd.checkpoints import KEY
-from lightning_svd.export import as_tuple, onnx_seconds, to_onnx
-from lightning_svd.low_rank_files import load_low_rank, read_checkpoint, save_low_rank
+from lightning_svd.costs import as_arguments
+from lightning_svd.export import largest_difference, onnx_seconds, to_onnx
+from lightning_svd.low_rank_files import (
+    is_checkpoint,
+    load_low_rank,
+    load_low_rank_checkpoint,
+    read_checkpoint,
+    save_low_rank,
+)
 from lightning_svd.pairs import low_rank_pairs
 from lightning_svd.surgery import to_dense
 
@@ -71,11 +77,6 @@ def build(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"`--arguments`: {kind.__name__} cannot be built with {dict(arguments)}: {error}") from None
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a file is in the format of ``torch.save``, rather than safetensors."""
-    return zipfile.is_zipfile(path)
-
-
 def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any]) -> nn.Module:
     """The model of a file: a Lightning checkpoint or safetensors, dense or low-rank.
 
@@ -90,8 +91,9 @@ def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any]) 
     checkpoint = read_checkpoint(path) if is_checkpoint(path) else None
     saved = checkpoint.get("hyper_parameters", {}) if checkpoint else {}
     model = build(kind, {**saved, **arguments})
-    low_rank = KEY in checkpoint if checkpoint else KEY in _header(path)
-    if low_rank:
+    if checkpoint and KEY in checkpoint:
+        return load_low_rank_checkpoint(model, checkpoint, path)
+    if not checkpoint and KEY in _header(path):
         return load_low_rank(model, path)
     try:
         if checkpoint:
@@ -103,28 +105,24 @@ def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any]) 
     return model
 
 
-def dense_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file that holds a dense model.
+def dense_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The tensors of a file that holds a dense model, and the rank that each low-rank layer of it keeps.
 
     Raises:
         ValueError: If it cannot be read, or holds a low-rank model, of which only its class knows the dense form.
     """
     if is_checkpoint(path):
-        state = read_checkpoint(path)["state_dict"]
-        return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        checkpoint = read_checkpoint(path)
+        weights = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
+        layers = checkpoint.get(KEY, {"layers": {}})["layers"]
+        return weights, {
+            name: entry["rank"] if "first" in entry else int(torch.count_nonzero(entry["mask"]))
+            for name, entry in layers.items()
+        }
     if KEY in _header(path):
         raise ValueError(f"{path} holds a low-rank model: give its class, `--model package.module:Class`")
     with safe_open(str(path), framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-
-
-def kept_ranks(path: str | Path) -> dict[str, int]:
-    """Name of each low-rank layer of a checkpoint -> the rank that it keeps."""
-    layers = read_checkpoint(path).get(KEY, {"layers": {}})["layers"] if is_checkpoint(path) else {}
-    return {
-        name: entry["rank"] if "first" in entry else int(torch.count_nonzero(entry["mask"]))
-        for name, entry in layers.items()
-    }
+        return {key: file.get_tensor(key) for key in file.keys()}, {}  # noqa: SIM118
 
 
 def _header(path: str | Path) -> Mapping[str, str]:
@@ -169,8 +167,8 @@ def convert(model: nn.Module, form: str, path: Path, example: Any = None, batch_
     result["parameters"] = sum(p.numel() for p in converted.parameters())
     if example is not None:
         with torch.no_grad():
-            expected, actual = model(*as_tuple(example)), converted(*as_tuple(example))
-        result["largest difference"] = float((actual - expected).abs().max() / expected.abs().max())
+            expected, actual = model(*as_arguments(example)), converted(*as_arguments(example))
+        result["largest difference"] = largest_difference(actual, expected)
     return result | {"bytes": path.stat().st_size}
 
 

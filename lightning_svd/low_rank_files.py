@@ -62,13 +62,18 @@ def load_low_rank(module: ModuleT, path: str | Path) -> ModuleT:
         ValueError: If the file is neither, is damaged, is of another version, or does not fit the model, which is then
             as it was.
     """
-    if zipfile.is_zipfile(path):  # as torch.save writes them
-        return _load_checkpoint(module, path)
+    if is_checkpoint(path):
+        return load_low_rank_checkpoint(module, read_checkpoint(path), path)
     return _load_safetensors(module, path)
 
 
-def _load_checkpoint(module: ModuleT, path: str | Path) -> ModuleT:
-    checkpoint = read_checkpoint(path)
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether a file is in the format of ``torch.save``, rather than safetensors."""
+    return zipfile.is_zipfile(path)
+
+
+def load_low_rank_checkpoint(module: ModuleT, checkpoint: dict[str, Any], path: str | Path) -> ModuleT:
+    """:func:`load_low_rank` of a checkpoint that was read from ``path``."""
     state, beside = checkpoint["state_dict"], checkpoint.get(KEY)
     if beside is None:
         raise ValueError(f"{path} has no ranks beside its weights: it is no checkpoint of SVD training to resume from")

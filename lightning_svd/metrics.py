@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_svd.arguments import check_share
-from lightning_svd.factorization import effective_rank, energy_rank, stable_rank
+from lightning_svd.factorization import effective_rank, energy_rank, stable_rank, wide
 from lightning_svd.layers import SVDLayer, magnitudes
 from lightning_svd.regularizers import orthogonality
 from lightning_svd.views import View, supported_type
@@ -43,10 +43,10 @@ def singular_values(layer: nn.Module, conv_mode: str = "channel") -> Tensor:
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         raise ValueError(f"`layer` must have a weight of two dimensions or more, got {type(layer).__name__}")
     matrix = View.of(layer, conv_mode).unfold(weight) if supported_type(layer) else weight.flatten(1)
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    if not torch.isfinite(wide).all():
-        return wide.new_full((min(wide.shape[-2:]),), math.nan)  # where LAPACK raises
-    return magnitudes(torch.linalg.svdvals(wide))
+    matrix = wide(matrix)
+    if not torch.isfinite(matrix).all():
+        return matrix.new_full((min(matrix.shape[-2:]),), math.nan)  # where LAPACK raises
+    return magnitudes(torch.linalg.svdvals(matrix))
 
 
 class _MeanRank(Metric):
@@ -182,7 +182,7 @@ class OrthogonalityError(Metric):
         """
         if factor.ndim < 2:
             raise ValueError(f"`factor` must have shape (..., n, r), got {tuple(factor.shape)}")
-        penalty, _ = orthogonality(factor.to(torch.promote_types(factor.dtype, torch.float32)))
+        penalty, _ = orthogonality(wide(factor))
         self.squares += penalty.sum() * factor.shape[-1] ** 2
         self.ranks += factor.shape[-1] * penalty.numel()
 

@@ -16,7 +16,7 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_svd.arguments import check_count
+from lightning_svd.arguments import check_count, check_rank_pattern
 from lightning_svd.layers import SVDLayer
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
@@ -86,8 +86,8 @@ def plan(
     targeted = matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
     excluded = matching(layers, exclude_modules, "exclude_modules")
     most: dict[str, int] = {}
+    check_rank_pattern(rank_pattern)
     for pattern, rank in (rank_pattern or {}).items():
-        check_count(f"rank_pattern[{pattern!r}]", rank)
         most |= dict.fromkeys(matching(layers, pattern, "rank_pattern"), rank)
     reasons = _Reasons(module, targeted, excluded, conv_mode)
     return [

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import LBFGS, Optimizer
 
-from lightning_svd.costs import evaluating
+from lightning_svd.costs import as_arguments, evaluating
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
@@ -138,7 +138,7 @@ def forward_example(pl_module: LightningModule) -> None:
         if isinstance(example, dict):
             pl_module(**example)
         else:
-            pl_module(*(example if isinstance(example, tuple) else (example,)))
+            pl_module(*as_arguments(example))
 
 
 def builds_layers_late(pl_module: LightningModule) -> bool:

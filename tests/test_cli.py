@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_model
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
 from lightning_svd.export import TOLERANCE, onnx_session
+from lightning_svd.inspection import inspect_model
 from lightning_svd.pairs import low_rank_pairs
 
 MODEL, SHAPE = ["--model", "models:SmallNet"], ["--example-input", "2,1,8,8"]
@@ -108,6 +109,20 @@ def test_with_the_class_the_ranks_and_macs_are_those_of_the_fit(file, folder, ca
     assert "of the MACs" in printed and "hidden" in page.read_text()
     report = json.loads(run(capsys, "inspect", folder / file, *MODEL, *SHAPE, "--json"))
     assert 0.35 < report["macs_ratio"] <= 0.4 or file == "epoch=2.ckpt"
+
+
+@pytest.mark.parametrize("conv_mode", ["channel", "spatial"])
+def test_ranks_are_those_of_the_mode_that_the_layer_was_trained_in(conv_mode):
+    model, svd = SmallNet(), SVDTrainingCallback(target_macs=0.4, conv_mode=conv_mode)
+    quiet_trainer(callbacks=[svd]).fit(model, data())
+    rows = {row.name: row for row in svd.report.layers}
+    for row in inspect_model(model, torch.zeros(1, 1, 8, 8)).layers:
+        if rows[row.name].form == "factored":
+            seen, trained = (
+                (each.conv_mode, each.matrix_shape, each.rank, each.macs) for each in (row, rows[row.name])
+            )
+            assert seen == trained
+    assert "factored" in {row.form for row in rows.values()}
 
 
 def test_a_budget_says_what_it_would_keep(folder, capsys):

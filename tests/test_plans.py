@@ -57,6 +57,8 @@ def test_the_most_ranks_of_a_layer_are_given_by_patterns_of_which_the_last_count
         plan(net(), rank_pattern={"tail": 3})
     with pytest.raises(ValueError, match=r"`rank_pattern\['head'\]` must be an integer >= 1, got 0"):
         plan(net(), rank_pattern={"head": 0})
+    with pytest.raises(ValueError, match=r"`rank_pattern` must map names or patterns to ranks, got \['head'\]"):
+        SVDTrainingCallback(rank_pattern=["head"])
 
 
 @pytest.mark.parametrize("conv_mode", ["channel", "spatial", "auto"])

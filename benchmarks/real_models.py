@@ -148,6 +148,19 @@ def spiking() -> Built:
     return Spiking(), (images(),)
 
 
+class Translator(nn.Module):
+    """``nn.Transformer`` between an embedding and a head (Vaswani et al. 2017)."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, width)
+        self.transformer = nn.Transformer(width, 4, 2, 2, 2 * width, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, WORDS)
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        return self.head(self.transformer(self.embed(source), self.embed(target)))
+
+
 class UNet(nn.Module):
     """Down and up again with shortcuts and transposed convolutions (Ronneberger et al. 2015)."""
 
@@ -211,6 +224,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "Whisper": whisper,
     "ViT": vit,
     "ConvNeXt": convnext,
+    "Transformer (torch)": lambda: (Translator(), (words(), words(12))),
     "spiking net (snntorch)": spiking,
     "U-Net": lambda: (UNet(), (images(),)),
     "ResNet-18, a quarter as wide": lambda: (nets.resnet(3, 10, 16, (2, 2, 2, 2)), (images(),)),

@@ -38,6 +38,7 @@ from lightning_svd.run import SVDRun
 from lightning_svd.schedules import SHAPES, cut_steps, removal, strength
 from lightning_svd.surgery import compact, decompose, make_dense, make_factored, restore
 from lightning_svd.trainers import (
+    averages_weights,
     batch_size,
     builds_layers_late,
     check_trainer,
@@ -90,6 +91,10 @@ class SVDTrainingCallback(Callback):
         min_rank: Fewest ranks that a layer keeps.
         round_to: Ranks are multiples of this, for hardware that likes them so; of half of it, a quarter, ... where a
             layer's break-even rank is smaller.
+        refactorise: Before each cut compute the exact SVD of what the factors stand for by then, and after the last
+            cut train them as the two plain layers that they are going to be. Both change the factors and not what they
+            stand for. False: factors change by training only, which an average of your own over the parameters needs;
+            so it is under Lightning's averaging callbacks in any case.
         monitor: Name of a logged metric; the report says what the pruning cost in it.
         mode: "min" if less of it is better, "max" if more is; to be given with ``monitor``.
         max_metric_drop: How far the metric may fall below its best, in its own unit, before pruning pauses until it
@@ -131,6 +136,7 @@ class SVDTrainingCallback(Callback):
         rank_updates: int = 20,
         min_rank: int = 1,
         round_to: int = 1,
+        refactorise: bool = True,
         monitor: str | None = None,
         mode: str | None = None,
         max_metric_drop: float | None = None,
@@ -186,6 +192,7 @@ class SVDTrainingCallback(Callback):
         self.rank_updates = rank_updates
         self.min_rank = min_rank
         self.round_to = round_to
+        self.refactorise = refactorise
         self.monitor = monitor
         self.mode = mode
         self.max_metric_drop = max_metric_drop
@@ -229,7 +236,8 @@ class SVDTrainingCallback(Callback):
         self.plan = decompose(pl_module, layer_plans=self._choose_layers(pl_module))
         layers = svd_layers(pl_module)
         guard = guard_on(self.monitor, self.mode, self.max_metric_drop)
-        dense_weights = {name: weights[f"{name}.weight"] for name in layers}
+        now = dict(pl_module.named_parameters(remove_duplicate=False))
+        dense_weights = {name: parameter for name, parameter in weights.items() if name not in now}
         self.report, self._run = None, SVDRun(layers, dense_weights, guard=guard)
         rank_zero_info(plan_table(self.plan))
 
@@ -328,7 +336,8 @@ class SVDTrainingCallback(Callback):
         if trainer.lightning_module.automatic_optimization:
             # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
             scale *= run.backwards / trainer.accumulate_grad_batches
-        layers = trained.layers
+        trained.hold_merged()
+        layers = [layer for layer in trained.layers if not layer.merged]
         if layers and scale:
             run.penalties = add_gradients(
                 layers, self.orthogonality_weight, self.sparsity, run.strength, scale, trained.held(), step
@@ -522,8 +531,13 @@ class SVDTrainingCallback(Callback):
         progress = clock / run.total_steps
         removed = 1.0 if last else removal(progress, self.sparsify_start, self.sparsify_end, self.budget_schedule)
         # One decision for all processes: ranks that differ between them would diverge and never say so.
+        refactorise = self.refactorise and not averages_weights(trainer)
+        if refactorise:
+            run.set_factors(trainer.strategy.broadcast(run.refactorised()))
         masks = trainer.strategy.broadcast(run.choose_masks(removed, self.choose_ranks))
         change = run.cut(step, trainer.current_epoch, masks, trainer.optimizers)
+        if last and refactorise:
+            run.train_as_pairs(trainer.optimizers)
         if change is not None:
             rank_zero_info(f"SVD training: {change}")
 

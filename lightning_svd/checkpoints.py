@@ -13,11 +13,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_svd.attention import has_attention, join_state, split_prefixes, split_state
 from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
 from lightning_svd.pairs import factored_pair, is_pair, low_rank_pairs, merged, merged_weight, rank_of, view_of
-from lightning_svd.surgery import become, settle_fast_paths
+from lightning_svd.surgery import become, settle
 from lightning_svd.views import View
 
 KEY = "lightning_svd"
@@ -56,6 +57,9 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
                 dense[f"{prefix}bias"] = dense.pop(f"{prefix}1.bias")
             mode = view_of(pair).conv_mode
             exact[name] = {"first": first, "second": second, "rank": rank_of(pair), "conv_mode": mode}
+    for prefix in split_prefixes(module):
+        if f"{prefix}q_proj.weight" in dense:
+            dense = join_state(dense, prefix)
     return dense, exact
 
 
@@ -77,7 +81,7 @@ def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mappin
     saved = {name: _form(entry) for name, entry in exact.items()}
     if here != saved:
         raise ValueError(_why_not_resumed(here, saved))
-    factored = dict(state)
+    factored = split_states(module, state)
     # Pairs first: their two layers may be factorised in turn.
     for name, entry in sorted(exact.items(), key=lambda item: "first" not in item[1]):
         prefix = f"{name}." if name else ""
@@ -132,7 +136,8 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
         state: A dense state dict.
         exact: The factors beside it; empty for a weights-only file.
     """
-    state = dict(state)
+    split = {prefix for prefix in split_prefixes(module) if has_attention(state, prefix)}
+    state = split_states(module, state)
     layers: dict[str, nn.Module] = {**svd_layers(module), **low_rank_pairs(module)}
     for name, layer in [*under_every_name(module, layers)]:
         prefix = f"{name}." if name else ""
@@ -145,8 +150,19 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
         twin = low_rank_twin(plain, exact[name]) if name in exact else plain
         become(layer, twin)
         state |= {f"{prefix}{key}": value for key, value in twin.state_dict().items()}
-    settle_fast_paths(module)
+    settle(module)
+    for prefix in split - {*split_prefixes(module)}:
+        state = join_state(state, prefix)
     return state
+
+
+def split_states(module: nn.Module, state: Mapping[str, Any]) -> State:
+    """A dense state dict with the names that the attentions in ``module`` have that are taken apart."""
+    split = dict(state)
+    for prefix in split_prefixes(module):
+        if has_attention(split, prefix):
+            split = split_state(split, prefix)
+    return split
 
 
 def low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as missing:
         extra = _EXTRAS.get(options.command, options.command)
         raise SystemExit(f"{options.command} needs {missing.name}: pip install 'lightning-svd[{extra}]'") from None
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
         raise SystemExit(f"lightning-svd {options.command}: {error}") from None
     return 0
 
@@ -28,7 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from lightning_svd.demo import run_demo
 
-    run_demo(options.out, options.seeds, options.target_macs, options.epochs, options.logger)
+    # Progress bars and tables must not mix with the JSON.
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        pairs = run_demo(options.out, options.seeds, options.target_macs, options.epochs, options.logger)
+    if options.json:
+        seeds = zip(options.seeds, pairs, strict=True)
+        print(json.dumps([{"seed": seed, "dense": a.numbers(), "low_rank": b.numbers()} for seed, (a, b) in seeds]))
 
 
 def _wandb_workspace(options: argparse.Namespace) -> None:
@@ -95,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--logger", choices=("wandb", "tensorboard", "csv", "none"), default="wandb", help="W&B runs offline"
     )
+
+    demo.add_argument("--json", action="store_true", help="print the figures of each seed as JSON")
 
     planned = command("plan", _plan, "what would become of each layer of a model; as YAML to edit and pass back")
     _add_model(planned, required=True)

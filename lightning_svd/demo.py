@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,16 @@ class Result:
     report: SVDReport
     bytes: int
     latency: dict[int, float]
+
+    def numbers(self) -> dict[str, Any]:
+        """Its figures, as JSON can hold them."""
+        return {
+            "accuracy": self.accuracy,
+            "macs": self.report.macs,
+            "params": self.report.params,
+            "bytes": self.bytes,
+            "latency_seconds": {str(batch): seconds for batch, seconds in self.latency.items()},
+        }
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:

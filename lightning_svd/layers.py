@@ -31,6 +31,7 @@ class SVDLayer(nn.Module):
             loading, and nothing else: what averages or swaps a model's buffers leaves it alone.
         bias: As in the dense layer.
         weight_reads: How often ``weight`` was read from outside.
+        merged: Whether s is part of U and V: it is 1 then, and not to be trained.
         stays_whole: Whether the model itself reads ``weight``, which two layers in the place of one do not have.
     """
 
@@ -61,8 +62,14 @@ class SVDLayer(nn.Module):
             setattr(self, factor, trained)
         self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         self.kept: Tensor | None = None
+        self.merged = False
         self.weight_reads, self.stays_whole = 0, False
         self.register_buffer("mask", self.kept_mask())
+
+    @property
+    def trained(self) -> bool:
+        """Whether any factor is."""
+        return self.U.requires_grad or self.s.requires_grad or self.V.requires_grad
 
     @property
     def full_rank(self) -> int:
@@ -145,13 +152,70 @@ class SVDLayer(nn.Module):
         energies = s.square() * U.square().sum(-2) * V.square().sum(-2)
         return energies if energies.ndim == 1 else energies.sum(0)
 
+    def singular_values(self) -> Tensor:
+        """The kept ones in descending order, (k,): what each rank carries, |s| |u| |v|, the root of its energy."""
+        energies = self.energies()
+        kept = energies if self.kept is None else energies[self.kept.to(energies.device)]
+        return kept.sqrt().sort(descending=True).values
+
     def spectrum(self) -> list[float]:
-        """The kept singular values' magnitudes in descending order, the root of the sum of squares over groups."""
-        return cast("list[float]", magnitudes(self.factors().s).tolist())
+        """:meth:`singular_values` as numbers."""
+        return cast("list[float]", self.singular_values().tolist())
 
     def full_spectrum(self) -> list[float]:
-        """As :meth:`spectrum`, for all singular values, dropped ones as they were then."""
-        return cast("list[float]", magnitudes(self.s).tolist())
+        """As :meth:`spectrum`, for all ranks, dropped ones as they were then."""
+        return cast("list[float]", self.energies().sqrt().sort(descending=True).values.tolist())
+
+    @torch.no_grad()
+    def refactorised(self, name: str = "weight") -> Factors:
+        """The exact SVD of what the kept ranks stand for: U (m, k), s (k,), V (n, k), in float32 or wider.
+
+        While U and V train they are orthonormal only about, and then the weakest of their rank-one terms is not what
+        the layer can best do without. Costs two QR decompositions and an SVD of k x k.
+
+        Args:
+            name: What to call the layer in an error.
+
+        Raises:
+            ValueError: If a factor holds NaN or infinity.
+        """
+        if self.rank == 0:
+            return self.factors()
+        U, s, V = map(wide, self.factors())
+        with torch.autocast(s.device.type, enabled=False):
+            (left, upper), (right, lower) = torch.linalg.qr(U), torch.linalg.qr(V)
+            inner = svd(upper * s.unsqueeze(-2) @ lower.mT, name)
+            return Factors(left @ inner.U, inner.s, right @ inner.V)
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> None:
+        """Take these in the place of the kept ranks, the strongest in the place of the strongest, signs as before.
+
+        An optimizer's memory of a rank then goes on with the rank that is most like it.
+
+        Args:
+            factors: U (m, k), s (k,) in descending order, V (n, k), of any dtype.
+        """
+        kept = torch.arange(self.full_rank, device=self.s.device) if self.kept is None else self.kept
+        columns = kept[self.energies()[kept].argsort(descending=True)]
+        U, s, V = (factor.to(self.s) for factor in factors)
+        flipped = (U * self.U.index_select(-1, columns)).sum(-2, keepdim=True) < 0
+        U, V = U.where(~flipped, -U), V.where(~flipped, -V)
+        for parameter, factor in ((self.U, U), (self.s, s), (self.V, V)):
+            parameter.index_copy_(-1, columns, factor)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put sqrt|s| into U and V each, with its sign in U, and 1 in its place: two plain factors from now on.
+
+        What the layer computes, and what each rank carries, stay as they are.
+        """
+        U, s, V = map(wide, (self.U, self.s, self.V))
+        root = s.abs().sqrt()
+        self.U.copy_(U * (root * s.sign()).unsqueeze(-2))
+        self.V.copy_(V * root.unsqueeze(-2))
+        self.s.fill_(1.0)
+        self.merged = True
 
     @torch.no_grad()
     def compact(self) -> None:
@@ -313,13 +377,6 @@ class SVDConv(SVDLayer):
         geometry = {"kernel_size": self.kernel_size, **(self.view.geometry or {}), "conv_mode": self.conv_mode}
         options = ", ".join(f"{name}={value!r}" for name, value in geometry.items())
         return f"{self.in_channels}, {self.out_channels}, {options}, {self._describe()}"
-
-
-def magnitudes(s: Tensor) -> Tensor:
-    """Singular values (r,), or (groups, r), as magnitudes (r,) in descending order, the root of squares over groups."""
-    values = wide(s.detach())
-    combined: Tensor = values.abs() if values.ndim == 1 else torch.linalg.vector_norm(values, dim=0)
-    return combined.sort(descending=True).values
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> Tensor:

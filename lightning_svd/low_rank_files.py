@@ -19,12 +19,13 @@ from lightning_svd.checkpoints import (
     VERSION,
     check_version,
     low_rank_twin,
+    split_states,
     under_every_name,
     weight_of,
 )
 from lightning_svd.costs import svd_layers
 from lightning_svd.pairs import factored_pair, low_rank_pairs, rank_of, view_of
-from lightning_svd.surgery import become, settle_fast_paths, to_factored
+from lightning_svd.surgery import attentions_split, become, settle, to_factored
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -79,11 +80,13 @@ def load_low_rank_checkpoint(module: ModuleT, checkpoint: dict[str, Any], path: 
         raise ValueError(f"{path} has no ranks beside its weights: it is no checkpoint of SVD training to resume from")
     check_version(beside["version"], str(path))
     _check_shapes(_tensors(module.state_dict(keep_vars=True)), {key: tuple(v.shape) for key, v in state.items()}, path)
-    layers = {name: _plain_layer(module, name, entry["conv_mode"], path) for name, entry in beside["layers"].items()}
-    module.load_state_dict(state)
-    for name, layer in layers.items():
-        become(layer, low_rank_twin(layer, beside["layers"][name]))
-    return settle_fast_paths(module)
+    modes = {name: entry["conv_mode"] for name, entry in beside["layers"].items()}
+    with attentions_split(module, modes):
+        layers = {name: _plain_layer(module, name, mode, path) for name, mode in modes.items()}
+        module.load_state_dict(split_states(module, state))
+        for name, layer in layers.items():
+            become(layer, low_rank_twin(layer, beside["layers"][name]))
+    return settle(module)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -108,16 +111,18 @@ def _load_safetensors(module: ModuleT, path: str | Path) -> ModuleT:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
-    pairs = {name: _pair_for(module, name, entry, path) for name, entry in _entries(header, path).items()}
-    _check_shapes(_state_with(module, pairs), shapes, path)
-    for name, pair in pairs.items():
-        layer = module.get_submodule(name)
-        for part in pair:
-            empty = torch.empty_like(weight_of(part), device=weight_of(layer).device)
-            part.weight = nn.Parameter(empty, weight_of(layer).requires_grad)
-        become(layer, pair)
-    load_model(module, str(path))
-    return settle_fast_paths(module)
+    entries = _entries(header, path)
+    with attentions_split(module, entries):
+        pairs = {name: _pair_for(module, name, entry, path) for name, entry in entries.items()}
+        _check_shapes(_state_with(module, pairs), shapes, path)
+        for name, pair in pairs.items():
+            layer = module.get_submodule(name)
+            for part in pair:
+                empty = torch.empty_like(weight_of(part), device=weight_of(layer).device)
+                part.weight = nn.Parameter(empty, weight_of(layer).requires_grad)
+            become(layer, pair)
+        load_model(module, str(path))
+    return settle(module)
 
 
 def _entries(header: Any, path: str | Path) -> dict[str, Any]:

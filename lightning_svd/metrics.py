@@ -16,7 +16,7 @@ from torchmetrics import Metric
 
 from lightning_svd.arguments import check_share
 from lightning_svd.factorization import effective_rank, energy_rank, stable_rank, wide
-from lightning_svd.layers import SVDLayer, magnitudes
+from lightning_svd.layers import SVDLayer
 from lightning_svd.regularizers import orthogonality
 from lightning_svd.views import View, supported_type
 
@@ -31,14 +31,14 @@ def singular_values(layer: nn.Module, conv_mode: str = "channel") -> Tensor:
         conv_mode: The matrix a plain convolution is seen as, "channel" or "spatial".
 
     Returns:
-        Magnitudes (r,) in descending order, the root of the sum of squares over groups, on the layer's device; all NaN
-        if a weight is not finite.
+        In descending order, (r,), the root of the sum of squares over groups, on the layer's device; all NaN if a
+        weight is not finite.
 
     Raises:
         ValueError: If the layer has no such weight.
     """
     if isinstance(layer, SVDLayer):
-        return magnitudes(layer.factors().s)
+        return layer.singular_values()
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim < 2:
         raise ValueError(f"`layer` must have a weight of two dimensions or more, got {type(layer).__name__}")
@@ -46,7 +46,8 @@ def singular_values(layer: nn.Module, conv_mode: str = "channel") -> Tensor:
     matrix = wide(matrix)
     if not torch.isfinite(matrix).all():
         return matrix.new_full((min(matrix.shape[-2:]),), math.nan)  # where LAPACK raises
-    return magnitudes(torch.linalg.svdvals(matrix))
+    values: Tensor = torch.linalg.svdvals(matrix)
+    return values if values.ndim == 1 else torch.linalg.vector_norm(values, dim=0)
 
 
 class _MeanRank(Metric):

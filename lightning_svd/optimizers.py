@@ -51,6 +51,12 @@ class OptimizerOfFactors:
         """The factorised layers of which the optimizer trains a factor."""
         return self._holdings().layers
 
+    def hold_merged(self) -> None:
+        """Have the next step pass over every s that is merged into its U and V: no gradient, decay or momentum."""
+        for layer in self.layers:
+            if layer.merged:
+                layer.s.grad = None
+
     def split(self) -> None:
         """Give U, V and s groups of their own with the decay they should have."""
         self.merge()
@@ -86,10 +92,14 @@ class OptimizerOfFactors:
         groups = self._optimizer.param_groups if self._whole is None else self._whole
         # Comparing identities costs a hundredth of sorting the parameters anew. The old key's are kept alive by what
         # it stands for, so none of them can be another parameter's by now.
-        key = [(group.get("weight_decay", 0.0), list(map(id, group["params"]))) for group in groups]
+        parameters = [(group.get("weight_decay", 0.0), list(map(id, group["params"]))) for group in groups]
+        key = (parameters, [layer.merged for layer in self._layers])
         if self._known is None or self._known.key != key:
             self._known = _holdings(key, groups, self._layers)
         return self._known
+
+
+_Key = tuple[list[tuple[float, list[int]]], list[bool]]
 
 
 @dataclass(frozen=True)
@@ -97,25 +107,25 @@ class _Holdings:
     """What an optimizer's groups are to the factors, worked out once for each way they are.
 
     Attributes:
-        key: Decay and identities of the parameters of each group.
+        key: Decay and identities of the parameters of each group, and which layers are merged.
         parameters: All of them.
         layers: Those of which a factor is among them.
         by_decay: For each group its parameters by the weight decay that they should have; a single entry for a group
             that can stay whole.
     """
 
-    key: list[tuple[float, list[int]]]
+    key: _Key
     parameters: frozenset[nn.Parameter]
     layers: list[SVDLayer]
     by_decay: list[dict[float, list[nn.Parameter]]]
 
 
-def _holdings(
-    key: list[tuple[float, list[int]]], groups: Sequence[dict[str, Any]], layers: Iterable[SVDLayer]
-) -> _Holdings:
+def _holdings(key: _Key, groups: Sequence[dict[str, Any]], layers: Iterable[SVDLayer]) -> _Holdings:
     decays = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
     held = [layer for layer in layers if not decays.keys().isdisjoint((layer.U, layer.s, layer.V))]
     for layer in held:
+        if layer.merged:
+            continue  # a pair of plain layers decays as one
         decays[layer.s] = decays.get(layer.U, decays.get(layer.s, 0.0))
         decays[layer.U] = decays[layer.V] = 0.0
     by_decay: list[dict[float, list[nn.Parameter]]] = []
@@ -172,3 +182,12 @@ def forget_pruned(optimizers: Sequence[Optimizer], layers: Iterable[SVDLayer]) -
                 for value in state.values():
                     if isinstance(value, Tensor) and value.shape == p.shape:
                         value.mul_(masks[p])
+
+
+def merge_factors(optimizers: Sequence[Optimizer], layers: Iterable[SVDLayer]) -> None:
+    """Merge every layer's s into its U and V, for which the optimizers begin anew: their memory is of another scale."""
+    for layer in layers:
+        layer.merge()
+        for optimizer in optimizers:
+            for p in (layer.U, layer.s, layer.V):
+                optimizer.state.pop(p, None)

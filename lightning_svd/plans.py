@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_svd.arguments import check_count, check_rank_pattern
+from lightning_svd.attention import PARTS, below, is_whole, projections, why_not_split
 from lightning_svd.layers import SVDLayer
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
@@ -80,9 +81,7 @@ def plan(
     """
     if conv_mode not in (*CONV_MODES, "auto"):
         raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {conv_mode!r}")
-    layers = {
-        name: child for name, child in module.named_modules() if _holds_matrix(child) or isinstance(child, SVDLayer)
-    }
+    layers = layers_of(module)
     targeted = matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
     excluded = matching(layers, exclude_modules, "exclude_modules")
     most: dict[str, int] = {}
@@ -94,6 +93,17 @@ def plan(
         _plan_layer(name, layer, conv_mode, reasons.why_not(name, layer), most.get(name))
         for name, layer in layers.items()
     ]
+
+
+def layers_of(module: nn.Module) -> dict[str, nn.Module]:
+    """Whatever has a weight matrix, by name; of an attention module the projections, as if it were taken apart."""
+    layers: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        if is_whole(child):
+            layers |= {below(name, part): layer for part, layer in projections(child).items()}
+        elif name not in layers and (_holds_matrix(child) or isinstance(child, SVDLayer)):
+            layers[name] = child
+    return layers
 
 
 def matching(layers: Mapping[str, nn.Module], targets: Targets, argument: str) -> set[str]:
@@ -152,6 +162,8 @@ class _Reasons:
 
     def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str) -> None:
         self.targeted, self.excluded, self.conv_mode = targeted, excluded, conv_mode
+        whole = {name: child for name, child in module.named_modules() if is_whole(child)}
+        self.attentions = {below(name, part): attention for name, attention in whole.items() for part in PARTS}
         self.owners = Counter(
             id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
         )
@@ -176,7 +188,11 @@ class _Reasons:
             yield "unsupported type"
         elif type(layer) is not kind:
             yield f"subclass of {kind.__name__}, which may have a forward of its own"
-        if self.owners[id(weight)] > 1:
+        attention = self.attentions.get(name)
+        reason = why_not_split(attention) if attention is not None else None
+        if reason:
+            yield reason
+        if any(self.owners[id(p)] > 1 for p in (weight, getattr(attention, "in_proj_weight", None))):
             yield "weight tied to another module's"
         if _break_even(*_view_in(layer, self.conv_mode).matrix_shape) == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"
@@ -287,7 +303,7 @@ def _as_edited(layer: LayerPlan, entry: dict[str, Any] | None, module: nn.Module
         raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {mode!r}")
     if entry.get("max_rank") is not None:
         check_count(f"{where}: max_rank", entry["max_rank"])
-    child = module.get_submodule(layer.name)
+    child = layers_of(module)[layer.name]
     reason = _Reasons(module, {layer.name}, set(), mode).why_not(layer.name, child)
     if reason:
         raise ValueError(f"{where} cannot be factorised ({reason}): give it a `skip`")

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_svd.costs import CostMeter, LayerCost, ModelCost, Unit
+from lightning_svd.factorization import Factors
 from lightning_svd.guard import MetricGuard
 from lightning_svd.layers import SVDLayer
-from lightning_svd.optimizers import OptimizerOfFactors, forget_pruned
+from lightning_svd.optimizers import OptimizerOfFactors, forget_pruned, merge_factors
 from lightning_svd.ranks import interpolate, strongest
 from lightning_svd.regularizers import Penalties
 from lightning_svd.report import RankChange
@@ -28,7 +29,8 @@ class SVDRun:
 
     Attributes:
         layers: The factorised layers by name.
-        dense_weights: The weights before they were factorised, to undo a run exactly; empty once it has stepped.
+        dense_weights: By name the parameters that the model had and has no longer, to undo a run exactly; empty once it
+            has stepped.
         total_steps: Optimizer steps of the whole run.
         cuts: When ranks are still to be cut by the :meth:`clock`, ascending.
         cost: Of the model; None until a forward pass was counted.
@@ -135,6 +137,17 @@ class SVDRun:
         """Where the schedule of ranks and strengths stands after this step: it stands still in pauses."""
         return step - (self.guard.steps_paused(step) if self.guard else 0)
 
+    def refactorised(self) -> dict[str, Factors]:
+        """The exact SVD at its rank of each layer that is trained, on the CPU, for processes to agree on."""
+        trained = {name: layer for name, layer in self.layers.items() if layer.trained}
+        exact = {name: layer.refactorised(name) for name, layer in trained.items()}
+        return {name: Factors(*(factor.cpu() for factor in factors)) for name, factors in exact.items()}
+
+    def set_factors(self, factors: Mapping[str, Factors]) -> None:
+        """Take these factors, in which each layer computes what it did."""
+        for name, exact in factors.items():
+            self.layers[name].set_factors(exact)
+
     def choose_masks(self, removed: float, choose_ranks: ChooseRanks) -> dict[str, Tensor]:
         """The ranks to keep, on the way to what ``choose_ranks`` says now; changes nothing.
 
@@ -179,6 +192,14 @@ class SVDRun:
         self.timeline.append(change)
         return change
 
+    def train_as_pairs(self, optimizers: Sequence[Optimizer]) -> None:
+        """From now on train layers as the two plain layers that they are going to be: without s and penalties."""
+        assert self.cost is not None
+        merge_factors(
+            optimizers, [layer for name, layer in self.layers.items() if self.cost.layers[name].pays(layer.rank)]
+        )
+        self.penalties = None
+
     def history(self) -> dict[str, Any]:
         """What happened, as fields of a report."""
         happened: dict[str, Any] = {
@@ -201,6 +222,7 @@ class SVDRun:
         """What a resumed run needs beside the factors: numbers, strings, lists and dicts."""
         return {
             "last_cut": self.last_cut,
+            "merged": [name for name, layer in self.layers.items() if layer.merged],
             "timeline": [asdict(change) for change in self.timeline],
             "strengths": list(self.strengths),
             "warnings": list(self.warnings),
@@ -212,6 +234,8 @@ class SVDRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self.last_cut = state["last_cut"]
+        for name in state.get("merged", ()):  # none in files of before there was one
+            self.layers[name].merged = True
         self.timeline = [RankChange(**change) for change in state["timeline"]]
         self.strengths = [(step, strength) for step, strength in state["strengths"]]
         self.warnings = list(state["warnings"])

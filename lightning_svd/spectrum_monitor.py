@@ -14,7 +14,7 @@ from lightning_svd.factorization import effective_rank, energy_rank, numerical_r
 from lightning_svd.layers import SVDLayer
 from lightning_svd.metrics import singular_values
 from lightning_svd.monitor import SpectrumHistory, metric_name
-from lightning_svd.plans import LayerPlan, Targets, matching, plan
+from lightning_svd.plans import LayerPlan, Targets, layers_of, matching, plan
 from lightning_svd.views import CONV_MODES, View, supported_type
 
 ENERGY_PERCENTAGES = (90, 95, 99)
@@ -121,9 +121,9 @@ class SpectrumMonitor(Callback):
         }
 
     def _finite_spectra(self, pl_module: LightningModule) -> dict[str, Tensor]:
-        spectra = {}
+        spectra, modules = {}, layers_of(pl_module)
         for layer in self.layers:
-            spectrum = _spectrum(pl_module.get_submodule(layer.name), layer.conv_mode)
+            spectrum = _spectrum(modules[layer.name], layer.conv_mode)
             if spectrum is not None:
                 spectra[layer.name] = spectrum
             elif not self._warned:
@@ -161,7 +161,7 @@ def watched_layers(
         ValueError: If a pattern matches no layer, or no layer is left.
     """
     plans = {layer.name: layer for layer in plan(module, target_modules, exclude_modules, conv_mode)}
-    modules = {name: child for name, child in module.named_modules() if name in plans}
+    modules = layers_of(module)
     targeted = matching(modules, target_modules, "target_modules") if target_modules is not None else set(modules)
     targeted -= matching(modules, exclude_modules, "exclude_modules")
     watched = [_watched(plans[name], modules[name], conv_mode) for name in modules if name in targeted]

@@ -7,11 +7,13 @@ layer (a Python list of layers, a second name, a bound method, a hook) stays val
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from torch import nn
 
+from lightning_svd.attention import PARTS, SplitAttention, can_join, joined
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
@@ -52,13 +54,40 @@ def decompose(
         layer_plans = plan(module, target_modules, exclude_modules, conv_mode)
     if all(layer.skipped for layer in layer_plans):
         raise ValueError(_nothing_to_do(module, layer_plans))
-    modules = dict(module.named_modules())
-    # All SVDs before the first change, so that a weight that is refused leaves the module as it was.
-    factorised = [(modules[p.name], _factorise(modules[p.name], p)) for p in layer_plans if not p.skipped]
-    for layer, twin in factorised:
-        become(layer, twin)
-    settle_fast_paths(module)
+    chosen = [layer for layer in layer_plans if not layer.skipped]
+    with attentions_split(module, [layer.name for layer in chosen]):
+        layers = [module.get_submodule(layer.name) for layer in chosen]
+        # All SVDs before the first change, so that a weight that is refused leaves the module as it was.
+        twins = [_factorise(layer, of) for layer, of in zip(layers, chosen, strict=True)]
+        for layer, twin in zip(layers, twins, strict=True):
+            become(layer, twin)
+    settle(module)
     return list(layer_plans)
+
+
+@contextmanager
+def attentions_split(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """The attention modules of which these layers are parts are taken apart from now on, unless an error follows."""
+    owners = {id(owner): owner for name in names if (owner := _attention_of(module, name)) is not None}
+    before = [(owner, copy.copy(owner)) for owner in owners.values()]
+    for owner in owners.values():
+        become(owner, SplitAttention(owner))
+    try:
+        yield
+    except BaseException:
+        for owner, whole in before:
+            become(owner, whole)
+        raise
+
+
+def _attention_of(module: nn.Module, name: str) -> nn.MultiheadAttention | None:
+    """The attention module, still in one piece, that has or would have a part of this name."""
+    owner, _, part = name.rpartition(".")
+    try:
+        found = module.get_submodule(owner)
+    except AttributeError:
+        return None
+    return found if part in PARTS and type(found) is nn.MultiheadAttention else None
 
 
 def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
@@ -83,7 +112,7 @@ def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any =
             layer.compact()
         else:
             become(layer, layer.dense())
-    return settle_fast_paths(module)
+    return settle(module)
 
 
 def make_factored(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
@@ -97,7 +126,7 @@ def make_dense(module: ModuleT) -> ModuleT:
     """Each factorised layer becomes a plain layer with the weight its kept ranks stand for, in place."""
     for layer in svd_layers(module).values():
         become(layer, layer.dense())
-    return settle_fast_paths(module)
+    return settle(module)
 
 
 def restore(module: ModuleT, weights: Mapping[str, nn.Parameter]) -> ModuleT:
@@ -105,12 +134,12 @@ def restore(module: ModuleT, weights: Mapping[str, nn.Parameter]) -> ModuleT:
 
     Args:
         module: As it was given to :func:`decompose`.
-        weights: Name of each factorised layer -> the ``weight`` it had.
+        weights: By name, the parameters that it had and has no longer.
     """
-    names = list(svd_layers(module))
     make_dense(module)
-    for name in names:
-        module.get_submodule(name).weight = weights[name]
+    for name, parameter in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, parameter)
     return module
 
 
@@ -130,7 +159,7 @@ def to_dense(module: ModuleT) -> ModuleT:
     dense = make_dense(copy.deepcopy(module))
     for pair in low_rank_pairs(dense).values():
         become(pair, merged(pair))
-    return settle_fast_paths(dense)
+    return settle(dense)
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Sequence[LayerPlan]) -> str:
@@ -151,10 +180,12 @@ _FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
 _USERS = "lightning_svd_fast_path"  # where the attribute's own value waits meanwhile
 
 
-def settle_fast_paths(module: ModuleT) -> ModuleT:
-    """Have torch's transformer encoders call their layers where one is low-rank, and do as they like where none is.
+def settle(module: ModuleT) -> ModuleT:
+    """Have torch's attention and encoder modules fit the layers that are now in them.
 
-    Their fast paths read the weights of linear layers and compute what the layers would.
+    An attention module of plain layers is put together again. A transformer encoder's fast paths, which read the
+    weights of linear layers and compute what the layers would, are off where one is low-rank, and as they were where
+    none is.
 
     Args:
         module: Changed in place, after its layers were.
@@ -162,6 +193,9 @@ def settle_fast_paths(module: ModuleT) -> ModuleT:
     Returns:
         ``module``.
     """
+    for child in [*module.modules()]:
+        if isinstance(child, SplitAttention) and can_join(child):
+            become(child, joined(child))
     for parent in module.modules():
         for kind, (attribute, off) in _FAST_PATHS.items():
             if isinstance(parent, kind):
@@ -176,7 +210,7 @@ def settle_fast_paths(module: ModuleT) -> ModuleT:
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks and the training flag among them
-_OF_SVD_LAYERS = ("kept", "view", "weight_reads", "stays_whole", MARK)
+_OF_SVD_LAYERS = ("kept", "view", "weight_reads", "merged", "stays_whole", MARK)
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:

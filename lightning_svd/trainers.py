@@ -47,6 +47,11 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
             )
 
 
+def averages_weights(trainer: Trainer) -> bool:
+    """Whether a callback of Lightning's averages the parameters over time."""
+    return any({kind.__name__ for kind in type(other).__mro__} & set(AVERAGING) for other in callbacks_of(trainer))
+
+
 # Attributes that Trainer's constructor sets without an annotation.
 
 

@@ -10,7 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EarlyStopping
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state
 from torch import nn
@@ -111,13 +116,69 @@ def test_ranks_fall_and_freeze_where_they_should():
     assert timeline[-1].macs_ratio == pytest.approx(callback.report.macs_ratio)
 
 
-def test_no_svd_is_computed_while_training(monkeypatch):
-    class NoSVD(Callback):
+@pytest.mark.parametrize(("options", "allowed"), [({"refactorise": False}, set()), ({"rank_updates": 3}, {8, 11, 14})])
+def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(options, allowed, monkeypatch):
+    steps = set()
+
+    class Watch(Callback):
         def on_train_start(self, trainer, pl_module):
             for name in ("svd", "svdvals", "eigh", "qr"):
-                monkeypatch.setattr(torch.linalg, name, lambda *_, **__: pytest.fail("decomposed while training"))
+                monkeypatch.setattr(torch.linalg, name, self.noted(trainer, getattr(torch.linalg, name)))
 
-    quiet_trainer(callbacks=[SVDTrainingCallback(), NoSVD()]).fit(SmallNet(), data())
+        def noted(self, trainer, decomposition):
+            def note(*args, **kwargs):
+                steps.add(trainer.global_step)
+                return decomposition(*args, **kwargs)
+
+            return note
+
+    callback = SVDTrainingCallback(sparsify_start=0.2, sparsify_end=0.6, **options)
+    quiet_trainer(callbacks=[callback, Watch()], max_epochs=3).fit(SmallNet(), data())
+    assert steps == allowed
+
+
+class Layers(Callback):
+    """Keeps the layers as they were trained, before the callback gives them their final form."""
+
+    def on_train_end(self, trainer, pl_module):
+        self.end = {name: copy.deepcopy(layer) for name, layer in svd_layers(pl_module).items()}
+
+
+def test_after_the_last_cut_layers_train_as_the_pairs_that_they_become():
+    seen = Layers()
+    callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.5, final="factored")
+    model = SmallNet(optimizer="SGD", momentum=0.9, weight_decay=0.01).double()
+    trainer = quiet_trainer(callbacks=[callback, seen], max_epochs=3)
+    trainer.fit(model, data(dtype=torch.float64))
+    forms = {layer.name: layer.form for layer in callback.report.layers}
+    assert {name: layer.merged for name, layer in seen.end.items()} == {
+        name: form == "factored" for name, form in forms.items()
+    }
+    for name, layer in seen.end.items():
+        if layer.merged:
+            assert bool((layer.s == 1).all())
+            U, _, V = layer.factors()
+            first, second = model.get_submodule(name)
+            assert torch.equal(first.weight, layer.view.first_weight(V))
+            assert torch.equal(second.weight, layer.view.second_weight(U))
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+@pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(0.05)])
+def test_under_averaging_factors_change_by_training_only(averaging):
+    seen = Layers()
+    callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.5)
+    quiet_trainer(callbacks=[callback, averaging(), seen], max_epochs=3).fit(SmallNet(), data())
+    assert seen.end and not any(layer.merged for layer in seen.end.values())
+
+
+def test_a_run_that_diverged_is_stopped_at_the_next_cut_with_the_layer():
+    class Diverging(SmallNet):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("nan") if batch_idx == 2 else 1.0)
+
+    with pytest.raises(ValueError, match="expected finite weights, got"):
+        quiet_trainer(callbacks=[SVDTrainingCallback()], max_epochs=1).fit(Diverging(), data())
 
 
 # ------------------------------------------------------------------------------------------------ what is optimised
@@ -145,7 +206,12 @@ def test_training_equals_a_hand_written_loop_with_the_summed_loss(options):
         optimizer.step()
 
     callback = SVDTrainingCallback(
-        target_macs=1.0, sparsity_weight=0.02, sparsity_schedule="constant", sparsify_end=1.0, final="decomposed"
+        target_macs=1.0,
+        sparsity_weight=0.02,
+        sparsity_schedule="constant",
+        sparsify_end=1.0,
+        refactorise=False,
+        final="decomposed",
     )
     quiet_trainer(callbacks=[callback], max_epochs=1).fit(model, data(dtype=torch.float64))
     # 8 steps of arithmetic in another order; compact() makes layers dense that keep every rank, so compare weights.
@@ -164,7 +230,7 @@ def test_weight_decay_acts_on_singular_values_only():
 
     model.__class__ = ZeroLoss
     kept = Keep()
-    callback = SVDTrainingCallback(target_macs=1.0, sparsity=None, orthogonality_weight=0.0)
+    callback = SVDTrainingCallback(target_macs=1.0, sparsity=None, orthogonality_weight=0.0, refactorise=False)
     quiet_trainer(callbacks=[callback, kept], max_epochs=1).fit(model, data(dtype=torch.float64))
     for name, value in kept.parameters.items():
         decayed = before[name] * (1.0 if name.endswith((".U", ".V")) else (1 - 0.1 * 0.5) ** 8)

@@ -1,5 +1,7 @@
 """The demo runs end to end and writes what it says."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,6 +29,14 @@ def test_demo_reports_the_macs_of_its_model(tmp_path):
     assert low_rank.report.macs_ratio == pytest.approx(0.35, rel=0.01)
     assert low_rank.report.macs_ratio <= 0.35
     assert low_rank.bytes < dense.bytes
+
+
+def test_demo_prints_its_figures_as_json_and_nothing_else(tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path), "--epochs", "1", "--seeds", "3", "--logger", "none", "--json"])
+    (figures,) = json.loads(capsys.readouterr().out)
+    assert figures["seed"] == 3 and 0 < figures["low_rank"]["accuracy"] <= 1
+    assert figures["low_rank"]["macs"] <= 0.35 * figures["dense"]["macs"]
+    assert figures["low_rank"]["latency_seconds"].keys() == {"1", "64"}
 
 
 def test_digits_are_split_the_same_way_each_time():

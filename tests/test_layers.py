@@ -170,6 +170,70 @@ def test_energies_add_up_to_the_squared_norm(kind):
     assert_same(layer.energies().sum(), dense.weight.detach().square().sum(), layer.matrix_shape)
 
 
+KEPT = ["all", "scattered", "one"]
+
+
+def perturbed(layer):
+    """As training leaves it: no longer orthonormal, some singular values negative."""
+    with torch.no_grad():
+        for parameter in (layer.U, layer.s, layer.V):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+@pytest.mark.parametrize("mask", KEPT)
+@pytest.mark.parametrize("kind", DENSE)
+def test_refactorised_it_computes_the_same_by_an_exact_svd(kind, mask):
+    layer = prune(perturbed(factorise(kind)[1]), mask)
+    weight, dropped = layer.weight.detach(), ~layer.mask
+    before = [parameter[..., dropped].clone() for parameter in (layer.U, layer.s, layer.V)]
+    layer.set_factors(layer.refactorised())
+    assert_same(layer.weight, weight, layer.matrix_shape)
+    U, s, V = layer.factors()
+    identity = torch.eye(layer.rank, dtype=s.dtype)
+    for factor in (U, V):
+        assert_same(factor.mT @ factor, identity.expand(*factor.shape[:-2], -1, -1), layer.matrix_shape)
+    exact = torch.linalg.svdvals(layer.view.unfold(weight))[..., : layer.rank]
+    assert_same(s.sort(descending=True).values, exact, layer.matrix_shape)
+    after = [parameter[..., dropped] for parameter in (layer.U, layer.s, layer.V)]
+    assert all(torch.equal(now, then) for now, then in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("mask", KEPT)
+@pytest.mark.parametrize("kind", [kind for kind in DENSE if DENSE[kind][0]().__dict__.get("groups", 1) == 1])
+def test_an_svd_that_is_exact_stays_where_it_is(kind, mask):
+    layer = factorise(kind)[1]
+    with torch.no_grad():
+        order = torch.randperm(layer.full_rank)
+        for parameter in (layer.U, layer.s, layer.V):
+            parameter.copy_(parameter[..., order])
+        layer.U.neg_()
+        layer.V.neg_()
+    prune(layer, mask)
+    before = [parameter.detach().clone() for parameter in (layer.U, layer.s, layer.V)]
+    layer.set_factors(layer.refactorised())
+    for now, then in zip((layer.U, layer.s, layer.V), before, strict=True):
+        assert_same(now, then, layer.matrix_shape)
+
+
+@pytest.mark.parametrize("mask", KEPT)
+@pytest.mark.parametrize("kind", DENSE)
+def test_merged_it_is_the_two_plain_layers(kind, mask):
+    _, layer, x = factorise(kind)
+    prune(perturbed(layer), mask)
+    weight, energies = layer.weight.detach(), layer.energies()
+    layer.merge()
+    assert layer.merged and bool((layer.s == 1).all())
+    assert_same(layer.weight, weight, layer.matrix_shape)
+    assert_same(layer.energies(), energies, layer.matrix_shape)
+    first, second = layer.factored()
+    U, _, V = layer.factors()
+    assert torch.equal(first.weight, layer.view.first_weight(V)) and torch.equal(
+        second.weight, layer.view.second_weight(U)
+    )
+    assert_same(layer.forward_factored(x), layer.factored()(x), layer.matrix_shape)
+
+
 @pytest.mark.parametrize("kind", DENSE)
 def test_unfolding_a_weight_is_undone_by_folding(kind):
     dense, layer, _ = factorise(kind)

@@ -271,7 +271,7 @@ def test_of_a_factorised_layer_they_are_the_magnitudes_of_what_is_kept():
     layer = SVDLinear(nn.Linear(6, 4))
     layer.s.data = torch.tensor([1.0, -3.0, 2.0, 5.0])
     layer.keep(torch.tensor([True, True, True, False]))
-    assert singular_values(layer).tolist() == [3.0, 2.0, 1.0]
+    assert singular_values(layer).tolist() == pytest.approx([3.0, 2.0, 1.0], rel=roundoff((6, 4), torch.float32))
 
 
 def test_autocast_does_not_reach_them():

@@ -47,6 +47,7 @@ def svd_training():
         sparsity_weight=SPARSITY,
         sparsity_schedule="constant",
         sparsify_end=1.0,
+        refactorise=False,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 
-from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors, forget_pruned
+from lightning_svd.optimizers import OptimizerOfFactors, check_holds_factors, forget_pruned, merge_factors
 from lightning_svd.surgery import decompose, svd_layers
 
 DECAY = 0.1
@@ -62,6 +62,29 @@ def test_decay_moves_s_and_the_rest_but_not_u_and_v(name):
     for key, p in actual.items():
         assert torch.equal(p, without[key] if is_frame(key) else plain[key]), key
         assert not torch.equal(without[key], plain[key]), key  # decay makes a difference to every one
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_merged_factors_decay_as_plain_layers_do_and_s_stays_one(name):
+    build, net, plain = OPTIMIZERS[name], model(), model()
+    optimizer, decay = decaying(net, build)
+    train(net, optimizer, before_step=decay.split)  # so that there is momentum of s
+    merge_factors([optimizer], svd_layers(net).values())
+    assert not any(optimizer.state[p] for layer in svd_layers(net).values() for p in (layer.U, layer.s, layer.V))
+    plain.load_state_dict(net.state_dict())
+
+    def before_step():
+        decay.hold_merged()
+        decay.split()
+
+    actual = train(net, optimizer, before_step=before_step)
+    held = [layer.s for layer in svd_layers(plain).values()]
+    kept = [p for p in plain.parameters() if all(p is not s for s in held)]
+    fresh = build(kept, DECAY)
+    for key, p in train(plain, fresh).items():
+        if not key.startswith(("1.", "2.")):  # those had momentum
+            assert torch.equal(actual[key], p) or key.endswith(".bias"), key
+    assert all(bool((layer.s == 1).all()) for layer in svd_layers(net).values())
 
 
 def test_s_takes_the_decay_of_the_weight_although_vectors_are_exempt():

@@ -97,7 +97,6 @@ def reason(module, name, **options):
         (Tied, "embed", "unsupported type"),
         (lambda: nn.Sequential(nn.Bilinear(4, 8, 3)), "0", "unsupported type"),
         (lambda: nn.Sequential(UserLinear(8, 8)), "0", "subclass of Linear, which may have a forward of its own"),
-        (lambda: nn.MultiheadAttention(8, 2), "out_proj", "subclass of Linear, which may have a forward of its own"),
         (
             lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8)),
             "0",
@@ -149,7 +148,7 @@ def test_torchs_transformer_evaluates_in_every_form_and_takes_its_fast_path_when
     with torch.no_grad():  # where the fast path is taken
         expected = encoder(x, **padding)[real]
         factorised = [layer.name for layer in decompose(encoder) if not layer.skipped]
-        assert len(factorised) == 4 if stacked else factorised == ["linear1", "linear2"]
+        assert len(factorised) == (12 if stacked else 6)
         assert not any(fast())
         assert_same(encoder(x, **padding)[real], expected, SHAPE)
         for layer in svd_layers(encoder).values():
@@ -157,7 +156,8 @@ def test_torchs_transformer_evaluates_in_every_form_and_takes_its_fast_path_when
         low_rank = encoder(x, **padding)[real]
         for form in (to_factored(encoder), to_dense(encoder), to_dense(to_factored(encoder))):
             assert_same(form(x, **padding)[real], low_rank, SHAPE)
-        restore(encoder, {name: weights[f"{name}.weight"] for name in factorised})
+        now = dict(encoder.named_parameters())
+        restore(encoder, {name: p for name, p in weights.items() if name not in now})
         assert fast() == before and torch.equal(encoder(x, **padding)[real], expected)
 
 
@@ -341,7 +341,7 @@ def test_restore_gives_back_the_very_parameters(images):
     decompose(model)
     with torch.no_grad():
         model.conv.s.zero_()
-    restore(model, {name: parameters[f"{name}.weight"] for name in NAMES})
+    restore(model, {f"{name}.weight": parameters[f"{name}.weight"] for name in NAMES})
     assert [(name, id(p)) for name, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
     assert list(model.state_dict()) == list(values)
     assert all(torch.equal(now, values[key]) for key, now in model.state_dict().items())

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_svd.costs import svd_layers
 from lightning_svd.export import to_onnx
-from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
+from lightning_svd.layers import SVDConv, SVDEmbedding, SVDLayer, SVDLinear
 from lightning_svd.low_rank_files import load_low_rank, save_low_rank
 from lightning_svd.plans import LayerPlan, plan, read_plan, write_plan
 from lightning_svd.regularizers import add_gradients
@@ -23,6 +23,7 @@ __all__ = [
     "LayerReport",
     "RankChange",
     "SVDConv",
+    "SVDEmbedding",
     "SVDLayer",
     "SVDLinear",
     "SVDReport",

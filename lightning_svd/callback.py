@@ -233,7 +233,9 @@ class SVDTrainingCallback(Callback):
         if is_trial(pl_module.trainer):
             self._before_trial = copy.deepcopy(pl_module.state_dict())
         weights = dict(pl_module.named_parameters(remove_duplicate=False))
-        self.plan = decompose(pl_module, layer_plans=self._choose_layers(pl_module))
+        self.plan = self._choose_layers(pl_module)
+        self._check_lookups()
+        decompose(pl_module, layer_plans=self.plan)
         layers = svd_layers(pl_module)
         guard = guard_on(self.monitor, self.mode, self.max_metric_drop)
         now = dict(pl_module.named_parameters(remove_duplicate=False))
@@ -472,6 +474,15 @@ class SVDTrainingCallback(Callback):
             return read_plan(self.plan_file, pl_module)
         return plan(pl_module, self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern)
 
+    def _check_lookups(self) -> None:
+        """Refuse a budget of MACs for embeddings, whose lookups cost none."""
+        lookups = [layer.name for layer in self.plan if layer.kind == "Embedding" and not layer.skipped]
+        if lookups and self.target_name == "macs":
+            raise ValueError(
+                f"`{lookups[0]}` is an Embedding, whose lookups cost no MACs: give `target_params` or "
+                "`energy_threshold`, or leave it out"
+            )
+
     @property
     def _bounds(self) -> dict[str, Any]:
         """What ranks a layer may have."""
@@ -503,7 +514,7 @@ class SVDTrainingCallback(Callback):
         if run is None or not run.stop_watching(batch_size(batch)):
             return
         assert run.cost is not None
-        if not trained and not any(layer.dense_macs for layer in run.cost.layers.values()):
+        if not trained and not any(layer.input_shapes for layer in run.cost.layers.values()):
             run.cost = None  # a training step that returned early, say; the next pass will tell
             return
         whole = [name for name, layer in run.cost.layers.items() if layer.stays_whole]

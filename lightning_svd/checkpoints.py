@@ -8,7 +8,7 @@ callback resumes exactly.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lightning_svd.attention import has_attention, join_state, split_prefixes, split_state
 from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
-from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
-from lightning_svd.pairs import factored_pair, is_pair, low_rank_pairs, merged, merged_weight, rank_of, view_of
+from lightning_svd.layers import svd_layer
+from lightning_svd.pairs import bias_of, factored_pair, is_pair, low_rank_pairs, merged, merged_weight, rank_of, view_of
 from lightning_svd.surgery import become, settle
 from lightning_svd.views import View
 
@@ -145,7 +145,7 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
             continue
         plain = merged(layer) if is_pair(layer) else layer.dense()  # type: ignore[operator]
         plain.weight.data = state.pop(f"{prefix}weight")
-        if plain.bias is not None:
+        if bias_of(plain) is not None:
             plain.bias.data = state.pop(f"{prefix}bias")
         twin = low_rank_twin(plain, exact[name]) if name in exact else plain
         become(layer, twin)
@@ -169,13 +169,13 @@ def low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:
     """What stands for ``plain`` at the rank of a checkpoint's entry; itself where factors do not pay."""
     mode = entry["conv_mode"]
     if "first" in entry:
-        pair = factored_pair(View.of(plain, mode or "channel"), entry["rank"], plain.bias is not None)
+        pair = factored_pair(View.of(plain, mode or "channel"), entry["rank"], bias_of(plain) is not None)
         for part, weight in zip(pair, (entry["first"], entry["second"]), strict=True):
             part.weight = nn.Parameter(weight)
-        pair[1].register_parameter("bias", cast("nn.Parameter | None", plain.bias))
+        pair[1].register_parameter("bias", bias_of(plain))
         return pair
     factors = Factors(entry["U"], entry["s"], entry["V"])
-    layer: SVDLayer = SVDConv(plain, mode, factors=factors) if mode else SVDLinear(plain, factors=factors)
+    layer = svd_layer(plain, mode, factors=factors)
     layer.keep(entry["mask"].to(factors.s.device))
     return layer.factored() if layer.rank * layer.params_per_rank < layer.dense_params else plain
 

@@ -59,7 +59,7 @@ class LayerCost:
         if self.stays_whole:
             return 0
         by_params = (self.dense_params - 1) // self.params_per_rank
-        if not self.macs_per_rank:
+        if not self.dense_macs:  # not counted, or a lookup, which costs none
             return by_params
         return min(by_params, (self.dense_macs - 1) // self.macs_per_rank)
 

@@ -13,7 +13,7 @@ from lightning_svd.attention import split_state
 from lightning_svd.costs import LayerCost, ModelCost, Unit, count_costs, count_params, svd_layers
 from lightning_svd.factorization import effective_rank, energy_rank, stable_rank, wide
 from lightning_svd.pairs import low_rank_pairs, rank_of, view_of
-from lightning_svd.plans import plan
+from lightning_svd.plans import default_targets, layers_of, plan
 from lightning_svd.ranks import keep_by_budget, strongest
 from lightning_svd.report import SVDReport, summarize
 from lightning_svd.surgery import decompose, to_dense
@@ -117,7 +117,9 @@ def inspect_model(
     low_rank = {name: (view_of(pair), rank_of(pair)) for name, pair in low_rank_pairs(model).items()}
     low_rank |= {name: (layer.view, layer.rank) for name, layer in svd_layers(model).items()}
     dense = to_dense(model)
-    plans = {mode: {layer.name: layer for layer in plan(dense, conv_mode=mode)} for mode in CONV_MODES}
+    lookups = [name for name, (view, _) in low_rank.items() if view.layer_type is nn.Embedding]
+    targets = [*default_targets(layers_of(dense)), *lookups] if lookups else None
+    plans = {mode: {layer.name: layer for layer in plan(dense, targets, conv_mode=mode)} for mode in CONV_MODES}
     # A rank means something in the mode that the layer was trained in.
     modes = {name: view.conv_mode for name, (view, _) in low_rank.items()}
     decompose(dense, layer_plans=[plans[modes.get(name) or "channel"][name] for name in plans["channel"]])

@@ -22,14 +22,15 @@ def time_layers(cost: ModelCost, layers: Mapping[str, SVDLayer]) -> ModelCost:
     fastest run of each counts: whatever else the machine does can only make one slower.
 
     Args:
-        cost: From a :class:`~lightning_svd.costs.CostMeter`; a layer that was not used in its pass is not timed.
+        cost: From a :class:`~lightning_svd.costs.CostMeter`; a layer that was not used in its pass is not timed,
+            nor is an embedding.
         layers: The factorised layers by name.
     """
     return replace(cost, layers={name: _timed(price, layers[name]) for name, price in cost.layers.items()})
 
 
 def _timed(price: LayerCost, layer: SVDLayer) -> LayerCost:
-    if not price.input_shapes:
+    if not price.dense_macs:  # not used, or a lookup
         return price
     inputs = [layer.s.new_ones(shape) for shape in price.input_shapes]
     return replace(price, latency=LayerLatency(*_race((layer.dense(), layer.factored()), inputs)))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_svd.factorization import Factors, reconstruct, svd, truncate, wide
-from lightning_svd.pairs import empty_dense, factored_pair, fill
+from lightning_svd.pairs import bias_of, empty_dense, factored_pair, fill
 from lightning_svd.views import CONVOLUTIONS, Half, View
 
 
@@ -60,7 +60,7 @@ class SVDLayer(nn.Module):
         for factor, value in zip("UsV", factors, strict=True):
             trained = nn.Parameter(value.to(layer.weight.dtype).contiguous(), layer.weight.requires_grad)
             setattr(self, factor, trained)
-        self.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        self.register_parameter("bias", bias_of(layer))
         self.kept: Tensor | None = None
         self.merged = False
         self.weight_reads, self.stays_whole = 0, False
@@ -316,6 +316,27 @@ class SVDLinear(SVDLayer):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self._describe()}"
 
 
+class SVDEmbedding(SVDLayer):
+    """``nn.Embedding`` with weight (entries, features) = V diag(s) U^T: a lookup in V, then a linear layer."""
+
+    def __init__(self, embedding: nn.Module, name: str = "weight", factors: Factors | None = None) -> None:
+        """Factorise ``embedding``; arguments as for :class:`SVDLayer`."""
+        super().__init__(embedding, View.of(embedding), name, factors)
+        # Under their own names, for code that reads an embedding's.
+        self.num_embeddings, self.embedding_dim = self.view.inputs, self.view.outputs
+        self.padding_idx: int | None = self.view.geometry["padding_idx"]
+
+    def forward_rebuilt(self, x: Tensor) -> Tensor:
+        return F.embedding(x, self.fold(self.factors()), self.padding_idx)
+
+    def forward_factored(self, x: Tensor) -> Tensor:
+        U, s, V = self.factors()
+        return F.linear(F.embedding(x, V, self.padding_idx), U * s)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}, {self._describe()}"
+
+
 class SVDConv(SVDLayer):
     """A convolution, plain or transposed, of one to three axes, whose weight, seen as a matrix, is U diag(s) V^T.
 
@@ -377,6 +398,16 @@ class SVDConv(SVDLayer):
         geometry = {"kernel_size": self.kernel_size, **(self.view.geometry or {}), "conv_mode": self.conv_mode}
         options = ", ".join(f"{name}={value!r}" for name, value in geometry.items())
         return f"{self.in_channels}, {self.out_channels}, {options}, {self._describe()}"
+
+
+def svd_layer(
+    layer: nn.Module, conv_mode: str | None = None, name: str = "weight", factors: Factors | None = None
+) -> SVDLayer:
+    """The factorised layer for a plain one of any supported type; arguments as for :class:`SVDConv`."""
+    if conv_mode is not None:
+        return SVDConv(layer, conv_mode, name, factors)
+    kind = SVDEmbedding if isinstance(layer, nn.Embedding) else SVDLinear
+    return kind(layer, name, factors)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> Tensor:

@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from lightning_svd.checkpoints import (
     weight_of,
 )
 from lightning_svd.costs import svd_layers
-from lightning_svd.pairs import factored_pair, low_rank_pairs, rank_of, view_of
+from lightning_svd.pairs import bias_of, factored_pair, low_rank_pairs, rank_of, view_of
 from lightning_svd.surgery import attentions_split, become, settle, to_factored
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
@@ -147,8 +147,8 @@ def _pair_for(module: nn.Module, name: str, entry: Mapping[str, Any], path: str 
     """What the layer is to become: weights on the meta device, its own bias."""
     layer = _plain_layer(module, name, entry["conv_mode"], path)
     view = View.of(layer, entry["conv_mode"] or "channel")
-    pair = factored_pair(view, entry["rank"], layer.bias is not None).to(weight_of(layer).dtype)
-    pair[1].register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+    pair = factored_pair(view, entry["rank"], bias_of(layer) is not None).to(weight_of(layer).dtype)
+    pair[1].register_parameter("bias", bias_of(layer))
     return pair
 
 

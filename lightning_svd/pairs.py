@@ -72,15 +72,23 @@ def merged(pair: Any) -> nn.Module:
 
 def empty_dense(view: View, bias: bool) -> nn.Module:
     """The plain layer that is seen so, on the meta device."""
-    if view.kernel or view.layer_type is nn.Linear:
+    if view.kernel or view.layer_type in (nn.Linear, nn.Embedding):
         return _empty(view.whole, view.inputs, view.outputs, bias)
     with torch.device("meta"):
         return view.layer_type(view.outputs, view.inputs)
 
 
 def _empty(half: Half, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    if half.layer_type is nn.Embedding:
+        return half.layer_type(inputs, outputs, **half.geometry, device="meta")
     kernel = (half.kernel,) if half.kernel else ()
     return half.layer_type(inputs, outputs, *kernel, **half.geometry, bias=bias, device="meta")
+
+
+def bias_of(layer: nn.Module) -> nn.Parameter | None:
+    """A layer's bias; None where it has none, as an embedding never has."""
+    bias: nn.Parameter | None = getattr(layer, "bias", None)
+    return bias
 
 
 def fill(layer: PlainT, weight: Tensor, like: Any) -> PlainT:
@@ -88,6 +96,6 @@ def fill(layer: PlainT, weight: Tensor, like: Any) -> PlainT:
     trainable = any(p.requires_grad for name, p in like.named_parameters(recurse=False) if name != "bias")
     # contiguous: some kernels and every saved file want plain storage, not a transposed view.
     layer.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format), trainable)
-    if layer.bias is not None:
+    if bias_of(layer) is not None:
         layer.bias = like.bias
     return layer.train(like.training)

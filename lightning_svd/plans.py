@@ -82,7 +82,7 @@ def plan(
     if conv_mode not in (*CONV_MODES, "auto"):
         raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {conv_mode!r}")
     layers = layers_of(module)
-    targeted = matching(layers, target_modules, "target_modules") if target_modules is not None else set(layers)
+    targeted = default_targets(layers) if target_modules is None else matching(layers, target_modules, "target_modules")
     excluded = matching(layers, exclude_modules, "exclude_modules")
     most: dict[str, int] = {}
     check_rank_pattern(rank_pattern)
@@ -104,6 +104,11 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
         elif name not in layers and (_holds_matrix(child) or isinstance(child, SVDLayer)):
             layers[name] = child
     return layers
+
+
+def default_targets(layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the layers that are meant where none are named: all but embeddings, whose lookups cost no MACs."""
+    return {name for name, layer in layers.items() if supported_type(layer) is not nn.Embedding}
 
 
 def matching(layers: Mapping[str, nn.Module], targets: Targets, argument: str) -> set[str]:
@@ -140,7 +145,7 @@ def _named(layers: Mapping[str, nn.Module], target: str) -> set[str]:
 
 def _is_linear(layer: nn.Module) -> bool:
     kind = layer.view.layer_type if isinstance(layer, SVDLayer) else supported_type(layer)
-    return kind is not None and kind not in CONVOLUTIONS
+    return kind is not None and kind is not nn.Embedding and kind not in CONVOLUTIONS
 
 
 def _no_match(argument: str, target: str, layers: Mapping[str, nn.Module]) -> str:
@@ -176,18 +181,21 @@ class _Reasons:
             yield "already factorised"
         if name in self.excluded:
             yield "excluded by `exclude_modules`"
+        kind = supported_type(layer)
         if name not in self.targeted:
-            yield "not in `target_modules`"
+            lookup = "lookups cost no MACs; name it in `target_modules` to have fewer parameters"
+            yield lookup if kind is nn.Embedding else "not in `target_modules`"
         weight = _weight(layer)
         if is_lazy(weight):
             yield "not initialised yet"
         if weight.is_meta:
             yield "on the meta device, without values"
-        kind = supported_type(layer)
         if kind is None:
             yield "unsupported type"
         elif type(layer) is not kind:
             yield f"subclass of {kind.__name__}, which may have a forward of its own"
+        if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None or layer.scale_grad_by_freq):
+            yield "an Embedding with `sparse`, `max_norm` or `scale_grad_by_freq`"
         attention = self.attentions.get(name)
         reason = why_not_split(attention) if attention is not None else None
         if reason:

@@ -14,7 +14,7 @@ from lightning_svd.factorization import effective_rank, energy_rank, numerical_r
 from lightning_svd.layers import SVDLayer
 from lightning_svd.metrics import singular_values
 from lightning_svd.monitor import SpectrumHistory, metric_name
-from lightning_svd.plans import LayerPlan, Targets, layers_of, matching, plan
+from lightning_svd.plans import LayerPlan, Targets, default_targets, layers_of, matching, plan
 from lightning_svd.views import CONV_MODES, View, supported_type
 
 ENERGY_PERCENTAGES = (90, 95, 99)
@@ -162,7 +162,9 @@ def watched_layers(
     """
     plans = {layer.name: layer for layer in plan(module, target_modules, exclude_modules, conv_mode)}
     modules = layers_of(module)
-    targeted = matching(modules, target_modules, "target_modules") if target_modules is not None else set(modules)
+    targeted = default_targets(modules)
+    if target_modules is not None:
+        targeted = matching(modules, target_modules, "target_modules")
     targeted -= matching(modules, exclude_modules, "exclude_modules")
     watched = [_watched(plans[name], modules[name], conv_mode) for name in modules if name in targeted]
     layers = [layer for layer in watched if layer.matrix_shape]

@@ -16,7 +16,7 @@ from torch import nn
 from lightning_svd.attention import PARTS, SplitAttention, can_join, joined
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
-from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
+from lightning_svd.layers import SVDLayer, svd_layer
 from lightning_svd.pairs import MARK, is_pair, low_rank_pairs, merged
 from lightning_svd.plans import LayerPlan, Targets, plan
 
@@ -58,7 +58,10 @@ def decompose(
     with attentions_split(module, [layer.name for layer in chosen]):
         layers = [module.get_submodule(layer.name) for layer in chosen]
         # All SVDs before the first change, so that a weight that is refused leaves the module as it was.
-        twins = [_factorise(layer, of) for layer, of in zip(layers, chosen, strict=True)]
+        twins = [
+            svd_layer(layer, of.conv_mode, of.name or type(layer).__name__)
+            for layer, of in zip(layers, chosen, strict=True)
+        ]
         for layer, twin in zip(layers, twins, strict=True):
             become(layer, twin)
     settle(module)
@@ -165,11 +168,6 @@ def to_dense(module: ModuleT) -> ModuleT:
 def _nothing_to_do(module: nn.Module, layer_plans: Sequence[LayerPlan]) -> str:
     reasons = "; ".join(f"{layer.name or 'the module itself'}: {layer.skipped}" for layer in layer_plans[:8])
     return f"{type(module).__name__} has no layer to factorise ({reasons or 'no linear layer or convolution in it'})"
-
-
-def _factorise(layer: nn.Module, layer_plan: LayerPlan) -> SVDLayer:
-    name = layer_plan.name or type(layer).__name__
-    return SVDConv(layer, layer_plan.conv_mode, name) if layer_plan.conv_mode else SVDLinear(layer, name)
 
 
 # What turns off the ways in which torch's encoders compute in evaluation without calling their layers.

@@ -1,10 +1,10 @@
 """A layer's weight seen as a matrix, and as the weights of two plain layers in sequence.
 
-A Linear of rank k is two Linears through k features. A convolution of rank k is, in mode "channel", a convolution to k
-maps and one of 1x1; in mode "spatial" one along all axes but the last and one along the last (kh x 1, then 1 x kw;
-Yang et al. 2020, section 3.1). A transposed convolution is the adjoint of a convolution, so its factors come in the
-opposite order: in mode "channel" one of 1x1 to k maps, and a transposed one. With groups there is a matrix for each
-group, and all have the same rank.
+A Linear of rank k is two Linears through k features, an Embedding is one of k features and a Linear. A convolution of
+rank k is, in mode "channel", a convolution to k maps and one of 1x1; in mode "spatial" one along all axes but the last
+and one along the last (kh x 1, then 1 x kw; Yang et al. 2020, section 3.1). A transposed one is the adjoint of a
+convolution, so its factors come in the opposite order: in mode "channel" one of 1x1 to k maps, and a transposed one.
+With groups there is a matrix for each group, and all have the same rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def supported_type(layer: nn.Module) -> type[nn.Module] | None:
 def _is_supported(kind: type) -> bool:
     # By its name: transformers is not imported for it.
     conv1d = (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    return kind is nn.Linear or kind in CONVOLUTIONS or conv1d
+    return kind in (nn.Linear, nn.Embedding) or kind in CONVOLUTIONS or conv1d
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Half:
     @property
     def transposed(self) -> bool:
         """Whether its weight's inputs come first."""
-        return self.layer_type in _TRANSPOSED
+        return self.layer_type in (*_TRANSPOSED, nn.Embedding)
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class View:
     """How the weight of a layer is a matrix (m, n) for each group: its outputs are m, its inputs n.
 
     Attributes:
-        layer_type: Class of the dense layer: Linear, a convolution, or the Conv1D of transformers.
+        layer_type: Class of the dense layer: Linear, a convolution, Embedding, or the Conv1D of transformers.
         inputs: Features or channels of the layer's input.
         outputs: Features or channels of its output.
         conv_mode: "channel" or "spatial"; None for a layer without a kernel.
         kernel: Sizes of the kernel, one for each axis; () without one.
-        geometry: The other arguments of a convolution.
+        geometry: The other arguments of a convolution or an embedding.
     """
 
     layer_type: type[nn.Module]
@@ -98,6 +98,9 @@ class View:
             if kind in _TRANSPOSED:
                 geometry["output_padding"] = layer.output_padding
             return cls(kind, layer.in_channels, layer.out_channels, conv_mode, tuple(layer.kernel_size), geometry)
+        if kind is nn.Embedding:
+            geometry = {"padding_idx": layer.padding_idx}
+            return cls(kind, layer.num_embeddings, layer.embedding_dim, geometry=geometry)
         if kind is not None:
             return cls(kind, *layer.weight.shape)
         raise ValueError(f"{type(layer).__name__} has no weight that can be seen as a matrix")
@@ -156,7 +159,9 @@ class View:
     @cached_property
     def halves(self) -> tuple[Half, Half]:
         """The two plain layers, the first one to the rank's features or maps, the second one from them."""
-        if not self.geometry:
+        if self.layer_type is nn.Embedding:
+            return self.whole, Half(nn.Linear)
+        if not self.kernel:
             return Half(nn.Linear), Half(nn.Linear)
         first, second = self.kernels
         plain = _PLAIN[len(self.kernel) - 1]
@@ -235,15 +240,20 @@ class View:
     def _stacked(self, matrices: Tensor) -> Tensor:
         return matrices if self.groups > 1 else matrices.squeeze(0)
 
-    # What it costs: multiply-accumulates for an input of (..., channels, *sizes), or (..., features) without a kernel
+    # What it costs: multiply-accumulates for an input of (..., channels, *sizes), of (..., features) without a kernel,
+    # and of (...) for a lookup
 
     def dense_macs(self, input_shape: tuple[int, ...]) -> int:
-        """Of the dense layer."""
+        """Of the dense layer; none for a lookup."""
+        if self.layer_type is nn.Embedding:
+            return 0
         return self._positions(input_shape, self.transposed) * self.dense_params
 
     def macs_per_rank(self, input_shape: tuple[int, ...]) -> int:
         """Of each rank of two layers."""
         m, n = self.matrix_shape
+        if self.layer_type is nn.Embedding:
+            return prod(input_shape) * m
         first = second = self._positions(input_shape, self.transposed)
         if self.conv_mode == "spatial":
             between = self._positions(input_shape, along_last=False)
@@ -252,7 +262,7 @@ class View:
 
     def _positions(self, input_shape: tuple[int, ...], of_input: bool = False, along_last: bool = True) -> int:
         """Positions of the input, or of the output along every axis or along all but the last, in the whole batch."""
-        if not self.geometry:
+        if not self.kernel:
             return prod(input_shape[:-1])
         axes = len(self.kernel)
         batch, sizes = input_shape[: -axes - 1], input_shape[-axes:]

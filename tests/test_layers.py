@@ -248,8 +248,8 @@ def test_unfolding_a_weight_is_undone_by_folding(kind):
 def test_what_cannot_be_factorised_is_refused():
     with pytest.raises(ValueError, match=r"`conv_mode` must be one of channel, spatial, got 'depth'"):
         SVDConv(nn.Conv2d(4, 4, 3), "depth")
-    with pytest.raises(ValueError, match="Embedding has no weight that can be seen as a matrix"):
-        View.of(nn.Embedding(3, 4))
+    with pytest.raises(ValueError, match="EmbeddingBag has no weight that can be seen as a matrix"):
+        View.of(nn.EmbeddingBag(3, 4))
 
 
 # ------------------------------------------------------------------------------------------------- two ways to compute

@@ -18,7 +18,7 @@ def net():
                 nn.ModuleDict({"conv": nn.Conv2d(16, 16, 3), "fc": nn.Linear(16, 32)}) for _ in range(2)
             ),
             "up": nn.ConvTranspose2d(16, 16, 3, groups=2),
-            "embed": nn.Embedding(9, 16),
+            "embed": nn.EmbeddingBag(9, 16),
             "head": nn.Linear(16, 12),
         }
     )

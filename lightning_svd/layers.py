@@ -153,9 +153,16 @@ class SVDLayer(nn.Module):
         return energies if energies.ndim == 1 else energies.sum(0)
 
     def singular_values(self) -> Tensor:
-        """The kept ones in descending order, (k,): what each rank carries, |s| |u| |v|, the root of its energy."""
+        """The kept ones in descending order, (k,), the root of the sum of squares over groups.
+
+        They are read off as what each rank carries, |s| |u| |v|; but those of merged factors, which nothing keeps
+        orthogonal, cost an SVD of k x k.
+        """
         energies = self.energies()
         kept = energies if self.kept is None else energies[self.kept.to(energies.device)]
+        if self.merged and torch.isfinite(kept).all():
+            exact = self.refactorised().s.square()
+            kept = exact if exact.ndim == 1 else exact.sum(0)
         return kept.sqrt().sort(descending=True).values
 
     def spectrum(self) -> list[float]:

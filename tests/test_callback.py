@@ -116,7 +116,7 @@ def test_ranks_fall_and_freeze_where_they_should():
     assert timeline[-1].macs_ratio == pytest.approx(callback.report.macs_ratio)
 
 
-@pytest.mark.parametrize(("options", "allowed"), [({"refactorise": False}, set()), ({"rank_updates": 3}, {8, 11, 14})])
+@pytest.mark.parametrize(("options", "allowed"), [({"refactorise": False}, set()), ({"rank_updates": 3}, {8, 11, 14, 24})])
 def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(options, allowed, monkeypatch):
     steps = set()
 
@@ -134,7 +134,7 @@ def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(opti
 
     callback = SVDTrainingCallback(sparsify_start=0.2, sparsify_end=0.6, **options)
     quiet_trainer(callbacks=[callback, Watch()], max_epochs=3).fit(SmallNet(), data())
-    assert steps == allowed
+    assert steps == allowed  # at 24 for the report
 
 
 class Layers(Callback):
@@ -370,7 +370,7 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"orthogonality_weight": float("inf")}, "`orthogonality_weight` must be a finite number >= 0, got inf"),
         ({"sparsity_schedule": "step"}, "`sparsity_schedule` must be one of"),
         ({"budget_schedule": None}, "`budget_schedule` must be one of"),
-        ({"sparsify_start": 0.8}, r"`sparsify_start` must be <= `sparsify_end` \(0.6\), got 0.8"),
+        ({"sparsify_start": 0.8}, r"`sparsify_start` must be <= `sparsify_end` \(0.7\), got 0.8"),
         ({"sparsify_end": 1.5}, r"`sparsify_end` must be in \(0, 1\], got 1.5"),
         ({"min_rank": 0}, "`min_rank` must be an integer >= 1, got 0"),
         ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),

@@ -154,6 +154,7 @@ def test_sparsity_rests_in_a_pause(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_pauses_as_the_uninterrupted_one(tmp_path):
     options = {"target_params": 0.3, "monitor": "val_acc", "mode": "max", "max_metric_drop": 0.1}
+    options |= {"sparsify_start": 0.2, "sparsify_end": 0.6}
     every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
 
     def run(seed, *callbacks, **options_of_fit):

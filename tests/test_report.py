@@ -175,7 +175,7 @@ def test_text_fits_the_terminal_and_keeps_every_number_whole(columns, count, mon
 def test_plan_fits_the_terminal_with_every_reason(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     layers = {f"block{k}": nn.Linear(102, 100) for k in range(400)}
-    model = nn.ModuleDict({"a": nn.Conv2d(8, 8, 3, groups=8), LONG.replace(".", "_"): nn.Embedding(5, 4), **layers})
+    model = nn.ModuleDict({"a": nn.Conv2d(8, 8, 3, groups=8), LONG.replace(".", "_"): nn.EmbeddingBag(5, 4), **layers})
     text = plan_table(plan(model, exclude_modules=["block2"]))
     assert max(map(len, text.splitlines())) <= columns
     assert "100 x 102" in text and "and 342 more layers" in text

@@ -120,7 +120,9 @@ def test_the_penalties_are_curves_too(run):
     _, rows, _, _ = run
     for name in ("orthogonality_error", "orthogonality_penalty", "sparsity_penalty", "sparsity_strength"):
         curve = [row[f"svd/{name}"] for row in rows if f"svd/{name}" in row]
-        assert len(curve) == 10 and all(value >= 0 for value in curve) and max(curve) > 0
+        # Of the penalties until the last cut at least, in step 28; layers that stay dense keep theirs.
+        assert len(curve) >= (10 if name == "sparsity_strength" else 6)
+        assert all(value >= 0 for value in curve) and max(curve) > 0
 
 
 def test_histograms_come_every_time_and_charts_when_there_is_twice_as_much_to_show(run):

@@ -183,7 +183,7 @@ class _Reasons:
             yield "excluded by `exclude_modules`"
         kind = supported_type(layer)
         if name not in self.targeted:
-            lookup = "lookups cost no MACs; name it in `target_modules` to have fewer parameters"
+            lookup = "lookups cost no MACs; name it to save parameters"
             yield lookup if kind is nn.Embedding else "not in `target_modules`"
         weight = _weight(layer)
         if is_lazy(weight):

@@ -116,7 +116,9 @@ def test_ranks_fall_and_freeze_where_they_should():
     assert timeline[-1].macs_ratio == pytest.approx(callback.report.macs_ratio)
 
 
-@pytest.mark.parametrize(("options", "allowed"), [({"refactorise": False}, set()), ({"rank_updates": 3}, {8, 11, 14, 24})])
+@pytest.mark.parametrize(
+    ("options", "allowed"), [({"refactorise": False}, set()), ({"rank_updates": 3}, {8, 11, 14, 24})]
+)
 def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(options, allowed, monkeypatch):
     steps = set()
 

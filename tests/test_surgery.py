@@ -94,7 +94,7 @@ def reason(module, name, **options):
     ("build", "name", "why"),
     [
         (Tied, "head", "weight tied to another module's"),
-        (Tied, "embed", "lookups cost no MACs; name it in `target_modules` to have fewer parameters"),
+        (Tied, "embed", "lookups cost no MACs; name it to save parameters"),
         (lambda: nn.Sequential(nn.Bilinear(4, 8, 3)), "0", "unsupported type"),
         (lambda: nn.Sequential(UserLinear(8, 8)), "0", "subclass of Linear, which may have a forward of its own"),
         (

@@ -127,7 +127,7 @@ def hook_seconds(profiler: SimpleProfiler, hook: str) -> float:
 
 
 def run_floor(net: nn.Module, shape: tuple[int, ...], report: SVDReport | None, steps: int) -> float:
-    """The mean over the steps of the arithmetic at the ranks of each."""
+    """The mean over the steps of the arithmetic at the ranks of each; after the last cut that of the low-rank model."""
     assert report is not None
     cost = cost_of(factorised(net), shape)
     ranks = {layer.name.removeprefix("net."): layer.full_rank for layer in report.layers}
@@ -135,7 +135,7 @@ def run_floor(net: nn.Module, shape: tuple[int, ...], report: SVDReport | None, 
     for change in report.timeline:
         total += (change.step - done) * arithmetic(cost, ranks)
         ranks, done = {name.removeprefix("net."): rank for name, rank in change.ranks.items()}, change.step
-    return (total + (steps - done) * arithmetic(cost, ranks)) / steps
+    return (total + (steps - done) * cost.ratio(ranks, "macs")) / steps
 
 
 def summary(what: str, name: str, base: str, fits: dict[str, list[Row]], options: argparse.Namespace) -> Row:

@@ -541,8 +541,8 @@ class SVDTrainingCallback(Callback):
         last = clock >= run.cuts[-1]
         progress = clock / run.total_steps
         removed = 1.0 if last else removal(progress, self.sparsify_start, self.sparsify_end, self.budget_schedule)
-        # One decision for all processes: ranks that differ between them would diverge and never say so.
         refactorise = self.refactorise and not averages_weights(trainer)
+        # One decision for all processes: factors or ranks that differ between them would diverge and never say so.
         if refactorise:
             run.set_factors(trainer.strategy.broadcast(run.refactorised()))
         masks = trainer.strategy.broadcast(run.choose_masks(removed, self.choose_ranks))

@@ -102,7 +102,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--logger", choices=("wandb", "tensorboard", "csv", "none"), default="wandb", help="W&B runs offline"
     )
-
     demo.add_argument("--json", action="store_true", help="print the figures of each seed as JSON")
 
     planned = command("plan", _plan, "what would become of each layer of a model; as YAML to edit and pass back")

@@ -280,7 +280,8 @@ def read_plan(path: str | Path, module: nn.Module) -> list[LayerPlan]:
     unknown = sorted(entries.keys() - layers.keys())
     if unknown:
         raise ValueError(f"{path}: {type(module).__name__} has no layer {unknown[0]!r} with a weight matrix")
-    return [_as_edited(layer, entries.get(name), module, path) for name, layer in layers.items()]
+    children = layers_of(module)
+    return [_as_edited(layer, entries.get(name), children[name], module, path) for name, layer in layers.items()]
 
 
 def _entries(path: str | Path) -> dict[str, dict[str, Any]]:
@@ -294,7 +295,9 @@ def _entries(path: str | Path) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _as_edited(layer: LayerPlan, entry: dict[str, Any] | None, module: nn.Module, path: str | Path) -> LayerPlan:
+def _as_edited(
+    layer: LayerPlan, entry: dict[str, Any] | None, child: nn.Module, module: nn.Module, path: str | Path
+) -> LayerPlan:
     where = f"{path}: `{layer.name}`"
     if entry is None:
         return LayerPlan(layer.name, layer.kind, layer.weight_shape, skipped=f"not in {Path(path).name}")
@@ -311,7 +314,6 @@ def _as_edited(layer: LayerPlan, entry: dict[str, Any] | None, module: nn.Module
         raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {mode!r}")
     if entry.get("max_rank") is not None:
         check_count(f"{where}: max_rank", entry["max_rank"])
-    child = layers_of(module)[layer.name]
     reason = _Reasons(module, {layer.name}, set(), mode).why_not(layer.name, child)
     if reason:
         raise ValueError(f"{where} cannot be factorised ({reason}): give it a `skip`")

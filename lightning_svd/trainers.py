@@ -37,10 +37,9 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
         raise ValueError(f"{us} does not work with {precision}, which replaces layers too")
     callbacks = callbacks_of(trainer)
     for position, other in enumerate(callbacks):
-        kinds = {kind.__name__ for kind in type(other).__mro__}
-        if "ModelPruning" in kinds:
+        if _is_a(other, "ModelPruning"):
             raise ValueError(f"{us} does not work with {type(other).__name__}: both change the same weights")
-        if kinds & set(AVERAGING) and position < callbacks.index(callback):
+        if _is_a(other, *AVERAGING) and position < callbacks.index(callback):
             raise ValueError(
                 f"{type(other).__name__} is before {us} in `callbacks` and would average the dense weights: put it "
                 "after"
@@ -49,7 +48,12 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
 
 def averages_weights(trainer: Trainer) -> bool:
     """Whether a callback of Lightning's averages the parameters over time."""
-    return any({kind.__name__ for kind in type(other).__mro__} & set(AVERAGING) for other in callbacks_of(trainer))
+    return any(_is_a(other, *AVERAGING) for other in callbacks_of(trainer))
+
+
+def _is_a(callback: Callback, *names: str) -> bool:
+    """Whether a callback is of a class of one of these names, of `lightning` or of `pytorch_lightning`."""
+    return any(kind.__name__ in names for kind in type(callback).__mro__)
 
 
 # Attributes that Trainer's constructor sets without an annotation.

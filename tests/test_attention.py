@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from helpers import assert_same
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from models import quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
@@ -223,19 +224,10 @@ def batches(count=8):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
 
 
-def fit(module, folder, epochs=2, ckpt_path=None, **options):
+def fit(module, *callbacks, ckpt_path=None, final="factored", **trainer):
     torch.manual_seed(1)
-    callback = SVDTrainingCallback(target_macs=0.5, **options)
-    trainer = Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        callbacks=[callback],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
+    callback = SVDTrainingCallback(target_macs=0.5, final=final)
+    trainer = quiet_trainer(callbacks=[callback, *callbacks], **({"max_epochs": 2} | trainer))
     trainer.fit(module, batches(), ckpt_path=ckpt_path)
     return trainer, callback
 
@@ -244,7 +236,7 @@ def test_a_fit_leaves_low_rank_attention_and_files_with_torchs_names(tmp_path):
     torch.manual_seed(0)
     module = Encoder()
     names = set(module.state_dict())
-    trainer, callback = fit(module, tmp_path)
+    trainer, callback = fit(module)
     assert any(".self_attn." in name for name in low_rank_pairs(module))
     assert callback.report.macs_ratio <= 0.5
     trainer.save_checkpoint(tmp_path / "end.ckpt")
@@ -263,7 +255,7 @@ def test_a_fit_leaves_low_rank_attention_and_files_with_torchs_names(tmp_path):
 
 def test_its_checkpoint_opens_without_the_package(tmp_path):
     torch.manual_seed(0)
-    trainer, _ = fit(Encoder(), tmp_path)
+    trainer, _ = fit(Encoder())
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     program = """
 import sys, torch
@@ -283,20 +275,11 @@ assert "lightning_svd" not in sys.modules
 def test_a_run_resumes_exactly(tmp_path, final):
     def run(ckpt_path=None):
         torch.manual_seed(0)
-        module = Encoder()
-        callbacks = [SVDTrainingCallback(target_macs=0.5, final=final)]
+        module, callbacks = Encoder(), []
         if ckpt_path is None:
-            callbacks.append(ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1))
-        trainer = Trainer(
-            max_epochs=4,
-            accelerator="cpu",
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=ckpt_path is None,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, batches(), ckpt_path=ckpt_path)
+            callbacks = [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
+        options = {"max_epochs": 4, "enable_checkpointing": ckpt_path is None}
+        fit(module, *callbacks, ckpt_path=ckpt_path, final=final, **options)
         return module
 
     straight = run()
@@ -310,7 +293,7 @@ def test_a_run_resumes_exactly(tmp_path, final):
 def test_a_file_that_does_not_fit_leaves_the_model_in_one_piece(tmp_path):
     torch.manual_seed(0)
     module = Encoder()
-    fit(module, tmp_path)
+    fit(module)
     path = save_low_rank(module, tmp_path / "small.safetensors")
     other = Encoder()
     other.head = nn.Linear(16, 5)

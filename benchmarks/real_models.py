@@ -161,6 +161,19 @@ class Translator(nn.Module):
         return self.head(self.transformer(self.embed(source), self.embed(target)))
 
 
+class LanguageModel(nn.Module):
+    """Embedding, two layers of LSTM, head (Zaremba et al. 2014): what the paper's authors trained too."""
+
+    def __init__(self, width: int = 96) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, width)
+        self.lstm = nn.LSTM(width, width, 2, batch_first=True)
+        self.head = nn.Linear(width, WORDS)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(text))[0])
+
+
 class UNet(nn.Module):
     """Down and up again with shortcuts and transposed convolutions (Ronneberger et al. 2015)."""
 
@@ -225,6 +238,7 @@ MODELS: dict[str, Callable[[], Built]] = {
     "ViT": vit,
     "ConvNeXt": convnext,
     "Transformer (torch)": lambda: (Translator(), (words(), words(12))),
+    "LSTM language model": lambda: (LanguageModel(), (words(),)),
     "spiking net (snntorch)": spiking,
     "U-Net": lambda: (UNet(), (images(),)),
     "ResNet-18, a quarter as wide": lambda: (nets.resnet(3, 10, 16, (2, 2, 2, 2)), (images(),)),

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.attention import has_attention, join_state, split_prefixes, split_state
+from lightning_svd.compounds import join_states, split_prefixes, split_states
 from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
 from lightning_svd.layers import svd_layer
@@ -57,10 +57,7 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
                 dense[f"{prefix}bias"] = dense.pop(f"{prefix}1.bias")
             mode = view_of(pair).conv_mode
             exact[name] = {"first": first, "second": second, "rank": rank_of(pair), "conv_mode": mode}
-    for prefix in split_prefixes(module):
-        if f"{prefix}q_proj.weight" in dense:
-            dense = join_state(dense, prefix)
-    return dense, exact
+    return join_states(module, dense), exact
 
 
 def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, Any]) -> State:
@@ -136,7 +133,7 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
         state: A dense state dict.
         exact: The factors beside it; empty for a weights-only file.
     """
-    split = {prefix for prefix in split_prefixes(module) if has_attention(state, prefix)}
+    split = {(prefix, kind) for prefix, kind in split_prefixes(module) if kind.is_whole_in(state, prefix)}
     state = split_states(module, state)
     layers: dict[str, nn.Module] = {**svd_layers(module), **low_rank_pairs(module)}
     for name, layer in [*under_every_name(module, layers)]:
@@ -151,18 +148,9 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
         become(layer, twin)
         state |= {f"{prefix}{key}": value for key, value in twin.state_dict().items()}
     settle(module)
-    for prefix in split - {*split_prefixes(module)}:
-        state = join_state(state, prefix)
+    for prefix, kind in split - {*split_prefixes(module)}:
+        state = kind.join_state(state, prefix)
     return state
-
-
-def split_states(module: nn.Module, state: Mapping[str, Any]) -> State:
-    """A dense state dict with the names that the attentions in ``module`` have that are taken apart."""
-    split = dict(state)
-    for prefix in split_prefixes(module):
-        if has_attention(split, prefix):
-            split = split_state(split, prefix)
-    return split
 
 
 def low_rank_twin(plain: Any, entry: Mapping[str, Any]) -> nn.Module:

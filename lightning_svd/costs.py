@@ -1,7 +1,7 @@
 """What a model costs: multiply-accumulates and parameters, dense and at any rank.
 
 MACs are what :class:`torch.utils.flop_counter.FlopCounterMode` counts, halved: everything that multiplies matrices or
-convolves, decomposed or not, attention products included.
+convolves, decomposed or not, the products in the kernels of attention and recurrent nets included.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_svd.compounds import below
 from lightning_svd.layers import SVDLayer
+from lightning_svd.recurrent import SplitRecurrent
 
 Unit = Literal["macs", "params"]
 
@@ -171,8 +174,22 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     return int(2 * batch * heads * queries * key[-2] * (width + value[-1]))
 
 
-# torch counts attention's kernels on CUDA and its plain products, but not the fused kernel on the CPU.
-_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _recurrent_flops(data: Any, *weights: Any, **_: Any) -> int:
+    """Products of an LSTM's kernel on the CPU: one layer in one direction, data (steps, rows, width)."""
+    return int(2 * prod(data[:-1]) * sum(prod(weight) for weight in weights[:2]))
+
+
+def _cudnn_recurrent_flops(data: Any, weights: Any, *_: Any, **__: Any) -> int:
+    """Products of a recurrent net's kernel on CUDA, all layers: data (..., width)."""
+    return int(2 * prod(data[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2))
+
+
+# What torch's own counter leaves out. It knows attention's kernels on CUDA and plain products.
+_MORE_FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent_flops,
+    torch.ops.aten._cudnn_rnn: _cudnn_recurrent_flops,
+}
 
 
 @dataclass
@@ -192,6 +209,7 @@ class CostMeter:
     _reads: dict[str, int] = field(default_factory=dict)
     _inside: int = 0
     _before: int = 0
+    _beside: int = 0
 
     def __enter__(self) -> CostMeter:
         self._handles: list[RemovableHandle] = []
@@ -200,6 +218,10 @@ class CostMeter:
             self._reads[name] = layer.weight_reads
             self._handles.append(layer.register_forward_pre_hook(self._entering(name), with_kwargs=True))
             self._handles.append(layer.register_forward_hook(self._leaving))
+        for name, module in self.module.named_modules():
+            if isinstance(module, SplitRecurrent):
+                self._handles.append(module.register_forward_pre_hook(self._entering_recurrent(name), with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._leaving))
         self._counter = FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS)
         self._counter.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -227,6 +249,18 @@ class CostMeter:
 
         return note_shape
 
+    def _entering_recurrent(self, name: str) -> Any:
+        def note_shapes(module: SplitRecurrent, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for part, shape in module.input_shapes((*args, *kwargs.values())[0]).items():
+                layer = module.get_submodule(part)
+                if isinstance(layer, SVDLayer):
+                    self._shapes[below(name, part)].append(shape)
+                else:
+                    self._beside += shape[0] * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
+            self._before = self._counter.get_total_flops()
+
+        return note_shapes
+
     def _leaving(self, layer: nn.Module, args: Any, output: Any) -> None:
         self._inside += self._counter.get_total_flops() - self._before
 
@@ -248,5 +282,5 @@ class CostMeter:
             )
             for name, layer in self._layers.items()
         }
-        other = (self._counter.get_total_flops() - self._inside) // 2
+        other = (self._counter.get_total_flops() - self._inside) // 2 + self._beside
         return ModelCost(layers, params.other_params, other, batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.attention import split_state
+from lightning_svd.compounds import split_everywhere
 from lightning_svd.costs import LayerCost, ModelCost, Unit, count_costs, count_params, svd_layers
 from lightning_svd.factorization import effective_rank, energy_rank, stable_rank, wide
 from lightning_svd.pairs import low_rank_pairs, rank_of, view_of
@@ -65,10 +65,7 @@ def inspect_weights(
     Raises:
         ValueError: If no budget so small can be met.
     """
-    for name in [*weights]:
-        prefix = name.removesuffix("in_proj_weight")
-        if prefix != name and (not prefix or prefix.endswith(".")):
-            weights = split_state(weights, prefix)  # torch's attention modules, each projection for itself
+    weights = split_everywhere(weights)
     matrices = {
         name.removesuffix("weight").removesuffix("."): wide(tensor.flatten(1))
         for name, tensor in weights.items()

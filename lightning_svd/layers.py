@@ -7,6 +7,7 @@ two ways: rebuild W and apply it once, or apply the two factors one after the ot
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_svd.factorization import Factors, reconstruct, svd, truncate, wide
-from lightning_svd.pairs import bias_of, empty_dense, factored_pair, fill
+from lightning_svd.pairs import bias_of, empty_dense, factored_pair, fill, is_pair, merged_weight
 from lightning_svd.views import CONVOLUTIONS, Half, View
 
 
@@ -306,8 +307,13 @@ class SVDLinear(SVDLayer):
         return F.linear(x, reconstruct(*self.factors()), self.bias)
 
     def forward_factored(self, x: Tensor) -> Tensor:
+        return self.as_function()(x)
+
+    def as_function(self) -> Callable[[Tensor], Tensor]:
+        """:meth:`forward_factored` for many calls, for which the kept ranks are gathered once."""
         U, s, V = self.factors()
-        return F.linear(F.linear(x, V.mT), U * s, self.bias)
+        left, right = U * s, V.mT
+        return lambda x: F.linear(F.linear(x, right), left, self.bias)
 
     @property
     def in_features(self) -> int:
@@ -415,6 +421,14 @@ def svd_layer(
         return SVDConv(layer, conv_mode, name, factors)
     kind = SVDEmbedding if isinstance(layer, nn.Embedding) else SVDLinear
     return kind(layer, name, factors)
+
+
+def dense_weight(layer: Any) -> Tensor:
+    """The dense weight of a layer that is plain, factorised, or a pair of plain ones; differentiable."""
+    if isinstance(layer, SVDLayer):
+        return layer.fold(layer.factors())
+    weight: Tensor = merged_weight(layer, layer[0].weight, layer[1].weight) if is_pair(layer) else layer.weight
+    return weight
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, half: Half) -> Tensor:

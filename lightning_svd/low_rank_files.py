@@ -19,13 +19,13 @@ from lightning_svd.checkpoints import (
     VERSION,
     check_version,
     low_rank_twin,
-    split_states,
     under_every_name,
     weight_of,
 )
+from lightning_svd.compounds import split_states
 from lightning_svd.costs import svd_layers
 from lightning_svd.pairs import bias_of, factored_pair, low_rank_pairs, rank_of, view_of
-from lightning_svd.surgery import attentions_split, become, settle, to_factored
+from lightning_svd.surgery import become, compounds_split, settle, to_factored
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -81,7 +81,7 @@ def load_low_rank_checkpoint(module: ModuleT, checkpoint: dict[str, Any], path: 
     check_version(beside["version"], str(path))
     _check_shapes(_tensors(module.state_dict(keep_vars=True)), {key: tuple(v.shape) for key, v in state.items()}, path)
     modes = {name: entry["conv_mode"] for name, entry in beside["layers"].items()}
-    with attentions_split(module, modes):
+    with compounds_split(module, modes):
         layers = {name: _plain_layer(module, name, mode, path) for name, mode in modes.items()}
         module.load_state_dict(split_states(module, state))
         for name, layer in layers.items():
@@ -112,7 +112,7 @@ def _load_safetensors(module: ModuleT, path: str | Path) -> ModuleT:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     entries = _entries(header, path)
-    with attentions_split(module, entries):
+    with compounds_split(module, entries):
         pairs = {name: _pair_for(module, name, entry, path) for name, entry in entries.items()}
         _check_shapes(_state_with(module, pairs), shapes, path)
         for name, pair in pairs.items():

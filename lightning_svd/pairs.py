@@ -85,9 +85,9 @@ def _empty(half: Half, inputs: int, outputs: int, bias: bool) -> nn.Module:
     return half.layer_type(inputs, outputs, *kernel, **half.geometry, bias=bias, device="meta")
 
 
-def bias_of(layer: nn.Module) -> nn.Parameter | None:
-    """A layer's bias; None where it has none, as an embedding never has."""
-    bias: nn.Parameter | None = getattr(layer, "bias", None)
+def bias_of(layer: Any) -> nn.Parameter | None:
+    """The bias of a layer or a pair; None where it has none, as an embedding never has."""
+    bias: nn.Parameter | None = getattr(layer[1] if is_pair(layer) else layer, "bias", None)
     return bias
 
 

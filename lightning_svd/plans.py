@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_svd.arguments import check_count, check_rank_pattern
-from lightning_svd.attention import PARTS, below, is_whole, projections, why_not_split
+from lightning_svd.compounds import below, linears_of, why_not_split
 from lightning_svd.layers import SVDLayer
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
@@ -96,11 +96,12 @@ def plan(
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Whatever has a weight matrix, by name; of an attention module the projections, as if it were taken apart."""
+    """Whatever has a weight matrix, by name; of attention and recurrent modules the parts, as if taken apart."""
     layers: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
-        if is_whole(child):
-            layers |= {below(name, part): layer for part, layer in projections(child).items()}
+        parts = linears_of(child)
+        if parts:
+            layers |= {below(name, part): layer for part, layer in parts.items()}
         elif name not in layers and (_holds_matrix(child) or isinstance(child, SVDLayer)):
             layers[name] = child
     return layers
@@ -167,8 +168,9 @@ class _Reasons:
 
     def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str) -> None:
         self.targeted, self.excluded, self.conv_mode = targeted, excluded, conv_mode
-        whole = {name: child for name, child in module.named_modules() if is_whole(child)}
-        self.attentions = {below(name, part): attention for name, attention in whole.items() for part in PARTS}
+        self.compounds = {
+            below(name, part): child for name, child in module.named_modules() for part in linears_of(child)
+        }
         self.owners = Counter(
             id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
         )
@@ -196,11 +198,11 @@ class _Reasons:
             yield f"subclass of {kind.__name__}, which may have a forward of its own"
         if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None or layer.scale_grad_by_freq):
             yield "an Embedding with `sparse`, `max_norm` or `scale_grad_by_freq`"
-        attention = self.attentions.get(name)
-        reason = why_not_split(attention) if attention is not None else None
+        compound = self.compounds.get(name)
+        reason = why_not_split(compound) if compound is not None else None
         if reason:
             yield reason
-        if any(self.owners[id(p)] > 1 for p in (weight, getattr(attention, "in_proj_weight", None))):
+        if any(self.owners[id(p)] > 1 for p in (weight, getattr(compound, "in_proj_weight", None))):
             yield "weight tied to another module's"
         if _break_even(*_view_in(layer, self.conv_mode).matrix_shape) == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_svd.attention import PARTS, SplitAttention, can_join, joined
+from lightning_svd.compounds import can_split, linears_of, split
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDLayer, svd_layer
 from lightning_svd.pairs import MARK, is_pair, low_rank_pairs, merged
+from lightning_svd.parts import InParts
 from lightning_svd.plans import LayerPlan, Targets, plan
+from lightning_svd.recurrent import OWN_ATTRIBUTES
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -55,7 +57,7 @@ def decompose(
     if all(layer.skipped for layer in layer_plans):
         raise ValueError(_nothing_to_do(module, layer_plans))
     chosen = [layer for layer in layer_plans if not layer.skipped]
-    with attentions_split(module, [layer.name for layer in chosen]):
+    with compounds_split(module, [layer.name for layer in chosen]):
         layers = [module.get_submodule(layer.name) for layer in chosen]
         # All SVDs before the first change, so that a weight that is refused leaves the module as it was.
         twins = [
@@ -69,12 +71,12 @@ def decompose(
 
 
 @contextmanager
-def attentions_split(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """The attention modules of which these layers are parts are taken apart from now on, unless an error follows."""
-    owners = {id(owner): owner for name in names if (owner := _attention_of(module, name)) is not None}
+def compounds_split(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """The modules of which these layers are parts are taken apart from now on, unless an error follows."""
+    owners = {id(owner): owner for name in names if (owner := _whole_owner(module, name)) is not None}
     before = [(owner, copy.copy(owner)) for owner in owners.values()]
     for owner in owners.values():
-        become(owner, SplitAttention(owner))
+        become(owner, split(owner))
     try:
         yield
     except BaseException:
@@ -83,14 +85,14 @@ def attentions_split(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
         raise
 
 
-def _attention_of(module: nn.Module, name: str) -> nn.MultiheadAttention | None:
-    """The attention module, still in one piece, that has or would have a part of this name."""
+def _whole_owner(module: nn.Module, name: str) -> nn.Module | None:
+    """The attention or recurrent module, still in one piece, that would have a part of this name."""
     owner, _, part = name.rpartition(".")
     try:
         found = module.get_submodule(owner)
     except AttributeError:
         return None
-    return found if part in PARTS and type(found) is nn.MultiheadAttention else None
+    return found if can_split(found) and part in linears_of(found) else None
 
 
 def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
@@ -179,11 +181,11 @@ _USERS = "lightning_svd_fast_path"  # where the attribute's own value waits mean
 
 
 def settle(module: ModuleT) -> ModuleT:
-    """Have torch's attention and encoder modules fit the layers that are now in them.
+    """Have torch's modules fit the layers that are now in them.
 
-    An attention module of plain layers is put together again. A transformer encoder's fast paths, which read the
-    weights of linear layers and compute what the layers would, are off where one is low-rank, and as they were where
-    none is.
+    An attention or recurrent module of plain layers is put together again. A transformer encoder's fast paths, which
+    read the weights of linear layers and compute what the layers would, are off where one is low-rank, and as they were
+    where none is.
 
     Args:
         module: Changed in place, after its layers were.
@@ -192,8 +194,8 @@ def settle(module: ModuleT) -> ModuleT:
         ``module``.
     """
     for child in [*module.modules()]:
-        if isinstance(child, SplitAttention) and can_join(child):
-            become(child, joined(child))
+        if isinstance(child, InParts) and child.can_join():
+            become(child, child.joined())
     for parent in module.modules():
         for kind, (attribute, off) in _FAST_PATHS.items():
             if isinstance(parent, kind):
@@ -208,7 +210,7 @@ def settle(module: ModuleT) -> ModuleT:
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks and the training flag among them
-_OF_SVD_LAYERS = ("kept", "view", "weight_reads", "merged", "stays_whole", MARK)
+_OF_ONE_FORM = ("kept", "view", "weight_reads", "merged", "stays_whole", MARK, *OWN_ATTRIBUTES)
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:
@@ -216,7 +218,7 @@ def become(module: nn.Module, twin: nn.Module) -> None:
 
     The only place that touches nn.Module's private containers: torch has no public way to change a module's class.
     """
-    for attribute in _OF_SVD_LAYERS:
+    for attribute in _OF_ONE_FORM:
         vars(module).pop(attribute, None)
     for key, value in vars(twin).items():
         if key in _CONTAINERS or key not in _OF_EVERY_MODULE:

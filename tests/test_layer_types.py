@@ -166,8 +166,8 @@ def test_exported_and_compiled_forms_compute_the_same(kind, conv_mode):
     plain, x = to_factored(net).layer.eval(), inputs(net)
     expected = plain(x)
     exported = torch.export.export(plain, (x,)).module()
-    traced = torch.jit.trace(plain, x)
-    for form in (exported, traced):
+    traced, scripted = torch.jit.trace(plain, x), torch.jit.script(plain)
+    for form in (exported, traced, scripted):
         assert_same(form(x), expected, net.layer.matrix_shape)
     half = copy.deepcopy(plain).to(torch.bfloat16)
     assert_same(half(x.to(torch.bfloat16)), expected.to(torch.bfloat16), net.layer.matrix_shape, factor=2)

@@ -2,18 +2,12 @@
 
 import copy
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import assert_same
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import quiet_trainer
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.attention import SplitAttention
 from lightning_svd.costs import svd_layers
 from lightning_svd.inspection import inspect_weights
@@ -195,113 +189,6 @@ def test_attention_without_low_rank_projections_is_torchs_own_again():
     assert type(dense) is nn.MultiheadAttention
     x = torch.randn(2, 5, 16).double()
     assert_same(dense(x, x, x)[0], factored(x, x, x)[0], (8, 16))
-
-
-class Encoder(LightningModule):
-    """torch's encoder, and a head."""
-
-    def __init__(self):
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.head(self.encoder(x).mean(1))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self(x), y)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-2)
-
-
-def batches(count=8):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count * 8, 6, 16, generator=generator)
-    y = x.mean((1, 2)).mul(8).long().clamp(-1, 1) + 1
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
-
-
-def fit(module, *callbacks, ckpt_path=None, final="factored", **trainer):
-    torch.manual_seed(1)
-    callback = SVDTrainingCallback(target_macs=0.5, final=final)
-    trainer = quiet_trainer(callbacks=[callback, *callbacks], **({"max_epochs": 2} | trainer))
-    trainer.fit(module, batches(), ckpt_path=ckpt_path)
-    return trainer, callback
-
-
-def test_a_fit_leaves_low_rank_attention_and_files_with_torchs_names(tmp_path):
-    torch.manual_seed(0)
-    module = Encoder()
-    names = set(module.state_dict())
-    trainer, callback = fit(module)
-    assert any(".self_attn." in name for name in low_rank_pairs(module))
-    assert callback.report.macs_ratio <= 0.5
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
-    assert set(saved) == names
-
-    x = torch.randn(4, 6, 16)
-    module.eval()
-    fresh = Encoder.load_from_checkpoint(tmp_path / "end.ckpt").eval()
-    assert_same(fresh(x), module(x), (32, 32))
-    for path in (tmp_path / "end.ckpt", save_low_rank(module, tmp_path / "small.safetensors")):
-        loaded = load_low_rank(Encoder(), path).eval()
-        assert_same(loaded(x), module(x), (32, 32))
-        assert {*low_rank_pairs(loaded)} == {*low_rank_pairs(module)}
-
-
-def test_its_checkpoint_opens_without_the_package(tmp_path):
-    torch.manual_seed(0)
-    trainer, _ = fit(Encoder())
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    program = """
-import sys, torch
-from torch import nn
-state = torch.load(sys.argv[1], weights_only=True)["state_dict"]
-layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-encoder = nn.TransformerEncoder(layer, 2)
-encoder.load_state_dict({k[8:]: v for k, v in state.items() if k.startswith("encoder.")})
-assert "lightning_svd" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", program, tmp_path / "end.ckpt"], check=True)
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
-def test_a_run_resumes_exactly(tmp_path, final):
-    def run(ckpt_path=None):
-        torch.manual_seed(0)
-        module, callbacks = Encoder(), []
-        if ckpt_path is None:
-            callbacks = [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
-        options = {"max_epochs": 5, "enable_checkpointing": ckpt_path is None}
-        fit(module, *callbacks, ckpt_path=ckpt_path, final=final, **options)
-        return module
-
-    straight = run()
-    for step in (16, 24, 32):  # before ranks fall, while they do, and after
-        again = run(tmp_path / f"step={step}.ckpt")
-        state = straight.state_dict()
-        assert again.state_dict().keys() == state.keys()
-        assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items()), step
-
-
-def test_a_file_that_does_not_fit_leaves_the_model_in_one_piece(tmp_path):
-    torch.manual_seed(0)
-    module = Encoder()
-    fit(module)
-    path = save_low_rank(module, tmp_path / "small.safetensors")
-    other = Encoder()
-    other.head = nn.Linear(16, 5)
-    parameters = {name: id(p) for name, p in other.named_parameters()}
-    with pytest.raises(ValueError, match=r"head\."):
-        load_low_rank(other, path)
-    assert {name: id(p) for name, p in other.named_parameters()} == parameters
-    assert type(other.encoder.layers[0].self_attn) is nn.MultiheadAttention
 
 
 def test_spectra_of_a_plain_model_are_read_projection_by_projection():

@@ -6,16 +6,11 @@ import itertools
 import pytest
 import torch
 from helpers import assert_same
-from lightning.pytorch import LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import quiet_trainer
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.costs import count_costs, svd_layers
 from lightning_svd.inspection import inspect_weights
-from lightning_svd.pairs import low_rank_pairs
 from lightning_svd.parts import InParts
 from lightning_svd.plans import plan
 from lightning_svd.recurrent import SplitCell, SplitRecurrent
@@ -257,84 +252,6 @@ def test_spectra_of_a_plain_model_are_read_matrix_by_matrix():
     assert set(inspected) == {"0.ih_l0", "0.hh_l0"}
     expected = torch.linalg.svdvals(model[0].weight_hh_l0.detach())
     assert_same(torch.tensor(inspected["0.hh_l0"]), expected, (48, 12))
-
-
-class Reader(LightningModule):
-    """Reads a sequence in both directions."""
-
-    def __init__(self, kind=nn.LSTM):
-        super().__init__()
-        self.reader = kind(8, 16, 2, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(32, 3)
-
-    def forward(self, x):
-        return self.head(self.reader(x)[0].mean(1))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.cross_entropy(self(x), y)
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), 1e-2)
-
-
-def batches(count=8):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count * 8, 6, 8, generator=generator)
-    y = x.mean((1, 2)).mul(8).long().clamp(-1, 1) + 1
-    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=8)
-
-
-def fit(module, *callbacks, ckpt_path=None, final="factored", **trainer):
-    torch.manual_seed(1)
-    callback = SVDTrainingCallback(target_macs=0.4, final=final)
-    trainer = quiet_trainer(callbacks=[callback, *callbacks], **({"max_epochs": 2} | trainer))
-    trainer.fit(module, batches(), ckpt_path=ckpt_path)
-    return trainer, callback
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_fit_leaves_low_rank_matrices_and_files_with_torchs_names(tmp_path, kind):
-    torch.manual_seed(0)
-    module = Reader(kind)
-    names = set(module.state_dict())
-    trainer, callback = fit(module)
-    assert callback.report.macs_ratio <= 0.4
-    assert {name.split(".")[1][:2] for name in low_rank_pairs(module) if name.startswith("reader")} == {"ih", "hh"}
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
-    assert set(saved) == names
-
-    x = torch.randn(4, 6, 8)
-    module.eval()
-    fresh = Reader.load_from_checkpoint(tmp_path / "end.ckpt", kind=kind).eval()
-    assert type(fresh.reader) is kind
-    assert_same(fresh(x), module(x), (64, 64))
-    for path in (tmp_path / "end.ckpt", save_low_rank(module, tmp_path / "small.safetensors")):
-        loaded = load_low_rank(Reader(kind), path).eval()
-        assert_same(loaded(x), module(x), (64, 64))
-        assert {*low_rank_pairs(loaded)} == {*low_rank_pairs(module)}
-
-
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
-def test_a_run_resumes_exactly(tmp_path, final):
-    def run(ckpt_path=None):
-        torch.manual_seed(0)
-        module, callbacks = Reader(), []
-        if ckpt_path is None:
-            callbacks = [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)]
-        options = {"max_epochs": 5, "enable_checkpointing": ckpt_path is None}
-        fit(module, *callbacks, ckpt_path=ckpt_path, final=final, **options)
-        return module
-
-    straight = run()
-    for step in (16, 24, 32):  # before ranks fall, while they do, and after
-        again = run(tmp_path / f"step={step}.ckpt")
-        state = straight.state_dict()
-        assert again.state_dict().keys() == state.keys()
-        assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items()), step
 
 
 def test_a_packed_batch_comes_back_packed():

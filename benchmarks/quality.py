@@ -20,8 +20,10 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -426,10 +428,17 @@ def work(method: str, settings: list[Setting], threads: int) -> list[Row]:
     return [measure(method, setting) for setting in settings]
 
 
+def end_with_parent() -> None:
+    """Have this process end when the one that started it has ended, by whatever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def run_all(units: Iterable[tuple[str, list[Setting]]], jobs: int, threads: int) -> Iterator[list[Row]]:
     """The rows of each unit of work as soon as they are there."""
     units = list(units)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
         futures = [pool.submit(work, method, settings, threads) for method, settings in units]
         for done, future in enumerate(as_completed(futures), 1):
             yield future.result()

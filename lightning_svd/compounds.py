@@ -37,9 +37,11 @@ def linears_of(module: nn.Module) -> dict[str, nn.Linear]:
 def why_not_split(module: nn.Module) -> str | None:
     """Why a module in one piece cannot be taken apart; None if it can."""
     base = _base_of(module)
-    if base is None or type(module) is base:
-        return KINDS[base].why_not(module) if base else None
-    return f"in a subclass of {base.__name__}, which may have a forward of its own"
+    if base is None:
+        return None
+    if type(module) is not base:
+        return f"in a subclass of {base.__name__}, which may have a forward of its own"
+    return KINDS[base].why_not(module)
 
 
 def can_split(module: nn.Module) -> bool:

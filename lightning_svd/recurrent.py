@@ -28,7 +28,7 @@ _KERNELS: dict[str, Any] = {
 }
 CELLS: tuple[Any, ...] = (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 # What is not for the other form to keep: torch's flat list of weights, and what a cell was.
-OWN_ATTRIBUTES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "kind")
+OWN_ATTRIBUTES = ("_flat_weights", "_flat_weights_names", "_flat_weight_refs", "_all_weights", "cell_type")
 _OF_TORCH = re.compile(r"(weight|bias)_((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)")
 _OF_LAYERS = re.compile(r"((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)\.(weight|bias)")
 
@@ -317,12 +317,12 @@ class SplitCell(_Split):
     def __init__(self, whole: nn.Module) -> None:
         """Take ``whole`` apart; it is left unchanged, and its parameters are shared."""
         super().__init__(whole)
-        self.kind: Any = next(kind for kind in CELLS if isinstance(whole, kind))
+        self.cell_type: Any = next(kind for kind in CELLS if isinstance(whole, kind))
 
     @property
     def mode(self) -> str:
         """As of :func:`step`."""
-        return {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}.get(self.kind) or f"RNN_{self.nonlinearity.upper()}"
+        return {nn.LSTMCell: "LSTM", nn.GRUCell: "GRU"}.get(self.cell_type) or f"RNN_{self.nonlinearity.upper()}"
 
     def forward(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -337,5 +337,5 @@ class SplitCell(_Split):
         return (states[0], states[1]) if lstm else states[0]
 
     def joined(self) -> nn.Module:
-        options = {"nonlinearity": self.nonlinearity} if self.kind is nn.RNNCell else {}
-        return self._fill(self.kind(self.input_size, self.hidden_size, self.bias, **options, device="meta"))
+        options = {"nonlinearity": self.nonlinearity} if self.cell_type is nn.RNNCell else {}
+        return self._fill(self.cell_type(self.input_size, self.hidden_size, self.bias, **options, device="meta"))

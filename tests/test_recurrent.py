@@ -157,6 +157,31 @@ def test_under_autocast(finish):
     assert (low.float() - module(x)[0]).abs().max() < 0.05
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_dtype_there_and_back(kind, dtype):
+    whole = recurrent(kind, num_layers=2).to(dtype)
+    pairs = to_factored(taken_apart(whole, rank=2))
+    dense = to_dense(pairs)
+    assert {p.dtype for p in [*pairs.parameters(), *dense.parameters()]} == {dtype}
+    x = inputs(batch_first=False)[0].to(dtype)
+    for ours, theirs in zip(flat(pairs(x)), flat(dense(x)), strict=True):
+        assert ours.dtype == dtype
+        assert_same(ours, theirs, (8 * STEPS, 8 * STEPS), factor=2 if dtype.itemsize == 2 else 32)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are checked, as they are when it is traced
+@pytest.mark.parametrize("kind", KINDS)
+def test_exported_forms_compute_the_same(kind):
+    pairs = to_factored(taken_apart(recurrent(kind, num_layers=2, bidirectional=True), rank=2)).eval()
+    x = inputs(batch_first=False)[0]
+    exported = torch.export.export(pairs, (x,)).module()
+    for form in (exported, torch.jit.trace(pairs, x)):
+        assert_alike(form(x), pairs(x))
+
+
 def test_attributes_that_users_read_are_there():
     split = taken_apart(recurrent(num_layers=2, bidirectional=True))
     split.flatten_parameters()

@@ -24,13 +24,16 @@ import casts
 import latency
 import quality
 import real_models
+import recurrent
 import scale
 import step_cost
 import whole_run
 
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
-SCRIPTS = {script.__name__: script for script in (step_cost, whole_run, latency, scale, quality, real_models, casts)}
+SCRIPTS = {
+    script.__name__: script for script in (step_cost, whole_run, latency, scale, recurrent, quality, real_models, casts)
+}
 # By the benchmark; the others are on the first page.
 PAGES = {"quality": "quality.md", "real_models": "models.md", "casts": "models.md"}
 

@@ -1,5 +1,6 @@
 """The performance benchmarks run, count what they say they count, and their page is what their results say."""
 
+import itertools
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ import latency
 import nets
 import pages
 import pytest
+import recurrent
 import scale
 import step_cost
 import torch
@@ -186,6 +188,12 @@ def test_casts_of_both_models_are_tested_and_weighed(tmp_path, monkeypatch):
     for form in ("dense", "low-rank"):
         assert sizes[form, "int8, dynamic"] < sizes[form, "float16"] < 0.6 * sizes[form, "float32"]
     assert sizes["low-rank", "float32"] < 0.5 * sizes["dense", "float32"]
+
+
+def test_an_lstm_is_timed_in_every_form(tmp_path):
+    rows = rows_written(recurrent.main, tmp_path / "r.json", "--rounds", "1", "--widths", "8")["rows"]
+    assert [(row["way"], row["variant"]) for row in rows] == [*itertools.product(recurrent.WAYS, recurrent.variants(8))]
+    assert all(row["ratio"] == 1.0 for row in rows if row["variant"] == "dense")
 
 
 def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, monkeypatch):

@@ -38,6 +38,14 @@ CELLS = {
 }
 
 
+@pytest.fixture(params=[True, False], ids=["by steps", "by the kernel"])
+def by_steps(request, monkeypatch):
+    """Whether low-rank layers of these sizes take steps of their own."""
+    if request.param:
+        monkeypatch.setattr("lightning_svd.recurrent.SAVED_BY_KERNEL", 0)
+    return request.param
+
+
 def recurrent(kind="lstm", **options):
     torch.manual_seed(0)
     return KINDS[kind](INPUTS, HIDDEN, **options).double()
@@ -81,14 +89,15 @@ def assert_alike(one, other):
 
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_computes_what_torch_computes(kind, options):
-    """By torch's kernel at full rank, step by step as pairs, for every kind of input and first state."""
+def test_it_computes_what_torch_computes(kind, options, by_steps):
+    """At full rank, at a low one, and as pairs, for every kind of input and first state."""
     whole = recurrent(kind, **options)
     split, pruned = taken_apart(whole), taken_apart(whole, rank=2)
     pairs = to_factored(pruned)
     joined = to_dense(pairs)
     assert isinstance(split, SplitRecurrent) and isinstance(pairs, SplitRecurrent)
-    assert (split.fused, pruned.fused, pairs.fused) == (True, False, False) and type(joined) is type(whole)
+    assert (split.fused, pruned.fused, pairs.fused) == (True, not by_steps, not by_steps)
+    assert type(joined) is type(whole)
     for x in inputs(whole.batch_first):
         last = whole(x)[1]
         hidden = torch.randn_like(last) if isinstance(last, torch.Tensor) else tuple(map(torch.randn_like, last))
@@ -113,7 +122,7 @@ def test_cells_compute_what_torch_computes(kind, bias):
         assert_alike(pairs(x, state), joined(x, state))
 
 
-def test_a_wrong_input_is_refused_as_by_torch():
+def test_a_wrong_input_is_refused_as_by_torch(by_steps):
     whole = recurrent()
     x = torch.randn(STEPS, ROWS, INPUTS).double()
     state = torch.zeros(1, ROWS + 1, HIDDEN).double()
@@ -137,7 +146,7 @@ def test_gradients_reach_the_factors_as_they_reach_the_weights():
         assert_same(U.grad, getattr(whole, f"weight_{name}").grad @ V * s, (STEPS * 36, STEPS * 36))
 
 
-def test_dropout_acts_between_layers_in_training_only():
+def test_dropout_acts_between_layers_in_training_only(by_steps):
     whole = recurrent("gru", num_layers=2, dropout=0.5)
     x = inputs(batch_first=False)[0]
     for module in (taken_apart(whole), to_factored(taken_apart(whole, rank=2))):
@@ -149,7 +158,7 @@ def test_dropout_acts_between_layers_in_training_only():
 
 
 @pytest.mark.parametrize("finish", [copy.deepcopy, to_factored], ids=["factorised", "pairs"])
-def test_under_autocast(finish):
+def test_under_autocast(finish, by_steps):
     module = finish(taken_apart(recurrent().float(), rank=2))
     x = torch.randn(STEPS, ROWS, INPUTS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -160,7 +169,7 @@ def test_under_autocast(finish):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_dtype_there_and_back(kind, dtype):
+def test_every_dtype_there_and_back(kind, dtype, by_steps):
     whole = recurrent(kind, num_layers=2).to(dtype)
     pairs = to_factored(taken_apart(whole, rank=2))
     dense = to_dense(pairs)
@@ -174,7 +183,7 @@ def test_every_dtype_there_and_back(kind, dtype):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are checked, as they are when it is traced
 @pytest.mark.parametrize("kind", KINDS)
-def test_exported_forms_compute_the_same(kind):
+def test_exported_forms_compute_the_same(kind, by_steps):
     pairs = to_factored(taken_apart(recurrent(kind, num_layers=2, bidirectional=True), rank=2)).eval()
     x = inputs(batch_first=False)[0]
     exported = torch.export.export(pairs, (x,)).module()
@@ -191,7 +200,7 @@ def test_attributes_that_users_read_are_there():
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("form", ["dense", "factorised", "pruned", "pairs"])
-def test_products_are_counted_in_every_form(kind, form):
+def test_products_are_counted_in_every_form(kind, form, by_steps):
     model = nn.Sequential(recurrent(kind, num_layers=2, bidirectional=True).float())
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     x = torch.randn(STEPS, ROWS, INPUTS)
@@ -263,7 +272,7 @@ def test_only_the_chosen_matrices_are_factorised_and_frozen_ones_stay_frozen():
     assert not any(p.requires_grad for p in to_dense(whole).parameters())
 
 
-def test_a_module_that_moves_computes_as_before():
+def test_a_module_that_moves_computes_as_before(by_steps):
     pairs = to_factored(taken_apart(recurrent(), rank=2))
     dense = to_dense(pairs)
     x = inputs(batch_first=False)[0].float()
@@ -279,6 +288,6 @@ def test_spectra_of_a_plain_model_are_read_matrix_by_matrix():
     assert_same(torch.tensor(inspected["0.hh_l0"]), expected, (48, 12))
 
 
-def test_a_packed_batch_comes_back_packed():
+def test_a_packed_batch_comes_back_packed(by_steps):
     pairs = to_factored(taken_apart(recurrent(), rank=2))
     assert isinstance(pairs(inputs(batch_first=False)[2])[0], PackedSequence)

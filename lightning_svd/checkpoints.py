@@ -18,6 +18,7 @@ from lightning_svd.costs import svd_layers
 from lightning_svd.factorization import Factors, truncate
 from lightning_svd.layers import svd_layer
 from lightning_svd.pairs import bias_of, factored_pair, is_pair, low_rank_pairs, merged, merged_weight, rank_of, view_of
+from lightning_svd.parts import prefix_of
 from lightning_svd.surgery import become, settle
 from lightning_svd.views import View
 
@@ -41,7 +42,7 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
     """
     dense, exact = dict(state), {}
     for name, layer in under_every_name(module, svd_layers(module)):
-        prefix = f"{name}." if name else ""
+        prefix = prefix_of(name)
         if f"{prefix}U" in dense:
             factors = Factors(*(dense.pop(f"{prefix}{factor}") for factor in "UsV"))
             mask = layer.kept_mask()  # not the state's, which averaging may have blurred
@@ -49,7 +50,7 @@ def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> tuple[State, 
             dense[f"{prefix}weight"] = layer.fold(truncate(factors, mask.nonzero().squeeze(1).to(factors.s.device)))
             exact[name] = {**factors._asdict(), "mask": mask, "conv_mode": layer.conv_mode}
     for name, pair in under_every_name(module, low_rank_pairs(module)):
-        prefix = f"{name}." if name else ""
+        prefix = prefix_of(name)
         if f"{prefix}0.weight" in dense:
             first, second = dense.pop(f"{prefix}0.weight"), dense.pop(f"{prefix}1.weight")
             dense[f"{prefix}weight"] = merged_weight(pair, first, second)
@@ -81,7 +82,7 @@ def to_factored_state(module: nn.Module, state: Mapping[str, Any], exact: Mappin
     factored = split_states(module, state)
     # Pairs first: their two layers may be factorised in turn.
     for name, entry in sorted(exact.items(), key=lambda item: "first" not in item[1]):
-        prefix = f"{name}." if name else ""
+        prefix = prefix_of(name)
         del factored[f"{prefix}weight"]
         if "first" not in entry:
             factored |= {f"{prefix}{part}": entry[part] for part in ("U", "s", "V", "mask")}
@@ -137,7 +138,7 @@ def take_form(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, A
     state = split_states(module, state)
     layers: dict[str, nn.Module] = {**svd_layers(module), **low_rank_pairs(module)}
     for name, layer in [*under_every_name(module, layers)]:
-        prefix = f"{name}." if name else ""
+        prefix = prefix_of(name)
         if f"{prefix}weight" not in state:
             continue
         plain = merged(layer) if is_pair(layer) else layer.dense()  # type: ignore[operator]

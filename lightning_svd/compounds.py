@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from lightning_svd.attention import SplitAttention
-from lightning_svd.parts import InParts, State
+from lightning_svd.parts import InParts, State, prefix_of
 from lightning_svd.recurrent import SplitCell, SplitRecurrent
 
 KINDS: dict[type[nn.Module], type[InParts]] = {
@@ -44,19 +44,19 @@ def why_not_split(module: nn.Module) -> str | None:
     return KINDS[base].why_not(module)
 
 
-def can_split(module: nn.Module) -> bool:
-    """Whether ``module`` is in one piece and can be taken apart."""
-    return type(module) in KINDS and why_not_split(module) is None
+def owner_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The module in ``module``, still in one piece, that has or would have a part of this name; None if none has."""
+    owner, _, part = name.rpartition(".")
+    try:
+        found = module.get_submodule(owner)
+    except AttributeError:
+        return None
+    return found if part in linears_of(found) else None
 
 
 def split(module: nn.Module) -> InParts:
-    """What a module that :func:`can_split` becomes."""
+    """What a module becomes that nothing speaks against taking apart."""
     return KINDS[type(module)](module)
-
-
-def below(name: str, part: str) -> str:
-    """Name of a part of the module of this name."""
-    return f"{name}.{part}" if name else part
 
 
 # State dicts, in which a module has torch's own names or those of its layers
@@ -66,7 +66,7 @@ def split_prefixes(module: nn.Module) -> Iterator[tuple[str, type[InParts]]]:
     """Where in a state dict the modules stand that are taken apart, under every name they have, and their kind."""
     for name, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, InParts):
-            yield below(name, ""), type(child)
+            yield prefix_of(name), type(child)
 
 
 def join_states(module: nn.Module, state: Mapping[str, Tensor]) -> State:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from lightning_svd.compounds import below
 from lightning_svd.layers import SVDLayer
+from lightning_svd.parts import prefix_of
 from lightning_svd.recurrent import SplitRecurrent
 
 Unit = Literal["macs", "params"]
@@ -254,7 +254,7 @@ class CostMeter:
             for part, shape in module.input_shapes((*args, *kwargs.values())[0]).items():
                 layer = module.get_submodule(part)
                 if isinstance(layer, SVDLayer):
-                    self._shapes[below(name, part)].append(shape)
+                    self._shapes[prefix_of(name) + part].append(shape)
                 else:
                     self._beside += shape[0] * sum(p.numel() for p in layer.parameters() if p.ndim == 2)
             self._before = self._counter.get_total_flops()

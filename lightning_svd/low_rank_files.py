@@ -25,6 +25,7 @@ from lightning_svd.checkpoints import (
 from lightning_svd.compounds import split_states
 from lightning_svd.costs import svd_layers
 from lightning_svd.pairs import bias_of, factored_pair, low_rank_pairs, rank_of, view_of
+from lightning_svd.parts import prefix_of
 from lightning_svd.surgery import become, compounds_split, settle, to_factored
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
@@ -171,7 +172,7 @@ def _state_with(module: nn.Module, pairs: Mapping[str, nn.Sequential]) -> dict[s
     layers = {name: module.get_submodule(name) for name in pairs}
     pair_of = {id(layer): pairs[name] for name, layer in layers.items()}
     for name, layer in under_every_name(module, layers):
-        prefix = f"{name}." if name else ""
+        prefix = prefix_of(name)
         for key in ("weight", "bias"):
             state.pop(f"{prefix}{key}", None)
         state |= {f"{prefix}{key}": value for key, value in pair_of[id(layer)].state_dict(keep_vars=True).items()}

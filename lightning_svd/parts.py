@@ -57,8 +57,13 @@ class InParts(nn.Module):
         raise NotImplementedError
 
 
+def prefix_of(name: str) -> str:
+    """How the names begin of what is in the module of this name; "" for the model itself."""
+    return f"{name}." if name else ""
+
+
 def attributes_of(module: nn.Module) -> dict[str, object]:
-    """What a module's own class keeps beside parameters, buffers, children and hooks."""
+    """What a module's own class keeps beside parameters, buffers, children, hooks and the training flag."""
     of_every_module = vars(nn.Module())
     return {key: value for key, value in vars(module).items() if key not in of_every_module}
 

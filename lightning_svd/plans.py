@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_svd.arguments import check_count, check_rank_pattern
-from lightning_svd.compounds import below, linears_of, why_not_split
+from lightning_svd.compounds import linears_of, owner_of, why_not_split
 from lightning_svd.layers import SVDLayer
+from lightning_svd.parts import prefix_of
 from lightning_svd.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 
 Targets = str | Sequence[str] | None
@@ -101,7 +102,7 @@ def layers_of(module: nn.Module) -> dict[str, nn.Module]:
     for name, child in module.named_modules():
         parts = linears_of(child)
         if parts:
-            layers |= {below(name, part): layer for part, layer in parts.items()}
+            layers |= {prefix_of(name) + part: layer for part, layer in parts.items()}
         elif name not in layers and (_holds_matrix(child) or isinstance(child, SVDLayer)):
             layers[name] = child
     return layers
@@ -167,10 +168,7 @@ class _Reasons:
     """Why layers are skipped."""
 
     def __init__(self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str) -> None:
-        self.targeted, self.excluded, self.conv_mode = targeted, excluded, conv_mode
-        self.compounds = {
-            below(name, part): child for name, child in module.named_modules() for part in linears_of(child)
-        }
+        self.module, self.targeted, self.excluded, self.conv_mode = module, targeted, excluded, conv_mode
         self.owners = Counter(
             id(parameter) for child in module.modules() for _, parameter in child.named_parameters(recurse=False)
         )
@@ -198,11 +196,11 @@ class _Reasons:
             yield f"subclass of {kind.__name__}, which may have a forward of its own"
         if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None or layer.scale_grad_by_freq):
             yield "an Embedding with `sparse`, `max_norm` or `scale_grad_by_freq`"
-        compound = self.compounds.get(name)
-        reason = why_not_split(compound) if compound is not None else None
+        owner = owner_of(self.module, name)
+        reason = why_not_split(owner) if owner is not None else None
         if reason:
             yield reason
-        if any(self.owners[id(p)] > 1 for p in (weight, getattr(compound, "in_proj_weight", None))):
+        if any(self.owners[id(p)] > 1 for p in (weight, getattr(owner, "in_proj_weight", None))):
             yield "weight tied to another module's"
         if _break_even(*_view_in(layer, self.conv_mode).matrix_shape) == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_svd.layers import SVDLayer, SVDLinear, dense_weight
-from lightning_svd.pairs import bias_of, is_pair, rank_of, view_of
+from lightning_svd.pairs import bias_of, is_pair, view_of
 from lightning_svd.parts import InParts, State, as_parameter, attributes_of, linear_of
 
 # What torch's own modules hand their weights to.
@@ -303,7 +303,7 @@ def _saved(part: Any) -> int:
     if isinstance(part, SVDLayer):
         return part.dense_params - part.rank * part.params_per_rank
     if is_pair(part):
-        return view_of(part).dense_params - rank_of(part) * view_of(part).params_per_rank
+        return view_of(part).dense_params - sum(int(layer.weight.numel()) for layer in part)
     return 0
 
 

@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lightning_svd.compounds import can_split, linears_of, split
+from lightning_svd.compounds import owner_of, split, why_not_split
 from lightning_svd.costs import ModelCost, count_costs, count_params, svd_layers
 from lightning_svd.latency import time_layers
 from lightning_svd.layers import SVDLayer, svd_layer
 from lightning_svd.pairs import MARK, is_pair, low_rank_pairs, merged
-from lightning_svd.parts import InParts
+from lightning_svd.parts import InParts, attributes_of
 from lightning_svd.plans import LayerPlan, Targets, plan
 from lightning_svd.recurrent import OWN_ATTRIBUTES
 
@@ -73,9 +73,10 @@ def decompose(
 @contextmanager
 def compounds_split(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """The modules of which these layers are parts are taken apart from now on, unless an error follows."""
-    owners = {id(owner): owner for name in names if (owner := _whole_owner(module, name)) is not None}
-    before = [(owner, copy.copy(owner)) for owner in owners.values()]
-    for owner in owners.values():
+    found = {id(owner): owner for name in names if (owner := owner_of(module, name)) is not None}
+    owners = [owner for owner in found.values() if why_not_split(owner) is None]
+    before = [(owner, copy.copy(owner)) for owner in owners]
+    for owner in owners:
         become(owner, split(owner))
     try:
         yield
@@ -83,16 +84,6 @@ def compounds_split(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
         for owner, whole in before:
             become(owner, whole)
         raise
-
-
-def _whole_owner(module: nn.Module, name: str) -> nn.Module | None:
-    """The attention or recurrent module, still in one piece, that would have a part of this name."""
-    owner, _, part = name.rpartition(".")
-    try:
-        found = module.get_submodule(owner)
-    except AttributeError:
-        return None
-    return found if can_split(found) and part in linears_of(found) else None
 
 
 def compact(module: ModuleT, cost: ModelCost | None = None, example_input: Any = None) -> ModuleT:
@@ -209,7 +200,6 @@ def settle(module: ModuleT) -> ModuleT:
 
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # hooks and the training flag among them
 _OF_ONE_FORM = ("kept", "view", "weight_reads", "merged", "stays_whole", MARK, *OWN_ATTRIBUTES)
 
 
@@ -220,7 +210,5 @@ def become(module: nn.Module, twin: nn.Module) -> None:
     """
     for attribute in _OF_ONE_FORM:
         vars(module).pop(attribute, None)
-    for key, value in vars(twin).items():
-        if key in _CONTAINERS or key not in _OF_EVERY_MODULE:
-            vars(module)[key] = value
+    vars(module).update({key: vars(twin)[key] for key in _CONTAINERS} | attributes_of(twin))
     module.__class__ = type(twin)

@@ -155,20 +155,8 @@ def test_shaped_spectra_end_at_different_ranks():
 @pytest.mark.filterwarnings("ignore:.*number of training batches")
 @pytest.mark.filterwarnings("ignore:`isinstance")
 def test_a_whole_run_is_timed_with_and_without_a_logger(tmp_path):
-    arguments = [
-        "--net",
-        "small",
-        "--epochs",
-        "2",
-        "--steps",
-        "5",
-        "--rounds",
-        "1",
-        "--loggers",
-        "CSV",
-        "--batch-size",
-        "64",
-    ]
+    small = ["--net", "small", "--batch-size", "64", "--epochs", "2", "--steps", "5"]
+    arguments = [*small, "--rounds", "1", "--loggers", "CSV"]
     result = rows_written(whole_run.main, tmp_path / "r.json", *arguments)
     assert [row["variant"] for row in result["rows"] if row["what"] == "logging"] == [
         "dense, CSV",

@@ -121,6 +121,7 @@ assert "lightning_svd" not in sys.modules
     ("kind", "final"),
     [
         ("encoder", "factored"),
+        ("encoder", "dense"),
         ("encoder", "decomposed"),
         ("LSTM", "factored"),
         ("LSTM", "dense"),

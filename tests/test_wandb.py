@@ -120,8 +120,8 @@ def test_the_penalties_are_curves_too(run):
     _, rows, _, _ = run
     for name in ("orthogonality_error", "orthogonality_penalty", "sparsity_penalty", "sparsity_strength"):
         curve = [row[f"svd/{name}"] for row in rows if f"svd/{name}" in row]
-        # Of the penalties until the last cut at least, in step 28; layers that stay dense keep theirs.
-        assert len(curve) >= (10 if name == "sparsity_strength" else 6)
+        # In step 28, that of the last cut, there are no penalties; then those of the layer that stays dense.
+        assert len(curve) == (10 if name == "sparsity_strength" else 9)
         assert all(value >= 0 for value in curve) and max(curve) > 0
 
 

@@ -116,6 +116,7 @@ def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
         "resnet18": lambda: resnet(channels, classes, 64, (2, 2, 2, 2)),
         "vgg": lambda: vgg(channels, classes),
         "vit": lambda: ViT(channels, size, classes, patch=max(1, size // 8)),
+        "vit16": lambda: ViT(channels, size, classes, patch=max(1, size // 4)),
         "mlp": lambda: mlp(channels * size * size, classes),
     }
     if name not in nets:

@@ -3,7 +3,7 @@
     python benchmarks/quality.py --data cifar10.npz --net resnet20 --train-size 8000 --epochs 24 --targets 0.35,0.25
 
 Every method sees the same batches in the same order, and the optimizer recipe that suits the dense net: SGD with
-Nesterov momentum, weight decay 5e-4, one cosine. Budgets are shares of the dense net's MACs.
+Nesterov momentum or AdamW, weight decay, one cosine. Budgets are shares of the dense net's MACs.
 
 Hours of work are divided among processes (``--jobs``) and resumed: rows that the file of ``--json`` holds already are
 not computed again. What two budgets share, such as the dense training before a truncation, is trained once, and its
@@ -45,7 +45,7 @@ from lightning_svd import SVDTrainingCallback, add_gradients, decompose, summari
 from lightning_svd.costs import ModelCost, count_costs
 from lightning_svd.ranks import keep_by_energy, strongest
 
-MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4
+MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
 
 
@@ -77,6 +77,8 @@ class Setting:
     conv_mode: str
     seed: int
     target: float = 1.0
+    optimizer: str = "sgd"
+    weight_decay: float = 5e-4
 
     @property
     def images(self) -> image_data.Images:
@@ -89,6 +91,12 @@ class Setting:
     def build(self) -> nn.Module:
         torch.manual_seed(self.seed)
         return nets.build(self.net, *self.images.shape).to(memory_format=torch.channels_last)
+
+    def optimize(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        """The optimizer of parameters or groups of them."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, self.rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(parameters, self.rate, MOMENTUM, weight_decay=self.weight_decay, nesterov=True)
 
     def batches(self, first: int, last: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epochs ``first`` to ``last``, the last one excluded."""
@@ -112,11 +120,8 @@ def fit(
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         groups[decayed(name)].append(parameter)
-    optimizer = torch.optim.SGD(
-        [{"params": groups[flag], "weight_decay": WEIGHT_DECAY * flag} for flag in groups],
-        lr=setting.rate,
-        momentum=MOMENTUM,
-        nesterov=True,
+    optimizer = setting.optimize(
+        [{"params": groups[flag], "weight_decay": setting.weight_decay * flag} for flag in groups]
     )
     total = (epochs[1] - epochs[0]) * setting.steps
     model.train()
@@ -304,9 +309,7 @@ class Classifier(LightningModule):
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(
-            self.parameters(), self.setting.rate, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
-        )
+        optimizer = self.setting.optimize(self.parameters())
         total = (self.epochs[1] - self.epochs[0]) * self.setting.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step / total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -483,7 +486,22 @@ def tables(rows: list[Row]) -> list[Table]:
         )
         previous = target
     headings = ["method", "target", "accuracy", "deviation", "MACs", "parameters", "seconds", "seeds"]
-    return [Table("* the best at this budget", headings, lines)]
+    return [Table("* the best at this budget", headings, lines), *margins(rows)]
+
+
+def margins(rows: list[Row]) -> list[Table]:
+    """How far ours is ahead of the best rival and from the dense net at each budget, in points; behind is negative."""
+    groups = grouped(rows)
+    means = {key: 100 * mean(group, "accuracy") for key, group in groups.items()}
+    lines = []
+    for (target, method), accuracy in means.items():
+        rivals = {rival: means[at, rival] for at, rival in means if at == target and not rival.startswith("ours")}
+        if method == "ours" and rivals and (1.0, "dense") in means:
+            best = max(rivals, key=rivals.__getitem__)
+            to_dense = accuracy - means[1.0, "dense"]
+            lines.append([f"{target:g}", best, f"{accuracy - rivals[best]:+.2f}", f"{to_dense:+.2f}"])
+    headings = ["target", "best rival", "ours, against it", "ours, against dense"]
+    return [Table("Points of accuracy", headings, lines)] if lines else []
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
@@ -525,12 +543,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="the CIFAR-10 archive; without it torchvision's is downloaded")
     parser.add_argument("--data-set", default="cifar10", help="cifar10, cifar10-16, digits or mnist1d (for the MLP)")
-    parser.add_argument("--net", default="resnet20", help="resnet20, resnet56, resnet18, vgg, vit or mlp")
+    parser.add_argument("--net", default="resnet20", help="resnet20, resnet56, resnet18, vgg, vit, vit16 or mlp")
     parser.add_argument("--train-size", type=int, help="the first so many training images")
     parser.add_argument("--test-size", type=int, help="the first so many test images")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate")
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--targets", type=numbers(float), default=[0.35, 0.25])
     parser.add_argument("--seeds", type=numbers(int), default=[0])
     parser.add_argument("--methods", type=numbers(str), default=list(METHODS))
@@ -546,13 +566,16 @@ def main() -> None:
 
     data = Data(options.data_set, options.data, options.train_size, options.test_size)
     common = (data, options.net, options.epochs, options.batch_size, options.rate, options.precision, options.conv_mode)
-    about = {key: value for key, value in asdict(Setting(*common, seed=0)).items() if key not in ("seed", "target")}
+    recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay}
+    about = asdict(Setting(*common, seed=0, **recipe))
+    del about["seed"], about["target"]
     about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}
     rows = rows_in(options.json, about)
     units = []
     for seed in options.seeds:
         for method in [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]:
-            settings = [Setting(*common, seed, target) for target in (options.targets if method != "dense" else [1.0])]
+            targets = options.targets if method != "dense" else [1.0]
+            settings = [Setting(*common, seed, target, **recipe) for target in targets]
             there = {row["target"] for row in rows if (row["method"], row["seed"]) == (method, seed)}
             settings = [setting for setting in settings if setting.target not in there]
             if settings:
@@ -582,7 +605,7 @@ def rows_in(path: Path | None, about: dict[str, Any]) -> list[Row]:
     if path is None or not path.exists():
         return []
     earlier = json.loads(path.read_text())
-    if earlier["setting"] != about:
+    if {"optimizer": "sgd", "weight_decay": 5e-4} | earlier["setting"] != about:  # the defaults, for files that do not say
         raise SystemExit(f"{path} holds rows of another setting: {earlier['setting']}, asked for: {about}")
     return earlier["rows"]
 

@@ -84,7 +84,9 @@ class Stepper:
         loss.backward()
         if self.how.get("closed_form"):
             self.steps += 1
-            add_gradients(self.layers, 1.0, "hoyer", 2e-3, step=self.steps)
+            factorised = [layer for layer in self.layers if layer.trained_as == "svd"]
+            if factorised:
+                add_gradients(factorised, 1.0, "hoyer", 2e-3, step=self.steps)
             self.decay.split()
         self.optimizer.step()
         if self.how.get("svd"):
@@ -188,6 +190,7 @@ class Variants:
         self.makers: dict[str, Callable[[], Stepper]] = {
             "dense": lambda: self.stepper(copy.deepcopy(self.dense), 1.0),
             "ours, full rank": lambda: self.ours(copy.deepcopy(self.full)),
+            "ours, full rank as dense": self.ours_as_dense,
             **{f"ours, {budget:g} of the MACs": partial(self.ours_at, budget) for budget in budgets},
             "two factors always, autograd": lambda: self.rival(always_factored, "factored"),
             "rebuilt always, autograd": lambda: self.rival(always_rebuilt, "rebuilt"),
@@ -216,6 +219,12 @@ class Variants:
 
     def ours_at(self, budget: float) -> Stepper:
         return self.ours(cut(self.full, self.cost, budget))
+
+    def ours_as_dense(self) -> Stepper:
+        model = copy.deepcopy(self.full)
+        for layer in svd_layers(model).values():
+            layer.join()
+        return self.stepper(model, 1.0, closed_form=True)
 
     def rival(self, form: Callable[[nn.Module], nn.Module], always: str) -> Stepper:
         model = form(copy.deepcopy(self.full))

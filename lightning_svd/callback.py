@@ -86,6 +86,8 @@ class SVDTrainingCallback(Callback):
         energy_threshold: Share of each layer's energy (sum of s^2) to keep, in (0, 1].
         sparsify_start: Share of the run's optimizer steps before ranks begin to fall.
         sparsify_end: Share of the run's steps after which ranks are frozen.
+        full_rank_as: What layers are trained as before ranks begin to fall: "svd", or "dense", at the speed of dense
+            training and without the regularisers, which then begin with the first cut.
         budget_schedule: How ranks fall in between: "constant" (all at once), "linear", "cosine", "cubic".
         rank_updates: In how many cuts they fall.
         min_rank: Fewest ranks that a layer keeps.
@@ -132,6 +134,7 @@ class SVDTrainingCallback(Callback):
         energy_threshold: float | None = None,
         sparsify_start: float = 0.5,
         sparsify_end: float = 0.7,
+        full_rank_as: str = "svd",
         budget_schedule: str = "cubic",
         rank_updates: int = 20,
         min_rank: int = 1,
@@ -164,6 +167,11 @@ class SVDTrainingCallback(Callback):
         check_share("sparsify_end", sparsify_end)
         if sparsify_start > sparsify_end:
             raise ValueError(f"`sparsify_start` must be <= `sparsify_end` ({sparsify_end!r}), got {sparsify_start!r}")
+        check_choice("full_rank_as", full_rank_as, ("svd", "dense"))
+        if full_rank_as == "dense" and not refactorise:
+            raise ValueError(
+                '`full_rank_as` must be "svd" with `refactorise=False`, under which factors change by training only'
+            )
         check_choice("budget_schedule", budget_schedule, SHAPES)
         check_count("rank_updates", rank_updates)
         check_count("min_rank", min_rank)
@@ -188,6 +196,7 @@ class SVDTrainingCallback(Callback):
         self.sparsity_schedule = sparsity_schedule
         self.sparsify_start = sparsify_start
         self.sparsify_end = sparsify_end
+        self.full_rank_as = full_rank_as
         self.budget_schedule = budget_schedule
         self.rank_updates = rank_updates
         self.min_rank = min_rank
@@ -220,6 +229,11 @@ class SVDTrainingCallback(Callback):
             rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
             return
         check_trainer(self, trainer)
+        if self.full_rank_as == "dense" and averages_weights(trainer):
+            raise ValueError(
+                '`full_rank_as` must be "svd" under a callback that averages weights: those of before and after the '
+                "first cut would be of two kinds"
+            )
         self._run, self._interrupted = None, {}
         if builds_layers_late(pl_module):
             decompose_after_configure_model(pl_module)
@@ -241,6 +255,8 @@ class SVDTrainingCallback(Callback):
         now = dict(pl_module.named_parameters(remove_duplicate=False))
         dense_weights = {name: parameter for name, parameter in weights.items() if name not in now}
         self.report, self._run = None, SVDRun(layers, dense_weights, guard=guard)
+        if self.full_rank_as == "dense":
+            self._run.train_as_dense()
         rank_zero_info(plan_table(self.plan))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -334,12 +350,12 @@ class SVDTrainingCallback(Callback):
         step = steps_done(trainer)
         progress = run.clock(step) / run.total_steps
         ramp = strength(progress, self.sparsify_start, self.sparsify_end, self.sparsity_schedule)
-        run.set_strength(step, 0.0 if run.paused else self.sparsity_weight * ramp)
+        run.set_strength(step, 0.0 if run.paused or not run.regularised else self.sparsity_weight * ramp)
         if trainer.lightning_module.automatic_optimization:
             # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
             scale *= run.backwards / trainer.accumulate_grad_batches
-        trained.hold_merged()
-        layers = [layer for layer in trained.layers if not layer.merged]
+        trained.hold_constants()
+        layers = [layer for layer in trained.layers if layer.trained_as == "svd"]
         if layers and scale:
             run.penalties = add_gradients(
                 layers, self.orthogonality_weight, self.sparsity, run.strength, scale, trained.held(), step
@@ -544,7 +560,7 @@ class SVDTrainingCallback(Callback):
         refactorise = self.refactorise and not averages_weights(trainer)
         # One decision for all processes: factors or ranks that differ between them would diverge and never say so.
         if refactorise:
-            run.set_factors(trainer.strategy.broadcast(run.refactorised()))
+            run.set_factors(trainer.strategy.broadcast(run.refactorised()), trainer.optimizers)
         masks = trainer.strategy.broadcast(run.choose_masks(removed, self.choose_ranks))
         change = run.cut(step, trainer.current_epoch, masks, trainer.optimizers)
         if last and refactorise:

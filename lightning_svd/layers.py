@@ -8,7 +8,7 @@ two ways: rebuild W and apply it once, or apply the two factors one after the ot
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lightning_svd.factorization import Factors, reconstruct, svd, truncate, wide
 from lightning_svd.pairs import bias_of, empty_dense, factored_pair, fill, is_pair, merged_weight
 from lightning_svd.views import CONVOLUTIONS, Half, View
+
+TrainedAs = Literal["svd", "pair", "dense"]
 
 
 class SVDLayer(nn.Module):
@@ -32,7 +34,8 @@ class SVDLayer(nn.Module):
             loading, and nothing else: what averages or swaps a model's buffers leaves it alone.
         bias: As in the dense layer.
         weight_reads: How often ``weight`` was read from outside.
-        merged: Whether s is part of U and V: it is 1 then, and not to be trained.
+        trained_as: "svd": U, s and V are trained. "pair": U and V are, s is part of them, and 1. "dense": the longer of
+            U and V is, s is 1 and the other the identity.
         stays_whole: Whether the model itself reads ``weight``, which two layers in the place of one do not have.
     """
 
@@ -63,7 +66,7 @@ class SVDLayer(nn.Module):
             setattr(self, factor, trained)
         self.register_parameter("bias", bias_of(layer))
         self.kept: Tensor | None = None
-        self.merged = False
+        self.trained_as: TrainedAs = "svd"
         self.weight_reads, self.stays_whole = 0, False
         self.register_buffer("mask", self.kept_mask())
 
@@ -96,7 +99,34 @@ class SVDLayer(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight these factors stand for, in the dense layer's shape, differentiable."""
         self.weight_reads += 1
-        return self.fold(self.factors())
+        return self.rebuilt()
+
+    def rebuilt(self) -> Tensor:
+        """The dense weight, differentiable, not counted as a read."""
+        return self.view.fold(self.matrix())
+
+    def matrix(self) -> Tensor:
+        """W of shape (m, n), differentiable."""
+        if self.trained_as != "dense":
+            return reconstruct(*self.factors())
+        matrix = self.U if self._tall else self.V.mT
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # DistributedDataParallel waits for a gradient of every parameter.
+            for constant in self.untrained:
+                matrix = matrix + 0.0 * constant.sum()
+        return matrix
+
+    @property
+    def _tall(self) -> bool:
+        """Whether U is the longer of U and V, or as long."""
+        return self.U.shape[-2] >= self.V.shape[-2]
+
+    @property
+    def untrained(self) -> tuple[nn.Parameter, ...]:
+        """The factors that are constants in the way in which the layer is trained."""
+        if self.trained_as == "svd":
+            return ()
+        return (self.s,) if self.trained_as == "pair" else (self.s, self.V if self._tall else self.U)
 
     def fold(self, factors: Factors) -> Tensor:
         """The dense weight that these or other factors of this layer's shape stand for."""
@@ -156,12 +186,12 @@ class SVDLayer(nn.Module):
     def singular_values(self) -> Tensor:
         """The kept ones in descending order, (k,), the root of the sum of squares over groups.
 
-        They are read off as what each rank carries, |s| |u| |v|; but those of merged factors, which nothing keeps
-        orthogonal, cost an SVD of k x k.
+        They are read off as what each rank carries, |s| |u| |v|; but where U and V are not kept orthogonal, they cost
+        an SVD of k x k.
         """
         energies = self.energies()
         kept = energies if self.kept is None else energies[self.kept.to(energies.device)]
-        if self.merged and torch.isfinite(kept).all():
+        if self.trained_as != "svd" and torch.isfinite(kept).all():
             exact = self.refactorised().s.square()
             kept = exact if exact.ndim == 1 else exact.sum(0)
         return kept.sqrt().sort(descending=True).values
@@ -172,6 +202,8 @@ class SVDLayer(nn.Module):
 
     def full_spectrum(self) -> list[float]:
         """As :meth:`spectrum`, for all ranks, dropped ones as they were then."""
+        if self.trained_as == "dense":
+            return self.spectrum()
         return cast("list[float]", self.energies().sqrt().sort(descending=True).values.tolist())
 
     @torch.no_grad()
@@ -211,6 +243,20 @@ class SVDLayer(nn.Module):
         U, V = U.where(~flipped, -U), V.where(~flipped, -V)
         for parameter, factor in ((self.U, U), (self.s, s), (self.V, V)):
             parameter.index_copy_(-1, columns, factor)
+        if self.trained_as == "dense":
+            self.trained_as = "svd"
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Put all of the weight into the longer of U and V, to be trained as the dense layer until factors are set.
+
+        Only while every rank is kept. What the layer computes stays as it is.
+        """
+        matrix = reconstruct(*map(wide, (self.U, self.s, self.V)))
+        self.trained_as = "dense"
+        (self.U if self._tall else self.V).copy_(matrix if self._tall else matrix.mT)
+        for constant in self.untrained:
+            constant.copy_(torch.ones_like(constant) if constant is self.s else torch.eye(*constant.shape[-2:]))
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -223,7 +269,7 @@ class SVDLayer(nn.Module):
         self.U.copy_(U * (root * s.sign()).unsqueeze(-2))
         self.V.copy_(V * root.unsqueeze(-2))
         self.s.fill_(1.0)
-        self.merged = True
+        self.trained_as = "pair"
 
     @torch.no_grad()
     def compact(self) -> None:
@@ -256,7 +302,7 @@ class SVDLayer(nn.Module):
         """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k."""
         rank, view = self.rank, self.view
         rebuild = rank * view.dense_params + view.dense_macs(input_shape)
-        return rank == 0 or rebuild <= rank * view.macs_per_rank(input_shape)
+        return rank == 0 or self.trained_as == "dense" or rebuild <= rank * view.macs_per_rank(input_shape)
 
     def forward(self, input: Tensor) -> Tensor:  # its name is the dense layer's, for calls by keyword
         """The dense layer's output, computed in the cheaper way for this input."""
@@ -273,7 +319,7 @@ class SVDLayer(nn.Module):
     @torch.no_grad()
     def dense(self) -> nn.Module:
         """A new plain layer with the weight these factors stand for."""
-        return fill(empty_dense(self.view, self.bias is not None), self.fold(self.factors()), self)
+        return fill(empty_dense(self.view, self.bias is not None), self.rebuilt(), self)
 
     @torch.no_grad()
     def factored(self) -> nn.Sequential:
@@ -304,7 +350,7 @@ class SVDLinear(SVDLayer):
         super().__init__(linear, View.of(linear), name, factors)
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        return F.linear(x, reconstruct(*self.factors()), self.bias)
+        return F.linear(x, self.matrix(), self.bias)
 
     def forward_factored(self, x: Tensor) -> Tensor:
         return self.as_function()(x)
@@ -340,7 +386,7 @@ class SVDEmbedding(SVDLayer):
         self.padding_idx: int | None = self.view.geometry["padding_idx"]
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        return F.embedding(x, self.fold(self.factors()), self.padding_idx)
+        return F.embedding(x, self.rebuilt(), self.padding_idx)
 
     def forward_factored(self, x: Tensor) -> Tensor:
         U, s, V = self.factors()
@@ -397,7 +443,7 @@ class SVDConv(SVDLayer):
         return super().forward(input)
 
     def forward_rebuilt(self, x: Tensor) -> Tensor:
-        return _convolve(x, self.fold(self.factors()), self.bias, self.view.whole)
+        return _convolve(x, self.rebuilt(), self.bias, self.view.whole)
 
     def forward_factored(self, x: Tensor) -> Tensor:
         if self.rank == 0:
@@ -426,7 +472,7 @@ def svd_layer(
 def dense_weight(layer: Any) -> Tensor:
     """The dense weight of a layer that is plain, factorised, or a pair of plain ones; differentiable."""
     if isinstance(layer, SVDLayer):
-        return layer.fold(layer.factors())
+        return layer.rebuilt()
     weight: Tensor = merged_weight(layer, layer[0].weight, layer[1].weight) if is_pair(layer) else layer.weight
     return weight
 

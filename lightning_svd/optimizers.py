@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_svd.layers import SVDLayer
+from lightning_svd.layers import SVDLayer, TrainedAs
 
 
 class OptimizerOfFactors:
@@ -51,11 +51,11 @@ class OptimizerOfFactors:
         """The factorised layers of which the optimizer trains a factor."""
         return self._holdings().layers
 
-    def hold_merged(self) -> None:
-        """Have the next step pass over every s that is merged into its U and V: no gradient, decay or momentum."""
+    def hold_constants(self) -> None:
+        """Have the next step pass over factors that are not trained at present: no gradient, decay or momentum."""
         for layer in self.layers:
-            if layer.merged:
-                layer.s.grad = None
+            for constant in layer.untrained:
+                constant.grad = None
 
     def split(self) -> None:
         """Give U, V and s groups of their own with the decay they should have."""
@@ -93,13 +93,13 @@ class OptimizerOfFactors:
         # Comparing identities costs a hundredth of sorting the parameters anew. The old key's are kept alive by what
         # it stands for, so none of them can be another parameter's by now.
         parameters = [(group.get("weight_decay", 0.0), list(map(id, group["params"]))) for group in groups]
-        key = (parameters, [layer.merged for layer in self._layers])
+        key = (parameters, [layer.trained_as for layer in self._layers])
         if self._known is None or self._known.key != key:
             self._known = _holdings(key, groups, self._layers)
         return self._known
 
 
-_Key = tuple[list[tuple[float, list[int]]], list[bool]]
+_Key = tuple[list[tuple[float, list[int]]], list[TrainedAs]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class _Holdings:
     """What an optimizer's groups are to the factors, worked out once for each way they are.
 
     Attributes:
-        key: Decay and identities of the parameters of each group, and which layers are merged.
+        key: Decay and identities of the parameters of each group, and as what the layers are trained.
         parameters: All of them.
         layers: Those of which a factor is among them.
         by_decay: For each group its parameters by the weight decay that they should have; a single entry for a group
@@ -124,8 +124,8 @@ def _holdings(key: _Key, groups: Sequence[dict[str, Any]], layers: Iterable[SVDL
     decays = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
     held = [layer for layer in layers if not decays.keys().isdisjoint((layer.U, layer.s, layer.V))]
     for layer in held:
-        if layer.merged:
-            continue  # a pair of plain layers decays as one
+        if layer.trained_as != "svd":
+            continue  # plain layers decay as such
         decays[layer.s] = decays.get(layer.U, decays.get(layer.s, 0.0))
         decays[layer.U] = decays[layer.V] = 0.0
     by_decay: list[dict[float, list[nn.Parameter]]] = []
@@ -188,6 +188,11 @@ def merge_factors(optimizers: Sequence[Optimizer], layers: Iterable[SVDLayer]) -
     """Merge every layer's s into its U and V, for which the optimizers begin anew: their memory is of another scale."""
     for layer in layers:
         layer.merge()
-        for optimizer in optimizers:
-            for p in (layer.U, layer.s, layer.V):
-                optimizer.state.pop(p, None)
+        forget(optimizers, layer)
+
+
+def forget(optimizers: Sequence[Optimizer], layer: SVDLayer) -> None:
+    """Have the optimizers begin anew with the factors of a layer."""
+    for optimizer in optimizers:
+        for p in (layer.U, layer.s, layer.V):
+            optimizer.state.pop(p, None)

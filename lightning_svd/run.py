@@ -15,7 +15,7 @@ from lightning_svd.costs import CostMeter, LayerCost, ModelCost, Unit
 from lightning_svd.factorization import Factors
 from lightning_svd.guard import MetricGuard
 from lightning_svd.layers import SVDLayer
-from lightning_svd.optimizers import OptimizerOfFactors, forget_pruned, merge_factors
+from lightning_svd.optimizers import OptimizerOfFactors, forget, forget_pruned, merge_factors
 from lightning_svd.ranks import interpolate, strongest
 from lightning_svd.regularizers import Penalties
 from lightning_svd.report import RankChange
@@ -133,20 +133,38 @@ class SVDRun:
         """Whether ranks must not fall now."""
         return self.guard is not None and self.guard.paused
 
+    @property
+    def regularised(self) -> bool:
+        """Whether any layer has penalties now."""
+        return any(layer.trained_as == "svd" for layer in self.layers.values())
+
     def clock(self, step: int) -> int:
         """Where the schedule of ranks and strengths stands after this step: it stands still in pauses."""
         return step - (self.guard.steps_paused(step) if self.guard else 0)
 
     def refactorised(self) -> dict[str, Factors]:
-        """The exact SVD at its rank of each layer that is trained, on the CPU, for processes to agree on."""
-        trained = {name: layer for name, layer in self.layers.items() if layer.trained}
+        """The exact SVD at its rank of each layer that was trained, on the CPU, for processes to agree on."""
+        trained = {name: layer for name, layer in self.layers.items() if layer.trained or layer.trained_as == "dense"}
         exact = {name: layer.refactorised(name) for name, layer in trained.items()}
         return {name: Factors(*(factor.cpu() for factor in factors)) for name, factors in exact.items()}
 
-    def set_factors(self, factors: Mapping[str, Factors]) -> None:
-        """Take these factors, in which each layer computes what it did."""
+    def set_factors(self, factors: Mapping[str, Factors], optimizers: Sequence[Optimizer]) -> None:
+        """Take these factors, in which each layer computes what it did.
+
+        Args:
+            factors: By the layers' names.
+            optimizers: Those whose memory of a layer that was trained as a dense one is cleared.
+        """
         for name, exact in factors.items():
+            if self.layers[name].trained_as == "dense":
+                forget(optimizers, self.layers[name])
             self.layers[name].set_factors(exact)
+
+    def train_as_dense(self) -> None:
+        """Train layers as the dense ones that they were, until factors are set."""
+        for layer in self.layers.values():
+            if layer.trained:
+                layer.join()
 
     def choose_masks(self, removed: float, choose_ranks: ChooseRanks) -> dict[str, Tensor]:
         """The ranks to keep, on the way to what ``choose_ranks`` says now; changes nothing.
@@ -222,7 +240,7 @@ class SVDRun:
         """What a resumed run needs beside the factors: numbers, strings, lists and dicts."""
         return {
             "last_cut": self.last_cut,
-            "merged": [name for name, layer in self.layers.items() if layer.merged],
+            "trained_as": {name: layer.trained_as for name, layer in self.layers.items()},
             "timeline": [asdict(change) for change in self.timeline],
             "strengths": list(self.strengths),
             "warnings": list(self.warnings),
@@ -234,8 +252,8 @@ class SVDRun:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
         self.last_cut = state["last_cut"]
-        for name in state.get("merged", ()):  # none in files of before there was one
-            self.layers[name].merged = True
+        for name, form in state["trained_as"].items():
+            self.layers[name].trained_as = form
         self.timeline = [RankChange(**change) for change in state["timeline"]]
         self.strengths = [(step, strength) for step, strength in state["strengths"]]
         self.warnings = list(state["warnings"])

@@ -200,7 +200,7 @@ def settle(module: ModuleT) -> ModuleT:
 
 
 _CONTAINERS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-_OF_ONE_FORM = ("kept", "view", "weight_reads", "merged", "stays_whole", MARK, *OWN_ATTRIBUTES)
+_OF_ONE_FORM = ("kept", "view", "weight_reads", "trained_as", "stays_whole", MARK, *OWN_ATTRIBUTES)
 
 
 def become(module: nn.Module, twin: nn.Module) -> None:

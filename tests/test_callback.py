@@ -153,11 +153,11 @@ def test_after_the_last_cut_layers_train_as_the_pairs_that_they_become():
     trainer = quiet_trainer(callbacks=[callback, seen], max_epochs=3)
     trainer.fit(model, data(dtype=torch.float64))
     forms = {layer.name: layer.form for layer in callback.report.layers}
-    assert {name: layer.merged for name, layer in seen.end.items()} == {
-        name: form == "factored" for name, form in forms.items()
+    assert {name: layer.trained_as for name, layer in seen.end.items()} == {
+        name: "pair" if form == "factored" else "svd" for name, form in forms.items()
     }
     for name, layer in seen.end.items():
-        if layer.merged:
+        if layer.trained_as == "pair":
             assert bool((layer.s == 1).all())
             U, _, V = layer.factors()
             first, second = model.get_submodule(name)
@@ -171,7 +171,85 @@ def test_under_averaging_factors_change_by_training_only(averaging):
     seen = Layers()
     callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.5)
     quiet_trainer(callbacks=[callback, averaging(), seen], max_epochs=3).fit(SmallNet(), data())
-    assert seen.end and not any(layer.merged for layer in seen.end.values())
+    assert seen.end and {layer.trained_as for layer in seen.end.values()} == {"svd"}
+
+
+class At(Callback):
+    """Keeps each layer's weight, and what it is trained as, at the end of the batch that makes this step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            names = ["features.0", "features.2", "hidden", "head"]
+            layers = {name: pl_module.get_submodule(name) for name in names}
+            self.weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+            self.forms = {getattr(layer, "trained_as", None) for layer in layers.values()}
+
+
+@pytest.mark.parametrize("conv_mode", ["channel", "spatial"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        {"optimizer": "AdamW", "lr": 1e-3, "weight_decay": 0.1},
+        {"optimizer": "RMSprop", "lr": 1e-3},
+    ],
+    ids=["sgd", "adamw", "rmsprop"],
+)
+def test_as_dense_layers_it_trains_what_the_dense_model_does_until_the_first_cut(options, conv_mode):
+    model = SmallNet(**options).double()
+    twin, seen, expected = copy.deepcopy(model), At(12), At(12)
+    settings = {"max_epochs": 3, "gradient_clip_val": 1.0}
+    callback = SVDTrainingCallback(target_macs=0.4, conv_mode=conv_mode, full_rank_as="dense")
+    quiet_trainer(callbacks=[seen, callback], **settings).fit(model, data(dtype=torch.float64))
+    quiet_trainer(callbacks=[expected], **settings).fit(twin, data(dtype=torch.float64))
+    assert seen.forms == {"dense"} and callback.report.timeline[0].step > 12
+    for name, weight in expected.weights.items():
+        error = (seen.weights[name] - weight).abs().max()
+        assert error <= 12 * roundoff((24, 108), torch.float64) * weight.abs().max(), name
+    assert 0.36 <= callback.report.macs_ratio <= 0.4
+
+
+def test_what_was_dense_is_an_svd_from_the_first_cut_on():
+    seen = At(14)
+    callback = SVDTrainingCallback(target_macs=0.4, full_rank_as="dense")
+    quiet_trainer(callbacks=[callback, seen], max_epochs=3).fit(SmallNet(), data())
+    assert seen.forms == {"svd"}
+    # The weight is 0 while there is nothing to act on, and as always after that.
+    strengths = dict(callback.report.strengths)
+    assert strengths[11] == 0 < strengths[12] and strengths[23] == 0
+
+
+def test_frozen_layers_stay_as_they_are_among_dense_ones():
+    model, seen = SmallNet(), At(12)
+    model.hidden.requires_grad_(False)
+    before = model.hidden.weight.clone()
+    callback = SVDTrainingCallback(target_macs=0.6, exclude_modules="head", full_rank_as="dense")
+    quiet_trainer(callbacks=[seen, callback], max_epochs=3).fit(model, data())
+    assert seen.forms == {"dense", "svd", None}
+    assert (seen.weights["hidden"] - before).abs().max() <= roundoff((40, 96), torch.float32) * before.abs().max()
+
+
+def test_a_fit_that_ends_before_the_first_cut_leaves_the_dense_layers():
+    model = SmallNet()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    callback = SVDTrainingCallback(full_rank_as="dense", final="decomposed")
+    trainer = quiet_trainer(callbacks=[callback, EarlyStopping("train_loss", stopping_threshold=1e3)])
+    with pytest.warns(UserWarning, match="before the last rank cut"):
+        trainer.fit(model, data())
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert callback.report.rank_ratio == 1
+
+
+def test_dense_layers_are_refused_under_averaging():
+    model = SmallNet()
+    before = copy.deepcopy(model.state_dict())
+    callback = SVDTrainingCallback(full_rank_as="dense")
+    with pytest.raises(ValueError, match='`full_rank_as` must be "svd" under a callback that averages weights'):
+        quiet_trainer(callbacks=[callback, EMAWeightAveraging()]).fit(model, data())
+    assert same_state(model.state_dict(), before)
 
 
 def test_a_run_that_diverged_is_stopped_at_the_next_cut_with_the_layer():
@@ -379,6 +457,8 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"rank_updates": True}, "`rank_updates` must be an integer >= 1, got True"),
         ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
         ({"log_every_n_steps": 0}, "`log_every_n_steps` must be an integer >= 1, got 0"),
+        ({"full_rank_as": "pair"}, "`full_rank_as` must be one of 'svd', 'dense', got 'pair'"),
+        ({"full_rank_as": "dense", "refactorise": False}, '`full_rank_as` must be "svd" with `refactorise=False`'),
         ({"target_modules": 3}, "`target_modules` must be a name or a pattern, or a list of them, got 3"),
     ],
 )

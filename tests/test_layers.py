@@ -223,7 +223,7 @@ def test_merged_it_is_the_two_plain_layers(kind, mask):
     prune(perturbed(layer), mask)
     weight, energies = layer.weight.detach(), layer.energies()
     layer.merge()
-    assert layer.merged and bool((layer.s == 1).all())
+    assert layer.trained_as == "pair" and bool((layer.s == 1).all())
     assert_same(layer.weight, weight, layer.matrix_shape)
     assert_same(layer.energies(), energies, layer.matrix_shape)
     first, second = layer.factored()
@@ -232,6 +232,29 @@ def test_merged_it_is_the_two_plain_layers(kind, mask):
         second.weight, layer.view.second_weight(U)
     )
     assert_same(layer.forward_factored(x), layer.factored()(x), layer.matrix_shape)
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_joined_it_trains_as_the_dense_layer_until_factors_are_set(kind):
+    dense, layer, x = factorise(kind)
+    dense, spectrum = copy.deepcopy(dense), layer.singular_values()  # its bias is the layer's too
+    layer.join()
+    assert layer.trained_as == "dense"
+    for trained in (dense, layer):
+        optimizer = torch.optim.SGD(trained.parameters(), lr=1e-2, weight_decay=0.1)
+        trained(x).square().sum().backward()
+        optimizer.step()
+    assert_same(layer.weight, dense.weight, layer.matrix_shape)
+    assert len(layer.untrained) == 2 and all(constant.grad is None for constant in layer.untrained)
+    assert not torch.allclose(layer.singular_values(), spectrum)
+    weight, trained_spectrum = layer.weight.detach().clone(), layer.singular_values()
+    assert layer.full_spectrum() == trained_spectrum.tolist()
+    for compute in (layer.forward, layer.forward_factored, layer.dense(), layer.factored()):
+        assert_same(compute(x), dense(x), layer.matrix_shape)
+    layer.set_factors(layer.refactorised())
+    assert layer.trained_as == "svd" and layer.untrained == ()
+    assert_same(layer.weight, weight, layer.matrix_shape)
+    assert_same(layer.singular_values(), trained_spectrum, layer.matrix_shape)
 
 
 @pytest.mark.parametrize("kind", DENSE)

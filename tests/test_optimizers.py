@@ -74,7 +74,7 @@ def test_merged_factors_decay_as_plain_layers_do_and_s_stays_one(name):
     plain.load_state_dict(net.state_dict())
 
     def before_step():
-        decay.hold_merged()
+        decay.hold_constants()
         decay.split()
 
     actual = train(net, optimizer, before_step=before_step)

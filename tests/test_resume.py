@@ -76,10 +76,12 @@ class Keep(Callback):
         }
 
 
-def fit(options, *callbacks, ckpt_path=None, svd=True, **trainer):
+def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", **trainer):
     """Fit a new model in a new Trainer; everything that is left of it."""
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
-    keep, ours = Keep(), SVDTrainingCallback(target_macs=0.4, sparsify_start=0.2, sparsify_end=0.8, rank_updates=6)
+    keep = Keep()
+    arguments = {"sparsify_start": 0.2, "sparsify_end": 0.8, "rank_updates": 6, "full_rank_as": full_rank_as}
+    ours = SVDTrainingCallback(target_macs=0.4, **arguments)
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)
@@ -124,12 +126,14 @@ def test_lightning_itself_resumes_the_dense_run_exactly(tmp_path):
         assert_equal(fit(SGD, ckpt_path=tmp_path / f"step={step}.ckpt", svd=False), expected)
 
 
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
 @pytest.mark.parametrize("options", [SGD, ADAM], ids=["sgd", "adam"])
-def test_resuming_at_any_step_ends_the_same(options, tmp_path):
-    expected = fit(options, every_step(tmp_path))
+def test_resuming_at_any_step_ends_the_same(options, full_rank_as, tmp_path):
+    expected = fit(options, every_step(tmp_path), full_rank_as=full_rank_as)
     assert expected["step"] == STEPS and len(expected["report"]["timeline"]) >= 3
     for step in range(1, STEPS):
-        assert_equal(fit(options, ckpt_path=tmp_path / f"step={step}.ckpt"), expected, f"from step {step}")
+        resumed = fit(options, ckpt_path=tmp_path / f"step={step}.ckpt", full_rank_as=full_rank_as)
+        assert_equal(resumed, expected, f"from step {step}")
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

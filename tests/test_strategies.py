@@ -95,19 +95,20 @@ class WithUnused(SmallNet):
 
 
 @pytest.mark.parametrize(
-    ("net", "options", "before"),
+    ("net", "options", "before", "arguments"),
     [
-        (SmallNet, {}, []),
-        (SmallNet, {}, [Unseeded()]),
-        (LazyUnseeded, {"gradient_as_bucket_view": True}, []),
-        (WithUnused, {"find_unused_parameters": True}, [Unseeded()]),
-        (SmallNet, {"static_graph": True, "gradient_as_bucket_view": True}, []),
+        (SmallNet, {}, [], {}),
+        (SmallNet, {}, [Unseeded()], {}),
+        (LazyUnseeded, {"gradient_as_bucket_view": True}, [], {}),
+        (WithUnused, {"find_unused_parameters": True}, [Unseeded()], {}),
+        (SmallNet, {"static_graph": True, "gradient_as_bucket_view": True}, [], {}),
+        (SmallNet, {}, [Unseeded()], {"full_rank_as": "dense"}),
     ],
-    ids=["seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph"],
+    ids=["seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first"],
 )
 @pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")
-def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before, tmp_path):
-    callbacks = [*before, SVDTrainingCallback(target_macs=0.4, rank_updates=4), Witness(tmp_path)]
+def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before, arguments, tmp_path):
+    callbacks = [*before, SVDTrainingCallback(target_macs=0.4, rank_updates=4, **arguments), Witness(tmp_path)]
     quiet_trainer(callbacks=callbacks, **two_processes(**options)).fit(net(), data())
     (zero, one), _ = witnessed(tmp_path)
     assert zero == one

@@ -3,18 +3,20 @@
     python benchmarks/latency.py --json out.json
     python benchmarks/latency.py --quick
 
-Dense and low-rank take turns, compute in the same way (eager, channels-last, ...) and a row is the median of the ratios
-to the dense net of the same round. ``yield`` is the speed-up as a share of the reduction of the MACs. Untrained weights
-have flat spectra; with ``--spectra power`` the singular values of each layer fall by a power law of its own, as those
-of trained layers do, so that layers end at ranks as different. A layer's time is that of its two convolutions (or
-products), and of each.
+Dense and low-rank take turns, compute in the same way (eager, channels-last, in ONNX Runtime, ...) and a row is the
+median of the ratios to the dense net of the same round. ``yield`` is the speed-up as a share of the reduction of the
+MACs. Untrained weights have flat spectra; with ``--spectra power`` the singular values of each layer fall by a power
+law of its own, as those of trained layers do, so that layers end at ranks as different. A layer's time is that of its
+two convolutions (or products), and of each.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from harness import Row, Table, against, arguments, in_turns, middle_half, milliseconds, progress, save, times
@@ -22,9 +24,10 @@ from step_cost import CASES, compiled, cost_of, cut, factorised
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from lightning_svd import svd_layers, to_factored
+from lightning_svd import svd_layers, to_factored, to_onnx
+from lightning_svd.export import onnx_session
 
-MODES = ("eager", "channels-last", "folded", "folded, channels-last", "compiled", "compiled, channels-last")
+MODES = ("eager", "channels-last", "folded", "folded, channels-last", "compiled", "compiled, channels-last", "onnx")
 EXPONENTS = (0.2, 1.2)  # between these lie the power laws of the layers' spectra
 BLOCK = 16  # channels that a kernel for 512-bit vectors computes at once: a rank of 17 takes as long as one of 32
 TURN = 0.05  # seconds that a turn takes at least
@@ -66,6 +69,11 @@ def computed(model: nn.Module, x: Tensor, mode: str) -> Callable[[], Tensor]:
         x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
     if "compiled" in mode:
         model = compiled(model)
+    if mode == "onnx":
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
+            to_onnx(model, Path(folder) / "model.onnx", x.clone())
+            session = onnx_session(Path(folder) / "model.onnx")
+        return lambda: torch.from_numpy(session([x])[0])
     return lambda: model(x)
 
 

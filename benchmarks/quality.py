@@ -605,7 +605,8 @@ def rows_in(path: Path | None, about: dict[str, Any]) -> list[Row]:
     if path is None or not path.exists():
         return []
     earlier = json.loads(path.read_text())
-    if {"optimizer": "sgd", "weight_decay": 5e-4} | earlier["setting"] != about:  # the defaults, for files that do not say
+    unsaid = {"optimizer": "sgd", "weight_decay": 5e-4}
+    if unsaid | earlier["setting"] != about:
         raise SystemExit(f"{path} holds rows of another setting: {earlier['setting']}, asked for: {about}")
     return earlier["rows"]
 

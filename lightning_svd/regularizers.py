@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_svd.factorization import Factors
 from lightning_svd.layers import SVDLayer
 
 ValueAndGradient = tuple[Tensor, Tensor]
@@ -121,9 +122,10 @@ def add_gradients(
     """
     factors, values = [], []
     for layer in layers:
-        kept = layer.factors()
-        factors += [_Part(layer.U, kept.U, layer.kept), _Part(layer.V, kept.V, layer.kept)]
-        values.append(_Part(layer.s, kept.s, layer.kept))
+        full = Factors(layer.U, layer.s, layer.V)
+        kept = full if layer.kept is None else layer.factors()
+        factors += [_Part(full.U, kept.U, layer.kept), _Part(full.V, kept.V, layer.kept)]
+        values.append(_Part(full.s, kept.s, layer.kept))
     defects, ranks, orthogonalities, sparsities = [], 0, [], []
     for group in _alike(factors):
         rank = group[0].value.shape[-1]

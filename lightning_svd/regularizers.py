@@ -122,10 +122,10 @@ def add_gradients(
     """
     factors, values = [], []
     for layer in layers:
-        full = Factors(layer.U, layer.s, layer.V)
-        kept = full if layer.kept is None else layer.factors()
-        factors += [_Part(full.U, kept.U, layer.kept), _Part(full.V, kept.V, layer.kept)]
-        values.append(_Part(full.s, kept.s, layer.kept))
+        U, s, V = layer.U, layer.s, layer.V
+        kept = Factors(U, s, V) if layer.kept is None else layer.factors()
+        factors += [_Part(U, kept.U, layer.kept), _Part(V, kept.V, layer.kept)]
+        values.append(_Part(s, kept.s, layer.kept))
     defects, ranks, orthogonalities, sparsities = [], 0, [], []
     for group in _alike(factors):
         rank = group[0].value.shape[-1]

@@ -13,6 +13,7 @@ import latency
 import nets
 import pages
 import pytest
+import quality
 import recurrent
 import scale
 import step_cost
@@ -234,3 +235,50 @@ def test_the_page_is_written_and_checked(tmp_path, monkeypatch):
 
 def test_the_projects_page_is_what_its_results_say():
     assert pages.main(["--check"]) == 0, "run `python benchmarks/pages.py`"
+
+
+# ------------------------------------------------------------------------------------------------------------- quality
+
+
+def accuracies(*entries):
+    return [{"method": m, "target": t, "seed": s, "accuracy": a} for m, t, s, a in entries]
+
+
+def test_margins_are_those_to_the_best_rival_and_to_the_dense_net():
+    rows = accuracies(
+        ("dense", 1.0, 0, 0.9),
+        ("dense", 1.0, 1, 0.8),
+        ("ours", 0.5, 0, 0.7),
+        ("ours {}", 0.5, 0, 0.9),
+        ("truncate_at_half", 0.5, 0, 0.8),
+        ("truncate_at_half", 0.5, 1, 0.6),
+        ("fixed_rank", 0.5, 0, 0.75),
+        ("ours", 0.25, 0, 0.7),
+    )
+    (table,) = quality.margins(rows)
+    assert table.rows == [["0.5", "fixed_rank", "-5.00", "-15.00"]]
+    assert quality.margins(rows[2:]) == []
+
+
+def test_quality_trains_every_method_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.json"
+    arguments = ["--data-set", "mnist1d", "--net", "mlp", "--epochs", "4", "--train-size", "256", "--test-size", "100"]
+    arguments += ["--optimizer", "adamw", "--rate", "1e-3", "--targets", "0.5", "--json", str(path)]
+    for methods in (["dense", "ours"], list(quality.METHODS)):
+        monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--methods", ",".join(methods)])
+        quality.main()
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert [row["method"] for row in result["rows"]] == [
+        "dense",
+        "ours",
+        *[m for m in quality.METHODS if m not in ("dense", "ours")],
+    ]
+    assert result["setting"]["optimizer"] == "adamw"
+    for row in result["rows"]:
+        assert row["epochs"] == 4 and 0 <= row["accuracy"] <= 1
+        assert row["macs"] == 1.0 if row["method"] == "dense" else 0.4 <= row["macs"] <= 0.5
+    assert "ours, against it" in capsys.readouterr().out
+
+    monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--epochs", "5", "--methods", "dense"])
+    with pytest.raises(SystemExit, match="holds rows of another setting"):
+        quality.main()

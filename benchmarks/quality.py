@@ -340,7 +340,7 @@ def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
     module = Classifier(
         setting, dense_but_finetuning(setting), epochs, lambda progress: FINETUNE_RATE * cosine(progress)
     )
-    soon = {"sparsity": None, "sparsify_start": 0.0, "sparsify_end": 0.2}
+    soon = {"sparsity": None, "sparsify_start": 0.0, "sparsify_end": 0.01}
     return svd_trained(module, soon | arguments)
 
 

@@ -188,15 +188,15 @@ def _add(
     else:
         penalties, stacked = penalty(torch.stack([part.value for part in group]).to(wide))
         gradients = stacked.unbind()
-    for part, gradient in zip(group, gradients, strict=True):
-        if only is None or part.parameter in only:
-            _accumulate(part.parameter, gradient, weight, columns if part.kept is None else part.kept[columns])
+    if weight == 0.0:
+        return penalties
+    for (parameter, _, kept), gradient in zip(group, gradients, strict=True):
+        if parameter.requires_grad and (only is None or parameter in only):
+            _accumulate(parameter, gradient, weight, columns if kept is None else kept[columns])
     return penalties
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, columns: slice | Tensor) -> None:
-    if weight == 0.0 or not parameter.requires_grad:
-        return
     grad = parameter.grad
     if grad is None:
         grad = parameter.grad = torch.zeros_like(parameter)

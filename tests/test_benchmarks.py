@@ -90,7 +90,8 @@ def test_the_floor_of_a_step_is_the_arithmetic_of_its_products():
 def test_step_cost_has_a_row_for_each_variant(tmp_path, setting):
     result = rows_written(step_cost.main, tmp_path / "r.json", "--rounds", "1", *setting)
     rows = {row["variant"]: row for row in result["rows"]}
-    assert rows["dense"]["ratio"] == rows["dense"]["floor"] == 1.0 and len(rows) == 11
+    assert rows["dense"]["ratio"] == rows["dense"]["floor"] == 1.0 and len(rows) == 12
+    assert rows["ours, full rank as dense"]["floor"] == 1.0 <= rows["ours, full rank"]["floor"]
     assert rows["ours, 0.25 of the MACs"]["floor"] < rows["ours, 0.5 of the MACs"]["floor"] < 1.0
     assert result["command"] == " ".join(
         ["python benchmarks/step_cost.py --rounds 1", *setting, "--threads 1 --device cpu"]

@@ -70,8 +70,8 @@ def computed(model: nn.Module, x: Tensor, mode: str) -> Callable[[], Tensor]:
     if "compiled" in mode:
         model = compiled(model)
     if mode == "onnx":
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode(False):
-            to_onnx(model, Path(folder) / "model.onnx", x.clone())
+        with tempfile.TemporaryDirectory() as folder:
+            to_onnx(model, Path(folder) / "model.onnx", x)
             session = onnx_session(Path(folder) / "model.onnx")
         return lambda: torch.from_numpy(session([x])[0])
     return lambda: model(x)

@@ -548,9 +548,9 @@ def main() -> None:
     parser.add_argument("--test-size", type=int, help="the first so many test images")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adamw"])
+    parser.add_argument("--optimizer", default=Setting.optimizer, choices=["sgd", "adamw"])
     parser.add_argument("--rate", type=float, default=0.1, help="learning rate")
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--weight-decay", type=float, default=Setting.weight_decay)
     parser.add_argument("--targets", type=numbers(float), default=[0.35, 0.25])
     parser.add_argument("--seeds", type=numbers(int), default=[0])
     parser.add_argument("--methods", type=numbers(str), default=list(METHODS))
@@ -605,7 +605,7 @@ def rows_in(path: Path | None, about: dict[str, Any]) -> list[Row]:
     if path is None or not path.exists():
         return []
     earlier = json.loads(path.read_text())
-    unsaid = {"optimizer": "sgd", "weight_decay": 5e-4}
+    unsaid = {"optimizer": Setting.optimizer, "weight_decay": Setting.weight_decay}
     if unsaid | earlier["setting"] != about:
         raise SystemExit(f"{path} holds rows of another setting: {earlier['setting']}, asked for: {about}")
     return earlier["rows"]

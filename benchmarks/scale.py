@@ -103,7 +103,7 @@ class Trained:
     def regularise(self) -> None:
         """What happens between backward and step."""
         self.steps += 1
-        layers = self.factors.layers
+        layers = self.factors.regularised
         if layers:
             add_gradients(layers, 1.0, "hoyer", 2e-3, 1.0, self.factors.held(), self.steps)
             self.factors.split()

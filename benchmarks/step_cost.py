@@ -84,9 +84,9 @@ class Stepper:
         loss.backward()
         if self.how.get("closed_form"):
             self.steps += 1
-            factorised = [layer for layer in self.layers if layer.trained_as == "svd"]
-            if factorised:
-                add_gradients(factorised, 1.0, "hoyer", 2e-3, step=self.steps)
+            regularised = self.decay.regularised
+            if regularised:
+                add_gradients(regularised, 1.0, "hoyer", 2e-3, step=self.steps)
             self.decay.split()
         self.optimizer.step()
         if self.how.get("svd"):

@@ -355,7 +355,7 @@ class SVDTrainingCallback(Callback):
             # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or in a skipped step.
             scale *= run.backwards / trainer.accumulate_grad_batches
         trained.hold_constants()
-        layers = [layer for layer in trained.layers if layer.trained_as == "svd"]
+        layers = trained.regularised
         if layers and scale:
             run.penalties = add_gradients(
                 layers, self.orthogonality_weight, self.sparsity, run.strength, scale, trained.held(), step

@@ -253,10 +253,11 @@ class SVDLayer(nn.Module):
         Only while every rank is kept. What the layer computes stays as it is.
         """
         matrix = reconstruct(*map(wide, (self.U, self.s, self.V)))
+        weight, identity = (self.U, self.V) if self._tall else (self.V, self.U)
+        weight.copy_(matrix if self._tall else matrix.mT)
+        identity.copy_(torch.eye(self.full_rank))
+        self.s.fill_(1.0)
         self.trained_as = "dense"
-        (self.U if self._tall else self.V).copy_(matrix if self._tall else matrix.mT)
-        for constant in self.untrained:
-            constant.copy_(torch.ones_like(constant) if constant is self.s else torch.eye(*constant.shape[-2:]))
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -51,11 +51,15 @@ class OptimizerOfFactors:
         """The factorised layers of which the optimizer trains a factor."""
         return self._holdings().layers
 
+    @property
+    def regularised(self) -> list[SVDLayer]:
+        """Those of them that are trained as an SVD, for which alone the regularisers are meant."""
+        return self._holdings().regularised
+
     def hold_constants(self) -> None:
         """Have the next step pass over factors that are not trained at present: no gradient, decay or momentum."""
-        for layer in self.layers:
-            for constant in layer.untrained:
-                constant.grad = None
+        for constant in self._holdings().constants:
+            constant.grad = None
 
     def split(self) -> None:
         """Give U, V and s groups of their own with the decay they should have."""
@@ -110,6 +114,8 @@ class _Holdings:
         key: Decay and identities of the parameters of each group, and as what the layers are trained.
         parameters: All of them.
         layers: Those of which a factor is among them.
+        regularised: Those of these that are trained as an SVD.
+        constants: The factors of these that are not trained at present.
         by_decay: For each group its parameters by the weight decay that they should have; a single entry for a group
             that can stay whole.
     """
@@ -117,15 +123,17 @@ class _Holdings:
     key: _Key
     parameters: frozenset[nn.Parameter]
     layers: list[SVDLayer]
+    regularised: list[SVDLayer]
+    constants: list[nn.Parameter]
     by_decay: list[dict[float, list[nn.Parameter]]]
 
 
 def _holdings(key: _Key, groups: Sequence[dict[str, Any]], layers: Iterable[SVDLayer]) -> _Holdings:
     decays = {p: group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
     held = [layer for layer in layers if not decays.keys().isdisjoint((layer.U, layer.s, layer.V))]
-    for layer in held:
-        if layer.trained_as != "svd":
-            continue  # plain layers decay as such
+    regularised = [layer for layer in held if layer.trained_as == "svd"]
+    constants = [constant for layer in held for constant in layer.untrained]
+    for layer in regularised:  # the others decay as the plain layers that they are trained as
         decays[layer.s] = decays.get(layer.U, decays.get(layer.s, 0.0))
         decays[layer.U] = decays[layer.V] = 0.0
     by_decay: list[dict[float, list[nn.Parameter]]] = []
@@ -133,7 +141,8 @@ def _holdings(key: _Key, groups: Sequence[dict[str, Any]], layers: Iterable[SVDL
         by_decay.append({})
         for p in group["params"]:
             by_decay[-1].setdefault(decays[p], []).append(p)
-    return _Holdings(key, frozenset(p for group in groups for p in group["params"]), held, by_decay)
+    parameters = frozenset(p for group in groups for p in group["params"])
+    return _Holdings(key, parameters, held, regularised, constants, by_decay)
 
 
 def _parts(group: dict[str, Any], by_decay: dict[float, list[nn.Parameter]]) -> list[dict[str, Any]]:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from harness import Table
 
 from lightning_svd import add_gradients, decompose, svd_layers
-from lightning_svd.optimizers import OptimizerOfFactors
-from lightning_svd.regularizers import COLUMNS
+from lightning_svd.training.optimizers import OptimizerOfFactors
+from lightning_svd.training.regularizers import COLUMNS
 
 
 def errors(data: images.Images, optimizer: str, rate: float, seed: int, epochs: int, in_turns: bool) -> list[float]:
@@ -29,14 +29,13 @@ def errors(data: images.Images, optimizer: str, rate: float, seed: int, epochs: 
     decompose(model)
     layers = list(svd_layers(model).values())
     trained = getattr(torch.optim, optimizer)(model.parameters(), rate)
-    factors = OptimizerOfFactors(trained, layers)
+    OptimizerOfFactors(trained, layers)  # by hooks of its own
     found, step = [], 0
     for epoch in range(epochs):
         for x, y in data.batches(128, seed, epoch):
             trained.zero_grad()
             F.cross_entropy(model(x), y).backward()
             add_gradients(layers, 1.0, step=step if in_turns else None)
-            factors.split()
             trained.step()
             step += 1
         if (epoch + 1) % max(1, epochs // 5) == 0:

@@ -1,4 +1,4 @@
-"""The data sets of the benchmarks, whole in memory as normalised tensors."""
+"""The data sets of the benchmarks, whole in memory as normalized tensors."""
 
 from __future__ import annotations
 

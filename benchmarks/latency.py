@@ -20,12 +20,14 @@ from pathlib import Path
 
 import torch
 from harness import Row, Table, against, arguments, in_turns, middle_half, milliseconds, progress, save, times
-from step_cost import CASES, compiled, cost_of, cut, factorised
+from step_cost import CASES, compiled, cost_of, cut, factorized
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lightning_svd import svd_layers, to_factored, to_onnx
-from lightning_svd.export import onnx_session
+from lightning_svd.files.export import onnx_session
+from lightning_svd.layers.layer import plain_dense, plain_pair
+from lightning_svd.ranks.latency import time_layers
 
 MODES = ("eager", "channels-last", "folded", "folded, channels-last", "compiled", "compiled, channels-last", "onnx")
 EXPONENTS = (0.2, 1.2)  # between these lie the power laws of the layers' spectra
@@ -37,11 +39,12 @@ TURN = 0.05  # seconds that a turn takes at least
 
 
 def shape_spectra(model: nn.Module) -> None:
-    """Give each factorised layer the singular values of a power law, of an exponent drawn for it."""
+    """Give each factorized layer the singular values of a power law, of an exponent drawn for it."""
     for layer in svd_layers(model).values():
         exponent = EXPONENTS[0] + (EXPONENTS[1] - EXPONENTS[0]) * float(torch.rand(()))
         with torch.no_grad():
-            layer.s.copy_(layer.s[0] * torch.arange(1, layer.full_rank + 1, device=layer.s.device) ** -exponent)
+            s = layer.form.parameters["s"]
+            s.copy_(s[0] * torch.arange(1, layer.full_rank + 1, device=s.device) ** -exponent)
 
 
 def models(dense: nn.Module, full: nn.Module, x: Tensor, budget: float) -> dict[str, nn.Module]:
@@ -55,7 +58,7 @@ def models(dense: nn.Module, full: nn.Module, x: Tensor, budget: float) -> dict[
             progress(f"no rows of {name}: {error}")
             continue
         made[name] = to_factored(low_rank, cost)
-        made[f"{name}, dense where slower"] = to_factored(low_rank, cost, x)
+        made[f"{name}, dense where slower"] = to_factored(low_rank, time_layers(cost, svd_layers(low_rank)))
     return made
 
 
@@ -78,7 +81,7 @@ def computed(model: nn.Module, x: Tensor, mode: str) -> Callable[[], Tensor]:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """The model with each batch normalisation merged into the convolution before it."""
+    """The model with each batch normalization merged into the convolution before it."""
     traced = torch.fx.symbolic_trace(model)
     for node in traced.graph.nodes:
         norm, conv = _module_at(traced, node), _module_at(traced, next(iter(node.args), None))
@@ -129,16 +132,16 @@ def whole(net: str, models: Mapping[str, nn.Module], x: Tensor, options: argpars
 
 @torch.inference_mode()
 def layer_by_layer(net: str, low_rank: nn.Module, x: Tensor, mode: str, options: argparse.Namespace) -> list[Row]:
-    """A row for each factorised layer: the dense one, both factors, each factor."""
+    """A row for each factorized layer: the dense one, both factors, each factor."""
     cost = cost_of(low_rank, tuple(x.shape))
     rows = []
     progress(f"{net}, batch {len(x)}: layers, {mode}")
     for name, layer in svd_layers(low_rank).items():
         price = cost.layers[name]
         inner = torch.randn(price.input_shapes[0], device=x.device)
-        pair = layer.factored()
+        pair = plain_pair(layer)
         actions = {
-            "dense": computed(layer.dense(), inner, mode),
+            "dense": computed(plain_dense(layer), inner, mode),
             "both": computed(pair, inner, mode),
             "first": computed(pair[0], inner, mode),
             "second": computed(pair[1], pair[0](inner), mode),
@@ -168,7 +171,7 @@ def measure(net: str, batch: int, options: argparse.Namespace) -> list[Row]:
     build, shape = CASES[net]
     x = torch.randn((batch, *shape[1:]), device=options.device)
     dense = build().to(options.device)
-    full = factorised(dense)
+    full = factorized(dense)
     if options.spectra == "power":
         shape_spectra(full)
     rows = whole(net, models(dense, full, x, options.budget), x, options)

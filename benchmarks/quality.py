@@ -42,8 +42,9 @@ from step_cost import cut
 from torch import Tensor, nn
 
 from lightning_svd import SVDTrainingCallback, add_gradients, decompose, summarize, svd_layers, to_factored
-from lightning_svd.costs import ModelCost, count_costs
-from lightning_svd.ranks import keep_by_energy, strongest
+from lightning_svd.model.counting import count_costs
+from lightning_svd.ranks.allocation import keep_by_energy
+from lightning_svd.ranks.costs import ModelCost
 
 MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
@@ -160,12 +161,12 @@ def cosine(progress: float) -> float:
 
 
 def cost_of(model: nn.Module, setting: Setting) -> ModelCost:
-    """Costs of a model with factorised layers."""
+    """Costs of a model with factorized layers."""
     return count_costs(model, setting.images.test[0][:1])
 
 
 def truncated(model: nn.Module, setting: Setting) -> nn.Module:
-    """``model``, dense or factorised, as plain low-rank layers within the budget, ranks allocated globally."""
+    """``model``, dense or factorized, as plain low-rank layers within the budget, ranks allocated globally."""
     if not svd_layers(model):
         decompose(model, conv_mode=setting.conv_mode)
     cost = cost_of(model, setting)
@@ -226,7 +227,7 @@ def truncate_at_half(setting: Setting) -> nn.Module:
 
 
 def fixed_rank(setting: Setting) -> nn.Module:
-    """Low-rank from the first step, initialised by the SVD of the dense net's initial weights."""
+    """Low-rank from the first step, initialized by the SVD of the dense net's initial weights."""
     model = truncated(setting.build(), setting)
     fit(model, setting, (0, setting.epochs), cosine)
     return model
@@ -268,11 +269,11 @@ def two_of_three_stages(setting: Setting, hoyer: float = 0.01) -> nn.Module:
     layers = svd_layers(model)
     for stage, strength in enumerate((0.0, hoyer)):
 
-        def regularise(progress: float, strength: float = strength) -> None:
+        def regularize(progress: float, strength: float = strength) -> None:
             add_gradients(layers.values(), 1.0, "hoyer", strength)
 
         epochs = (setting.epochs * stage // 3, setting.epochs * (stage + 1) // 3)
-        fit(model, setting, epochs, cosine, regularise, lambda name: not name.endswith(("U", "V")))
+        fit(model, setting, epochs, cosine, regularize, lambda name: not name.endswith(("U", "V")))
     return model
 
 
@@ -284,10 +285,10 @@ def three_stages(setting: Setting) -> nn.Module:
     low, high = 0.0, 1.0
     for _ in range(30):  # the largest threshold within the budget
         middle = (low + high) / 2
-        ratio = cost.ratio(keep_by_energy(energies, cost, middle), "macs") if middle else 0.0
+        ratio = cost.ratio(keep_by_energy(energies, cost.by("macs"), middle), "macs") if middle else 0.0
         low, high = (middle, high) if ratio <= setting.target else (low, middle)
-    for name, rank in keep_by_energy(energies, cost, low).items():
-        layers[name].keep(strongest(energies[name], rank))
+    for name, rank in keep_by_energy(energies, cost.by("macs"), low).items():
+        layers[name].keep(rank)
     model = to_factored(model, cost)
     fit(model, setting, (setting.epochs * 2 // 3, setting.epochs), cosine)
     return model

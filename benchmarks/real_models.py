@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
-from lightning_svd.export import largest_difference, to_onnx
+from lightning_svd.files.export import largest_difference, to_onnx
 
 TARGET, STEPS, BATCH = 0.5, 8, 4
 WORDS = 200
@@ -280,12 +280,12 @@ def measure(name: str, quick: bool) -> Row:
         enable_model_summary=False,
     )
     trainer.fit(task, DataLoader([inputs] * STEPS, batch_size=None))
-    report, factorised = callback.report, [layer for layer in callback.plan if not layer.skipped]
+    report, factorized = callback.report, [layer for layer in callback.plan if not layer.skipped]
     assert report is not None
     row: Row = {
         "model": name,
         "layers": len(callback.plan),
-        "factorised": len(factorised),
+        "factorized": len(factorized),
         "skipped": Counter(f"{layer.kind}: {layer.skipped}" for layer in callback.plan if layer.skipped),
         "share": sum(layer.dense_macs for layer in report.layers) / report.dense_macs,
         "macs": report.macs_ratio,
@@ -321,12 +321,12 @@ def attempt(work: Callable[[], float]) -> float | str:
 def tables(rows: list[Row]) -> list[Table]:
     """What was found, and how far the exported forms are from the model."""
     exports = [key for key in ("low-rank file", "torch.export", "ONNX") if key in rows[0]]
-    headings = ["model", "layers", "factorised", "their MACs", "left", *exports, "skipped, because"]
+    headings = ["model", "layers", "factorized", "their MACs", "left", *exports, "skipped, because"]
     lines = [
         [
             row["model"],
             str(row["layers"]),
-            str(row["factorised"]),
+            str(row["factorized"]),
             f"{row['share']:.0%}",
             f"{row['macs']:.1%}",
             *(f"{row[key]:.1g}" if isinstance(row[key], float) else row[key] for key in exports),

@@ -18,6 +18,7 @@ from harness import Row, Table, against, arguments, in_turns, middle_half, milli
 from torch import Tensor, nn
 
 from lightning_svd import decompose, svd_layers, to_factored
+from lightning_svd.model.counting import count_params
 
 STEPS, BATCH, SHARE = 64, 32, 0.35
 
@@ -30,8 +31,14 @@ def variants(width: int) -> dict[str, nn.Module]:
     low = copy.deepcopy(full)
     for layer in svd_layers(low).values():
         rank = int(SHARE * layer.dense_params / layer.params_per_rank)
-        layer.keep(torch.arange(layer.full_rank, device=layer.s.device) < rank)
-    return {"dense": dense, "ours, full rank": full, "ours, 0.35": low, "ours, 0.35, pairs": to_factored(low)}
+        layer.keep(rank)
+        layer.shrink()
+    return {
+        "dense": dense,
+        "ours, full rank": full,
+        "ours, 0.35": low,
+        "ours, 0.35, pairs": to_factored(low, count_params(low)),
+    }
 
 
 def training(module: nn.Module, x: Tensor) -> Callable[[], object]:

@@ -1,34 +1,48 @@
-"""How costs grow: decomposition against bare SVDs, a step against a layer's width, a step against the number of layers.
+"""How costs grow: SVDs, a step with a layer's width, a step, its logging and a cut with the number of layers.
 
     python benchmarks/scale.py --json out.json
     python benchmarks/scale.py --quick
 
 What is compared takes turns; a ratio is the median over the rounds. The depth part uses layers so small that only
-Python and the launches of kernels cost anything: ``forward and backward`` is what factorised layers take more than
-plain ones there, ``regulariser`` what happens between backward and step, ``optimizer`` what a step of three tensors a
+Python and the launches of kernels cost anything: ``forward and backward`` is what factorized layers take more than
+plain ones there, ``regularizer`` what happens between backward and step, ``optimizer`` what a step of three tensors a
 layer in split groups takes more than one of the dense tensors.
+
+The last two parts are about many layers in one run. ``logging`` is a fit of layers as small, with a CSV logger, in
+which every second step logs the run's scalars: what such a step takes more than the one before, as a share of it, and
+as one of fifty steps, as the Trainer has it by default; the goal is 1 %. ``cut`` is ``SVDTraining.cut`` against the QR
+decompositions and SVDs alone that refactorize the same layers; the goal is to take less than twice as long.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import logging
 import statistics
+import tempfile
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import nets
 import torch
-from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
-from step_cost import arithmetic, cost_of, factorised, ranks_of
+from harness import Row, Table, against, arguments, in_turns, middle_half, milliseconds, progress, save, times
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from step_cost import Run, Setting, arithmetic, cost_of, factorized, ranks_of
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_svd import add_gradients, decompose, svd_layers
-from lightning_svd.optimizers import OptimizerOfFactors
+from lightning_svd import SVDTrainingCallback, add_gradients, decompose, svd_layers
+from lightning_svd.training.optimizers import OptimizerOfFactors
+from lightning_svd.training.policies import Change, FallToBudget
 
 # The parts of a step in their order, each with the method of `Trained` that is it.
-EXTRA = {"forward and backward": "backward", "regulariser": "regularise", "optimizer": "step"}
+EXTRA = {"forward and backward": "backward", "regularizer": "regularize", "optimizer": "step"}
 DECOMPOSITIONS = 3  # rounds at most: they take long, and vary little
 
 # ------------------------------------------------------------------------------------------------------ decomposition
@@ -86,7 +100,7 @@ def decompositions(options: argparse.Namespace) -> list[Row]:
 
 
 class Trained:
-    """A module in training on one input, dense or factorised, as the callback trains it."""
+    """A module in training on one input, dense or factorized, as the callback trains it."""
 
     def __init__(self, module: nn.Module, x: Tensor) -> None:
         self.module, self.x, self.steps = module, x, 0
@@ -100,13 +114,12 @@ class Trained:
         self.optimizer.zero_grad()
         self.module(self.x).backward(self.gradient)
 
-    def regularise(self) -> None:
+    def regularize(self) -> None:
         """What happens between backward and step."""
         self.steps += 1
-        layers = self.factors.regularised
+        layers = self.factors.regularized
         if layers:
             add_gradients(layers, 1.0, "hoyer", 2e-3, 1.0, self.factors.held(), self.steps)
-            self.factors.split()
 
     def step(self) -> None:
         """The optimizer's step; user's groups are whole afterwards."""
@@ -114,7 +127,7 @@ class Trained:
 
     def whole(self) -> None:
         self.backward()
-        self.regularise()
+        self.regularize()
         self.step()
 
 
@@ -134,9 +147,10 @@ def widths(options: argparse.Namespace) -> list[Row]:
     rows = []
     for kind, width, layer, shape in made:
         progress(f"{kind}, width {width}")
-        dense, full = nn.Sequential(layer).to(options.device), factorised(nn.Sequential(layer)).to(options.device)
+        dense, full = nn.Sequential(layer).to(options.device), factorized(nn.Sequential(layer)).to(options.device)
         quarter = copy.deepcopy(full)
-        quarter[0].keep(torch.arange(width, device=options.device) < width // 4)
+        quarter[0].keep(width // 4)
+        quarter[0].shrink()
         x = torch.randn(shape, device=options.device, requires_grad=True)
         cost = cost_of(full, shape)
         trained = {"dense": Trained(dense, x), "full rank": Trained(full, x), "a quarter": Trained(quarter, x)}
@@ -159,7 +173,7 @@ def depths(options: argparse.Namespace) -> list[Row]:
         progress(f"{depth} layers")
         dense = nn.Sequential(*(nn.Linear(options.width, options.width) for _ in range(depth))).to(options.device)
         x = torch.randn(8, options.width, device=options.device, requires_grad=True)
-        trained = {"dense": Trained(dense, x), "ours": Trained(factorised(dense), x)}
+        trained = {"dense": Trained(dense, x), "ours": Trained(factorized(dense), x)}
         actions = {
             f"{who} {part}": getattr(one, method) for who, one in trained.items() for part, method in EXTRA.items()
         }
@@ -167,6 +181,101 @@ def depths(options: argparse.Namespace) -> list[Row]:
         micro = {name: 1e6 * statistics.median(mine) / depth for name, mine in seconds.items()}
         row: Row = {"what": "depth", "layers": depth, "dense": sum(micro[f"dense {part}"] for part in EXTRA)}
         rows.append(row | {part: micro[f"ours {part}"] - micro[f"dense {part}"] for part in EXTRA})
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------- many layers
+
+
+class Tiny(LightningModule):
+    """Layers so small that a step costs what its calls cost."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Linear(width, width) for _ in range(depth)))
+        for layer in self.net:
+            nn.init.orthogonal_(layer.weight)  # else gradients vanish, and denormal numbers make any arithmetic slow
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+class Clock(Callback):
+    """When each batch began; on the CPU in seconds of its own, which other processes do not take."""
+
+    def __init__(self, device: str) -> None:
+        self.began: list[float] = []
+        self.now = time.perf_counter if device.startswith("cuda") else time.process_time
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.began.append(self.now())
+
+
+def loggings(options: argparse.Namespace) -> list[Row]:
+    """A step that logs the run's scalars against the one before it, which does not."""
+    progress(f"logging, {options.layers} layers")
+    pairs = 10 if options.quick else 100
+    steps = 2 * pairs + 10
+    callback = SVDTrainingCallback(
+        log_every_n_steps=2, log_spectrum_every_n_epochs=0, sparsify_start=1.0, sparsify_end=1.0
+    )
+    clock, module = Clock(options.device), Tiny(options.width, options.layers)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_steps=steps,
+            accelerator="gpu" if options.device.startswith("cuda") else "cpu",
+            devices=1,
+            callbacks=[clock, callback],
+            logger=CSVLogger(folder),
+            log_every_n_steps=1,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader([torch.randn(8, options.width)] * steps, batch_size=None))
+    seconds = [later - earlier for earlier, later in itertools.pairwise(clock.began)][6:]  # the first ones warm up
+    silent, logged = seconds[0::2][:pairs], seconds[1::2][:pairs]
+    row: Row = {"what": "logging", "layers": options.layers, "width": options.width, **against(logged, silent)}
+    return [row | {"step": statistics.median(silent)}]
+
+
+class OneRankLess(FallToBudget):
+    """Takes one rank of every layer in each cut, after the ranks for the budget were found as ever."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 1.0, "linear", 1, "constant")
+
+    def change(self, step: int, full: Any, now: Any, choose: Callable[[], Any]) -> Change:
+        choose()
+        return Change({name: rank - 1 for name, rank in now.items()}, False)
+
+
+def bare_refactorizations(run: Run) -> None:
+    """What any exact refactorization of the factors has to do."""
+    assert run.training is not None
+    for layer in run.training.layers.values():
+        U, s, V = (factor.detach() for factor in layer.factors())
+        (_, upper), (_, lower) = torch.linalg.qr(U), torch.linalg.qr(V)
+        torch.linalg.svd((upper * s) @ lower.mT)
+
+
+def cuts(options: argparse.Namespace) -> list[Row]:
+    """``SVDTraining.cut`` against the QR decompositions and SVDs that are in it."""
+    rows = []
+    for width in (32, 64) if options.quick else (32, 64, 128):
+        progress(f"a cut of {options.layers} layers of width {width}")
+        net = nn.Sequential(*(nn.Linear(width, width) for _ in range(options.layers)), nn.Linear(width, 10))
+        batch = torch.randn(8, width, device=options.device), torch.arange(8, device=options.device)
+        run = Run(net.to(options.device), batch, torch.optim.AdamW, Setting(options.device), schedule=OneRankLess())
+        assert run.training is not None
+        run.step()  # AdamW remembers from here on
+        actions = {"bare": partial(bare_refactorizations, run), "cut": partial(run.training.cut, 1, 0)}
+        seconds = in_turns(actions, options.rounds, torch.device(options.device))
+        row = {"what": "cut", "layers": options.layers, "width": width, **against(seconds["cut"], seconds["bare"])}
+        rows.append(row | {"bare": statistics.median(seconds["bare"])})
     return rows
 
 
@@ -206,8 +315,35 @@ def tables(rows: list[Row]) -> list[Table]:
         (
             "depth",
             "Microseconds a layer and step, in addition to the dense net's",
-            ["layers", "forward and backward", "regulariser", "optimizer", "a dense step"],
+            ["layers", "forward and backward", "regularizer", "optimizer", "a dense step"],
             lambda row: [str(row["layers"]), *(f"{row[part]:.0f}" for part in (*EXTRA, "dense"))],
+        ),
+        (
+            "logging",
+            "A step that logs the run's scalars against one that does not",
+            ["layers", "width", "a step, ms", "logging, ms", "of a step", "middle half", "of 50 steps"],
+            lambda row: [
+                str(row["layers"]),
+                str(row["width"]),
+                milliseconds(row["step"]),
+                milliseconds(row["step"] * (row["ratio"] - 1)),
+                f"{row['ratio'] - 1:.1%}",
+                f"{row['low'] - 1:.1%} - {row['high'] - 1:.1%}",
+                f"{(row['ratio'] - 1) / 50:.2%}",
+            ],
+        ),
+        (
+            "cut",
+            "A cut against the QR decompositions and SVDs in it",
+            ["layers", "width", "cut / SVDs", "middle half", "cut, s", "SVDs, s"],
+            lambda row: [
+                str(row["layers"]),
+                str(row["width"]),
+                times(row["ratio"]),
+                middle_half(row),
+                f"{row['seconds']:.2f}",
+                f"{row['bare']:.2f}",
+            ],
         ),
     ):
         mine = [cells(row) for row in rows if row["what"] == what]
@@ -260,7 +396,7 @@ def figures(rows: list[Row]) -> dict[str, Callable[[list[Row]], Any]]:
     return {what: plot for what, plot in {"width": plot_width, "depth": plot_depth}.items() if what in measured}
 
 
-PARTS = {"decomposition": decompositions, "width": widths, "depth": depths}
+PARTS = {"decomposition": decompositions, "width": widths, "depth": depths, "logging": loggings, "cut": cuts}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -270,16 +406,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-width", type=int, default=4096, help="of the Linear of the width part, Conv2d an eighth")
     parser.add_argument("--positions", type=int, default=2048, help="inputs of the Linear of the width part")
     parser.add_argument("--side", type=int, default=16, help="of the images of the width part")
-    parser.add_argument("--width", type=int, default=16, help="of the layers of the depth part")
+    parser.add_argument("--width", type=int, default=16, help="of the layers of the depth and logging parts")
+    parser.add_argument("--layers", type=int, default=400, help="of the logging and cut parts")
     options = parser.parse_args(argv)
     if options.quick:
         options.rounds, options.positions, options.max_width = min(options.rounds, 3), 256, 256
     torch.set_num_threads(options.threads)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
     torch.manual_seed(options.seed)
     rows: list[Row] = []
     for part in options.parts:
-        rows += PARTS[part](options)
-        tables(rows)[-1].print()
+        rows += (new := PARTS[part](options))
+        tables(new)[-1].print()
         save("scale", argv, options, rows)
 
 

@@ -1,13 +1,21 @@
-"""What one training step costs: forward, backward, regulariser, optimizer; dense against factorised, and rivals.
+"""What one training step costs: forward, backward, regularizer, optimizer; dense against factorized, and rivals.
 
     python benchmarks/step_cost.py --json out.json
     python benchmarks/step_cost.py --quick
+    python benchmarks/step_cost.py --parts low-rank --nets mlp1024,vit384,resnet18
     python benchmarks/step_cost.py --memory --nets resnet18
 
 All variants of a net take turns in one process, so that a noisy machine treats them alike; a row is the median of the
 ratios to the dense step of the same round, with the middle half of them as its spread. ``floor`` is the arithmetic of
-the row's products against the dense net's: what the ratio could be if nothing but products cost time. With
-``--memory`` each variant also makes steps in a process of its own, whose memory at the peak of a step is compared.
+the row's products against the dense net's: what the ratio could be if nothing but products cost time.
+
+The part ``low-rank`` trains by :class:`SVDTraining` down to 0.25 of the MACs, and compares a step in each form in which
+a layer of this rank may be trained with that of plain pairs of torch layers of the same ranks. The goal is 1.15.
+
+With ``--memory`` each variant of the part ``step`` also makes steps in a process of its own, whose memory at the peak
+of a step is compared (not with ``--quick``), and the part ``memory`` is measured: what a run under AdamW holds in each
+of its phases, by what it is. The goal, of all together: below 1.3 times the dense run's at the start with
+``full_rank_as="dense"``, below 0.6 of it after the last cut to a tenth of the ranks.
 """
 
 from __future__ import annotations
@@ -17,11 +25,13 @@ import copy
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import nets
 import torch
@@ -29,11 +39,13 @@ import torch.nn.functional as F
 from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
 from torch import Tensor, nn
 
-from lightning_svd import SVDConv, SVDLayer, add_gradients, decompose, svd_layers, to_factored
-from lightning_svd.costs import ModelCost, count_costs
-from lightning_svd.optimizers import OptimizerOfFactors
-from lightning_svd.ranks import keep_by_budget, strongest
-from lightning_svd.regularizers import COLUMNS
+from lightning_svd import SVDLayer, SVDTraining, add_gradients, decompose, svd_layers, to_factored
+from lightning_svd.model.counting import count_costs
+from lightning_svd.ranks.allocation import keep_by_budget
+from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.training.optimizers import OptimizerOfFactors
+from lightning_svd.training.policies import Change, RankPolicy
+from lightning_svd.training.regularizers import COLUMNS
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (lambda: nets.build("resnet18", 3, 32, 10), (128, 3, 32, 32)),
@@ -42,7 +54,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp1024": (lambda: nets.mlp(1024, 10, width=1024, depth=4), (256, 1, 32, 32)),
 }
 BUDGETS = (0.5, 0.35, 0.25)
+LOW_BUDGET = 0.25
+LEFT = 0.1  # of every layer's ranks, where a run ends whose memory is measured
+PARTS = ("step", "low-rank", "memory")
 QUICK_ROUNDS, QUICK_INPUTS = 3, 8
+QUICK_NETS = {
+    "step": ["resnet18"],
+    "low-rank": ["mlp1024", "vit384", "resnet18"],
+    "memory": ["mlp1024", "vit384", "resnet18"],
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,13 @@ class Setting:
     seed: int = 0
 
 
+def batch_of(shape: tuple[int, ...], setting: Setting) -> tuple[Tensor, Tensor]:
+    """Noise and its labels."""
+    layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+    x = torch.randn(shape, device=setting.device).contiguous(memory_format=layout)
+    return x, torch.randint(10, shape[:1], device=setting.device)
+
+
 class Stepper:
     """A model, its optimizer, and what happens between backward and step."""
 
@@ -64,10 +91,7 @@ class Stepper:
     ) -> None:
         layout = torch.channels_last if setting.channels_last else torch.preserve_format
         self.model, self.floor, self.how, self.setting = model.train().to(memory_format=layout), floor, how, setting
-        self.x = torch.randn(shape, device=setting.device).contiguous(
-            memory_format=torch.channels_last if setting.channels_last else torch.contiguous_format
-        )
-        self.y = torch.randint(10, shape[:1], device=setting.device)
+        self.x, self.y = batch_of(shape, setting)
         self.optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
         self.layers = list(svd_layers(model).values())
         self.decay = OptimizerOfFactors(self.optimizer, self.layers)
@@ -84,10 +108,9 @@ class Stepper:
         loss.backward()
         if self.how.get("closed_form"):
             self.steps += 1
-            regularised = self.decay.regularised
-            if regularised:
-                add_gradients(regularised, 1.0, "hoyer", 2e-3, step=self.steps)
-            self.decay.split()
+            regularized = self.decay.regularized
+            if regularized:
+                add_gradients(regularized, 1.0, "hoyer", 2e-3, only=self.decay.held(), step=self.steps)
         self.optimizer.step()
         if self.how.get("svd"):
             with torch.no_grad():
@@ -110,42 +133,44 @@ def penalty(layer: SVDLayer) -> Tensor:
     return defects / layer.rank**2 + 2e-3 * s.abs().sum() / s.square().sum().sqrt()
 
 
-def factorised(model: nn.Module) -> nn.Module:
-    """A copy of a dense model, factorised at full rank."""
+def factorized(model: nn.Module) -> nn.Module:
+    """A copy of a dense model, factorized at full rank, its factors shown as parameters."""
     model = copy.deepcopy(model)
     decompose(model)
     return model
 
 
 def cut(full: nn.Module, cost: ModelCost, budget: float, round_to: int = 1) -> nn.Module:
-    """A copy of a factorised model with its ranks cut to the budget."""
+    """A copy of a factorized model with its ranks cut to the budget, its storage as small as they are."""
     model = copy.deepcopy(full)
     layers = svd_layers(model)
     energies = {name: layer.energies() for name, layer in layers.items()}
-    for name, rank in keep_by_budget(energies, cost, budget * cost.dense("macs"), round_to=round_to).items():
-        layers[name].keep(strongest(energies[name], rank))
+    counted = cost.by("macs")
+    for name, rank in keep_by_budget(energies, counted, budget * counted.dense(), round_to=round_to).items():
+        layers[name].keep(rank)
+        layers[name].shrink()
     return model
 
 
 def cost_of(model: nn.Module, shape: tuple[int, ...]) -> ModelCost:
-    """What a factorised model costs for an input of this shape; nothing is computed for it."""
+    """What a factorized model costs for an input of this shape; nothing is computed for it."""
     shapes_only = copy.deepcopy(model).to("meta")
     return count_costs(shapes_only, torch.zeros(shape, device="meta"))
 
 
-def regulariser_products(m_plus_n: int, rank: int) -> int:
+def regularizer_products(m_plus_n: int, rank: int) -> int:
     """Products of the closed form on U (m, r) and V (n, r): a block of Gram columns, and one product with it."""
     return 2 * m_plus_n * rank * min(rank, COLUMNS)
 
 
 def arithmetic(cost: ModelCost, ranks: Mapping[str, int], always: str = "") -> float:
-    """Products of a step over the dense net's: both ways of computing, and the regulariser."""
+    """Products of a step over the dense net's: both ways of computing, and the regularizer."""
     products = 3 * cost.other_macs
     for name, price in cost.layers.items():
         rebuilt = ranks[name] * price.dense_params + price.dense_macs
         factored = ranks[name] * price.macs_per_rank
         products += 3 * {"factored": factored, "rebuilt": rebuilt}.get(always, min(rebuilt, factored))
-        products += regulariser_products(price.params_per_rank, ranks[name])
+        products += regularizer_products(price.params_per_rank, ranks[name])
     return products / (3 * cost.dense("macs"))
 
 
@@ -155,11 +180,7 @@ def always_factored(model: nn.Module) -> nn.Module:
     def forward(layer: SVDLayer, x: Tensor) -> Tensor:
         U, s, V = layer.factors()
         root = s.abs().sqrt()
-        if not isinstance(layer, SVDConv):
-            return F.linear(F.linear(x, (V * root).mT), U * root, layer.bias)
-        kernel = (V * root).mT.reshape(-1, layer.in_channels, *layer.kernel_size)
-        maps = F.conv2d(x, kernel, None, layer.stride, layer.padding, layer.dilation)
-        return F.conv2d(maps, (U * root)[:, :, None, None], layer.bias)
+        return layer.view.apply_factors(x, U * root, V * root, layer.bias)
 
     for layer in svd_layers(model).values():
         layer.forward = forward.__get__(layer)
@@ -168,13 +189,17 @@ def always_factored(model: nn.Module) -> nn.Module:
 
 def always_rebuilt(model: nn.Module) -> nn.Module:
     """A peer's form: W at any rank."""
+
+    def forward(layer: SVDLayer, x: Tensor) -> Tensor:
+        return layer.view.apply_matrix(x, layer.form.matrix(), layer.bias)
+
     for layer in svd_layers(model).values():
-        layer.forward = layer.forward_rebuilt
+        layer.forward = forward.__get__(layer)
     return model
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """The rank that each factorised layer keeps."""
+    """The rank that each factorized layer keeps."""
     return {name: layer.rank for name, layer in svd_layers(model).items()}
 
 
@@ -203,8 +228,8 @@ class Variants:
 
     @cached_property
     def full(self) -> nn.Module:
-        """The net, factorised at full rank."""
-        return factorised(self.dense)
+        """The net, factorized at full rank."""
+        return factorized(self.dense)
 
     @cached_property
     def cost(self) -> ModelCost:
@@ -223,7 +248,7 @@ class Variants:
     def ours_as_dense(self) -> Stepper:
         model = copy.deepcopy(self.full)
         for layer in svd_layers(model).values():
-            layer.join()
+            layer.to_dense()
         return self.stepper(model, 1.0, closed_form=True)
 
     def rival(self, form: Callable[[nn.Module], nn.Module], always: str) -> Stepper:
@@ -232,6 +257,136 @@ class Variants:
 
     def fixed_rank(self, budget: float) -> Stepper:
         return self.stepper(to_factored(cut(self.full, self.cost, budget), self.cost), budget)
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
+class Cuts(RankPolicy):
+    """Cuts after the steps of a plan, each to a share of every layer's ranks, or for None to the budget.
+
+    Args:
+        plan: Step -> share.
+        final: The step of the plan with which ranks are final; None if they never are.
+    """
+
+    def __init__(self, plan: Mapping[int, float | None], final: int | None = None) -> None:
+        self.plan, self.final, self.left = dict(plan), final, sorted(plan)
+
+    def begin(self, total_steps: int) -> None:
+        pass
+
+    def resume(self, last_change: int) -> None:
+        self.left = [step for step in sorted(self.plan) if step > last_change]
+
+    def is_due(self, step: int) -> bool:
+        return step in self.left
+
+    def change(
+        self,
+        step: int,
+        full: Mapping[str, int],
+        now: Mapping[str, int],
+        choose: Callable[[], Mapping[str, int]],
+    ) -> Change:
+        share = self.plan[step]
+        ranks = choose() if share is None else {name: max(1, round(share * rank)) for name, rank in full.items()}
+        return Change({name: min(rank, now[name]) for name, rank in ranks.items()}, step == self.final)
+
+    def strength(self, step: int) -> float:
+        return 1.0
+
+    @property
+    def pending(self) -> int | None:
+        return self.left[-1] if self.left else None
+
+
+class Run:
+    """A run by :class:`SVDTraining` in a loop as a user would write it; or of the dense net, without one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        setting: Setting,
+        **arguments: Any,
+    ) -> None:
+        self.model, (self.x, self.y), self.setting = model.train(), batch, setting
+        if setting.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.optimizer = optimizer(model.parameters())
+        self.training = SVDTraining(model, self.optimizer, STEPS, **arguments) if arguments else None
+
+    def backward(self, inputs: int | None = None) -> None:
+        """Forward and backward, on the first ``inputs`` of the batch."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.setting.dtype == "bf16"):
+            loss = F.cross_entropy(self.model(self.x[:inputs]), self.y[:inputs])
+        loss.backward()
+
+    def update(self) -> None:
+        """What comes after it."""
+        (self.training or self.optimizer).step()
+
+    def step(self, inputs: int | None = None) -> None:
+        """One training step."""
+        self.backward(inputs)
+        self.update()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+STEPS = 10_000  # of a run, as it is told: more than any that is measured
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=5e-4)
+
+
+def low_rank(net: str, options: argparse.Namespace, setting: Setting) -> list[Row]:
+    """A step at the same ranks in every form, against pairs of plain layers that never were anything else."""
+    torch.manual_seed(setting.seed)
+    build, shape = CASES[net]
+    dense, batch = build().to(setting.device), batch_of(shape, setting)
+
+    def ours(plan: Mapping[int, float | None], final: int | None = None) -> Run:
+        progress(f"{net}: a run to {LOW_BUDGET:g} of the MACs")
+        policy = Cuts(plan, final)
+        run = Run(copy.deepcopy(dense), batch, sgd, setting, target_macs=LOW_BUDGET, schedule=policy)
+        for _ in range(1 + max(plan, default=0)):
+            run.step(QUICK_INPUTS)
+        return run
+
+    pairs, shrunk, prefix = ours({1: None}, 1), ours({1: None}), ours({})
+    for name, layer in prefix.training.layers.items():
+        layer.keep(pairs.training.layers[name].rank)  # and not SVDTraining.cut, which lets go of storage
+    fixed = Run(to_factored(pairs.model, pairs.training.cost), batch, sgd, setting)
+    runs = {
+        "fixed ranks": fixed,
+        "ours, svd, all of the storage": prefix,
+        "ours, svd, storage as left by the cut": shrunk,
+        "ours, pairs": pairs,
+        "dense": Run(copy.deepcopy(dense), batch, sgd, setting),
+    }
+    for run in runs.values():
+        run.step(QUICK_INPUTS)
+    progress(f"{net}: steps at {LOW_BUDGET:g} of the MACs")
+    seconds = in_turns({name: run.step for name, run in runs.items()}, options.rounds, torch.device(setting.device))
+    return [
+        {
+            "what": "low-rank",
+            "net": net,
+            "input": list(shape),
+            "variant": name,
+            "macs": pairs.training.ratio("macs"),
+            **against(seconds[name], seconds["fixed ranks"]),
+        }
+        for name in runs
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -278,6 +433,98 @@ def peaks(net: str, variants: Sequence[str], setting: Setting, threads: int) -> 
     return found
 
 
+KINDS = ("parameters", "gradients", "state", "activations")
+
+
+def memory(net: str, setting: Setting) -> list[Row]:
+    """What a run under AdamW holds in a step of each of its phases, as shares of the dense weights' bytes."""
+    torch.manual_seed(setting.seed)
+    build, shape = CASES[net]
+    dense, batch = build().to(setting.device), batch_of(shape, setting)
+    weights = sum(p.numel() * p.element_size() for p in dense.parameters())
+    rows: list[Row] = []
+
+    def note(phase: str, run: Run) -> None:
+        progress(f"{net}: memory, {phase}")
+        held = bytes_held(run)
+        shares = {kind: held[kind] / weights for kind in KINDS}
+        rows.append({"what": "memory", "net": net, "input": list(shape), "variant": phase, "bytes": weights, **shares})
+        rows[-1]["device"] = torch.device(setting.device).type
+
+    run = Run(copy.deepcopy(dense), batch, torch.optim.AdamW, setting)
+    run.step()
+    note("dense", run)
+    # In the first step nothing is remembered yet, and SVDTraining holds what it could go back to.
+    run = Run(copy.deepcopy(dense), batch, torch.optim.AdamW, setting, schedule=Cuts({}))
+    run.step()
+    note("full rank, svd", run)
+    plan = {3: 0.5, 5: LEFT, 7: LEFT}
+    run = Run(copy.deepcopy(dense), batch, torch.optim.AdamW, setting, schedule=Cuts(plan, 7), full_rank_as="dense")
+    for phase in (
+        "full rank, dense",
+        "svd, the first cut, to 0.5 of the ranks",
+        f"svd, a cut to {LEFT:g}",
+        f"pairs, the last cut, at {LEFT:g}",
+    ):
+        run.step()  # after it a cut, but for the first
+        note(phase, run)
+    return rows
+
+
+def bytes_held(run: Run) -> dict[str, int]:
+    """Bytes by what they are, of one more step of a run; each storage counts once.
+
+    Activations are on CUDA what torch's allocator gave out at the peak of the step beyond all the rest, and elsewhere
+    what the forward pass saves for the backward pass, weights that are rebuilt from factors among it.
+    """
+    run.optimizer.zero_grad()
+    cuda = run.x.is_cuda
+    if cuda:
+        torch.cuda.synchronize(run.x.device)
+        torch.cuda.reset_peak_memory_stats(run.x.device)
+        before = torch.cuda.memory_allocated(run.x.device)
+    with saved_for_backward({storage_of(p)[0] for p in run.parameters}) as saved:
+        run.backward()
+    run.update()
+    remembered = [value for state in run.optimizer.state.values() for value in state.values()]
+    held = {
+        "parameters": total(run.parameters),
+        "gradients": total(p.grad for p in run.parameters if p.grad is not None),
+        "state": total(value for value in remembered if isinstance(value, Tensor)),
+        "activations": sum(saved.values()),
+    }
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(run.x.device)
+        held["activations"] = max(0, peak - before - held["gradients"])
+    return held
+
+
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's storage is, and its bytes."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def total(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of some tensors."""
+    return sum(dict(map(storage_of, tensors)).values())
+
+
+@contextmanager
+def saved_for_backward(left_out: Collection[int]) -> Iterator[dict[int, int]]:
+    """The storages that autograd keeps of the forward passes inside, by place, with their bytes."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        place, size = storage_of(tensor)
+        if place not in left_out:
+            saved[place] = size
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -295,7 +542,7 @@ def measure(net: str, options: argparse.Namespace, setting: Setting) -> list[Row
     actions = {name: stepper.step for name, stepper in steppers.items()}
     rounds, warm_up = (min(options.rounds, QUICK_ROUNDS), 0) if options.quick else (options.rounds, 1)
     seconds = in_turns(actions, rounds, torch.device(setting.device), warm_up=warm_up)
-    memory = peaks(net, list(actions), setting, options.threads) if options.memory else {}
+    peak = peaks(net, list(actions), setting, options.threads) if options.memory and not options.quick else {}
     return [
         {
             "net": net,
@@ -303,47 +550,79 @@ def measure(net: str, options: argparse.Namespace, setting: Setting) -> list[Row
             "variant": name,
             **against(seconds[name], seconds["dense"]),
             "floor": steppers[name].floor,
-            "peak_bytes": memory.get(name),
+            "peak_bytes": peak.get(name),
         }
         for name in actions
     ]
 
 
 def tables(rows: list[Row]) -> list[Table]:
-    """One table for each net."""
+    """One table for each net and part."""
     made = []
-    for net in dict.fromkeys(row["net"] for row in rows):
-        mine = [row for row in rows if row["net"] == net]
-        headings = ["variant", "step / dense", "middle half", "floor", "seconds"]
-        cells = [
-            [row["variant"], times(row["ratio"]), middle_half(row), times(row["floor"]), f"{row['seconds']:.3f}"]
-            for row in mine
-        ]
-        dense_peak = mine[0]["peak_bytes"]
-        if dense_peak:
-            headings += ["peak memory / dense", "MB"]
-            for row, line in zip(mine, cells, strict=True):
-                line += [times(row["peak_bytes"] / dense_peak), f"{row['peak_bytes'] / 1e6:.0f}"]
-        made.append(Table(f"{net}, input {' x '.join(map(str, mine[0]['input']))}", headings, cells))
+    for net, what in dict.fromkeys((row["net"], row.get("what", "step")) for row in rows):
+        mine = [row for row in rows if (row["net"], row.get("what", "step")) == (net, what)]
+        title = f"{net}, input {' x '.join(map(str, mine[0]['input']))}"
+        made.append({"step": _steps_table, "low-rank": _low_rank_table, "memory": _memory_table}[what](title, mine))
     return made
+
+
+def _steps_table(title: str, rows: list[Row]) -> Table:
+    headings = ["variant", "step / dense", "middle half", "floor", "seconds"]
+    cells = [
+        [row["variant"], times(row["ratio"]), middle_half(row), times(row["floor"]), f"{row['seconds']:.3f}"]
+        for row in rows
+    ]
+    dense_peak = rows[0]["peak_bytes"]
+    if dense_peak:
+        headings += ["peak memory / dense", "MB"]
+        for row, line in zip(rows, cells, strict=True):
+            line += [times(row["peak_bytes"] / dense_peak), f"{row['peak_bytes'] / 1e6:.0f}"]
+    return Table(title, headings, cells)
+
+
+def _low_rank_table(title: str, rows: list[Row]) -> Table:
+    cells = [[row["variant"], times(row["ratio"]), middle_half(row), f"{row['seconds']:.4f}"] for row in rows]
+    title = f"{title}, at {rows[0]['macs']:.3f} of the MACs"
+    return Table(title, ["variant", "step / fixed ranks", "middle half", "seconds"], cells)
+
+
+def _memory_table(title: str, rows: list[Row]) -> Table:
+    parts = {"without activations": KINDS[:-1], "together": KINDS}
+    of_dense = {name: sum(rows[0][kind] for kind in kinds) for name, kinds in parts.items()}
+    cells = [
+        [
+            row["variant"],
+            *(times(row[kind]) for kind in KINDS),
+            *(times(sum(row[kind] for kind in kinds) / of_dense[name]) for name, kinds in parts.items()),
+        ]
+        for row in rows
+    ]
+    how = "at the peak of a step" if rows[0]["device"] == "cuda" else "saved for the backward pass"
+    title = f"{title}, AdamW: bytes / the dense weights' {rows[0]['bytes'] / 1e6:.1f} MB; activations {how}"
+    return Table(title, ["phase", *KINDS, *(f"{name} / dense" for name in parts)], cells)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     parser = arguments(__doc__, rounds=9)
-    parser.add_argument("--nets", type=lambda text: text.split(","), default=list(CASES))
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["step"], help=", ".join(PARTS))
+    parser.add_argument("--nets", type=lambda text: text.split(","), help="all if not given, with --quick some")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16: under autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile every variant")
     parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--memory", action="store_true", help="also the memory at the peak of a step")
+    parser.add_argument("--memory", action="store_true", help="also the peak of each step, and the part `memory`")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = Setting(options.device, options.dtype, options.compile, options.channels_last, options.seed)
     rows: list[Row] = []
-    for net in ["resnet18"] if options.quick else options.nets:
-        rows += measure(net, options, setting)
-        tables(rows)[-1].print()
-        save("step_cost", argv, options, rows)
+    for part in [*options.parts, *(["memory"] if options.memory and "memory" not in options.parts else [])]:
+        for net in options.nets or (QUICK_NETS[part] if options.quick else CASES):
+            if part == "step":
+                rows += measure(net, options, setting)
+            else:
+                rows += low_rank(net, options, setting) if part == "low-rank" else memory(net, setting)
+            tables(rows)[-1].print()
+            save("step_cost", argv, options, rows)
 
 
 if __name__ == "__main__":

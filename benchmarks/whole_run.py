@@ -27,7 +27,7 @@ from harness import Row, Table, against, arguments, middle_half, progress, save,
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.profilers import SimpleProfiler
-from step_cost import CASES, arithmetic, cost_of, factorised
+from step_cost import CASES, arithmetic, cost_of, factorized
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -40,8 +40,8 @@ LOGGERS: dict[str, Callable[[str], Logger]] = {
 }
 # What the callback's hooks do, by where they do it.
 PARTS = {
-    "setup": "decomposition",
-    "on_before_optimizer_step": "regulariser, weight decay",
+    "on_fit_start": "decomposition",
+    "on_before_optimizer_step": "regularizer, weight decay",
     "on_train_batch_end": "rank cuts, scalars",
     "on_train_start": "first spectra",
     "on_train_epoch_end": "spectra",
@@ -129,7 +129,7 @@ def hook_seconds(profiler: SimpleProfiler, hook: str) -> float:
 def run_floor(net: nn.Module, shape: tuple[int, ...], report: SVDReport | None, steps: int) -> float:
     """The mean over the steps of the arithmetic at the ranks of each; after the last cut that of the low-rank model."""
     assert report is not None
-    cost = cost_of(factorised(net), shape)
+    cost = cost_of(factorized(net), shape)
     ranks = {layer.name.removeprefix("net."): layer.full_rank for layer in report.layers}
     total, done = 0.0, 0
     for change in report.timeline:

@@ -31,8 +31,12 @@ autodoc_typehints_description_target = "documented"
 python_use_unqualified_type_names = True
 
 # Every name of our own must have its entry; those of other projects cannot be looked up without a network.
+# Annotations of a constructor come as they are written where its class says what the arguments are.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(torch|lightning|pathlib|collections)\..*|lightning_svd\.\w+\.ModuleT|[mn]")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|lightning|pathlib|collections)\..*|lightning_svd\.[\w.]+\.ModuleT|[mn]"),
+    ("py:class", r"nn\.Module|Optimizer|ChooseRanks|MetricGuard"),
+]
 
 html_theme = "furo"
 html_title = f"lightning-svd {version}"

@@ -3,30 +3,27 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lightning_svd.costs import svd_layers
-from lightning_svd.export import to_onnx
-from lightning_svd.layers import SVDConv, SVDEmbedding, SVDLayer, SVDLinear
-from lightning_svd.low_rank_files import load_low_rank, save_low_rank
-from lightning_svd.plans import LayerPlan, plan, read_plan, write_plan
-from lightning_svd.regularizers import add_gradients
-from lightning_svd.report import LayerReport, RankChange, SVDReport, summarize
-from lightning_svd.surgery import compact, decompose, to_dense, to_factored
-
 if TYPE_CHECKING:
-    from lightning_svd.callback import SVDTrainingCallback
-    from lightning_svd.spectrum_monitor import SpectrumMonitor
+    from lightning_svd.files.export import to_onnx
+    from lightning_svd.files.low_rank import load_low_rank, save_low_rank
+    from lightning_svd.layers.layer import SVDLayer
+    from lightning_svd.lightning.callback import SVDTrainingCallback
+    from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
+    from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
+    from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
+    from lightning_svd.report.data import LayerReport, RankChange, SVDReport, summarize
+    from lightning_svd.training.regularizers import add_gradients
+    from lightning_svd.training.run import SVDTraining
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LayerPlan",
     "LayerReport",
     "RankChange",
-    "SVDConv",
-    "SVDEmbedding",
     "SVDLayer",
-    "SVDLinear",
     "SVDReport",
+    "SVDTraining",
     "SVDTrainingCallback",
     "SpectrumMonitor",
     "add_gradients",
@@ -44,15 +41,27 @@ __all__ = [
     "write_plan",
 ]
 
-
-# The rest of the package works in plain PyTorch; only these need Lightning.
-_CALLBACKS = {
-    "SVDTrainingCallback": "lightning_svd.callback",
-    "SpectrumMonitor": "lightning_svd.spectrum_monitor",
+# Each is imported when it is asked for: what one feature needs, W&B or Lightning itself, costs nobody else a second.
+_HOMES = {
+    "SVDTrainingCallback": "lightning.callback",
+    "SpectrumMonitor": "lightning.spectrum_monitor",
+    "SVDTraining": "training.run",
+    "add_gradients": "training.regularizers",
+    "load_low_rank": "files.low_rank",
+    "save_low_rank": "files.low_rank",
+    "to_onnx": "files.export",
+    "SVDLayer": "layers.layer",
+    **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
+    **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
+    **dict.fromkeys(("LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CALLBACKS:
-        return getattr(import_module(_CALLBACKS[name]), name)
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,16 +19,22 @@ def check_weight(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}")
 
 
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """An integer of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}")
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """An integer of at least ``least``, and at most ``most`` if that is given."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
+        raise ValueError(f"`{name}` must be an integer >= {least}{f' and <= {most}' if most else ''}, got {value!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """True or False, and nothing that is only taken for one of them."""
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """One of ``choices``."""
     choices = list(choices)
-    if value not in choices:
+    if not (value is None or isinstance(value, str)) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -45,6 +51,8 @@ def check_rank_pattern(value: Any) -> None:
     if value is not None and not isinstance(value, Mapping):
         raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {value!r}")
     for pattern, rank in (value or {}).items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {pattern!r}: {rank!r}")
         check_count(f"rank_pattern[{pattern!r}]", rank)
 
 

@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as missing:
         extra = _EXTRAS.get(options.command, options.command)
         raise SystemExit(f"{options.command} needs {missing.name}: pip install 'lightning-svd[{extra}]'") from None
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"lightning-svd {options.command}: {error}") from None
     return 0
 
@@ -39,15 +39,15 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _wandb_workspace(options: argparse.Namespace) -> None:
-    from lightning_svd.wandb_workspace import build_workspace, save_workspace
+    from lightning_svd.lightning.wandb_workspace import build_workspace, save_workspace
 
     print(save_workspace(build_workspace(options.entity, options.project, options.name)))
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from lightning_svd.loading import build, model_class
-    from lightning_svd.plans import plan, write_plan
-    from lightning_svd.report import plan_table
+    from lightning_svd.files.loading import build, model_class
+    from lightning_svd.model.plan import plan, write_plan
+    from lightning_svd.report.data import plan_table
 
     model = build(model_class(options.model), options.arguments)
     layers = plan(model, options.target_modules, options.exclude_modules or (), options.conv_mode)
@@ -57,8 +57,8 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lightning_svd.inspection import as_table, inspect_model, inspect_weights
-    from lightning_svd.loading import dense_weights, example_input, load, model_class
+    from lightning_svd.files.loading import dense_weights, example_input, load, model_class
+    from lightning_svd.report.inspection import as_table, inspect_model, inspect_weights
 
     if options.model:
         model = load(model_class(options.model), options.file, options.arguments)
@@ -75,7 +75,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from lightning_svd.loading import convert, example_input, load, model_class
+    from lightning_svd.files.loading import convert, example_input, load, model_class
 
     model = load(model_class(options.model), options.file, options.arguments)
     example = example_input(options.example_input, model)

@@ -23,9 +23,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_svd.callback import SVDTrainingCallback
-from lightning_svd.low_rank_files import save_low_rank
-from lightning_svd.report import SVDReport, quantity, summarize
+from lightning_svd.files.low_rank import save_low_rank
+from lightning_svd.lightning.callback import SVDTrainingCallback
+from lightning_svd.report.data import SVDReport, quantity, summarize
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 30, 64, 0.1
 TEST_SIZE = 450

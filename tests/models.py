@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_svd.model.surgery import showing_factors
+
 
 class SmallNet(LightningModule):
     """Two convolutions and two linear layers on 8x8 images, 4 classes."""
@@ -66,8 +68,8 @@ def data(count: int = 64, batch_size: int = 8, dtype: torch.dtype = torch.float3
     """Four blurry classes, always the same, in a fixed order."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % 4
-    centres = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
-    images = centres[labels] + 0.5 * torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
+    centers = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
+    images = centers[labels] + 0.5 * torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
     return DataLoader(TensorDataset(images.to(dtype), labels), batch_size)
 
 
@@ -83,6 +85,12 @@ def quiet_trainer(**options: Any) -> Trainer:
         "enable_model_summary": False,
     }
     return Trainer(**(defaults | options))
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained by name, factors in the place of the weights that ``named_parameters()`` shows."""
+    with showing_factors(module):
+        return dict(module.named_parameters())
 
 
 def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -2,8 +2,7 @@
 
 import math
 
-from lightning_svd.guard import Pause
-from lightning_svd.report import LayerReport, RankChange, SVDReport
+from lightning_svd.report.data import LayerReport, Pause, RankChange, SVDReport
 
 STEPS = 12000
 

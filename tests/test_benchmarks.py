@@ -21,7 +21,7 @@ import torch
 import whole_run
 
 from lightning_svd import svd_layers
-from lightning_svd.costs import count_costs
+from lightning_svd.model.counting import count_costs
 
 ROOT = Path(__file__).parents[1]
 SMALL = (lambda: nets.vgg(3, 10, width=8), (4, 3, 8, 8))
@@ -70,20 +70,20 @@ def test_the_command_is_without_the_file_it_was_written_to():
 
 
 def test_costs_are_counted_without_computing_anything():
-    model = step_cost.factorised(SMALL[0]())
+    model = step_cost.factorized(SMALL[0]())
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert step_cost.cost_of(model, SMALL[1]) == count_costs(model.eval(), torch.zeros(SMALL[1]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_the_floor_of_a_step_is_the_arithmetic_of_its_products():
-    full = step_cost.factorised(torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False)))
+    full = step_cost.factorized(torch.nn.Sequential(torch.nn.Linear(6, 4, bias=False)))
     cost = step_cost.cost_of(full, (100, 6))
-    dense, regulariser = 3 * 100 * 24, 2 * (6 + 4)
+    dense, regularizer = 3 * 100 * 24, 2 * (6 + 4)
     # Rank 4: W is rebuilt; rank 1: two factors cost less; a Gram matrix and a product with it for U and V.
-    assert step_cost.arithmetic(cost, {"0": 4}) == (3 * (4 * 24 + 100 * 24) + regulariser * 16) / dense
-    assert step_cost.arithmetic(cost, {"0": 1}) == (3 * 100 * 10 + regulariser) / dense
-    assert step_cost.arithmetic(cost, {"0": 1}, "rebuilt") == (3 * (24 + 100 * 24) + regulariser) / dense
+    assert step_cost.arithmetic(cost, {"0": 4}) == (3 * (4 * 24 + 100 * 24) + regularizer * 16) / dense
+    assert step_cost.arithmetic(cost, {"0": 1}) == (3 * 100 * 10 + regularizer) / dense
+    assert step_cost.arithmetic(cost, {"0": 1}, "rebuilt") == (3 * (24 + 100 * 24) + regularizer) / dense
 
 
 @pytest.mark.parametrize("setting", [(), ("--dtype", "bf16"), ("--channels-last",)], ids=["plain", "bf16", "layout"])
@@ -95,6 +95,33 @@ def test_step_cost_has_a_row_for_each_variant(tmp_path, setting):
     assert rows["ours, 0.25 of the MACs"]["floor"] < rows["ours, 0.5 of the MACs"]["floor"] < 1.0
     assert result["command"] == " ".join(
         ["python benchmarks/step_cost.py --rounds 1", *setting, "--threads 1 --device cpu"]
+    )
+
+
+def test_a_step_at_the_same_ranks_is_timed_in_every_form(tmp_path):
+    rows = rows_written(step_cost.main, tmp_path / "r.json", "--parts", "low-rank", "--rounds", "1")["rows"]
+    assert len(rows) == 5 and rows[0]["variant"] == "fixed ranks" and rows[0]["ratio"] == 1.0
+    assert all(0.2 < row["macs"] <= step_cost.LOW_BUDGET for row in rows)
+
+
+def test_a_runs_memory_is_told_apart_in_every_phase(tmp_path, monkeypatch):
+    # One square layer: U and V are twice its weight, whole in storage at half of the ranks; a tenth of both is left.
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(40, 40, bias=False))
+
+    monkeypatch.setattr(step_cost, "CASES", {"square": (net, (16, 40))})
+    rows = rows_written(step_cost.main, tmp_path / "r.json", "--parts", "memory")["rows"]
+    shares = [[row["parameters"], row["gradients"], row["state"]] for row in rows]
+    svd, low, pair = 2 + 1 / 40, (2 * 4 * 40 + 4) / 1600, 2 * 4 * 40 / 1600
+    counts = [0, 3 * 4, 0, 3 * 4, 3 * 4, 2 * 4]
+    for mine, share, beside in zip(shares, (1, svd, 1, svd, low, pair), counts, strict=True):
+        tensors = beside / 4 / 1600 if beside else 1 / 1600  # AdamW counts the steps of each, in four bytes
+        assert mine == pytest.approx([share, share, 2 * share + tensors])
+    assert (
+        rows[2]["activations"]
+        == rows[0]["activations"]
+        == pytest.approx((16 * 40 + 16 * 40 + 16 * 2 + 1) / 1600, rel=0.1)
     )
 
 
@@ -147,7 +174,7 @@ def test_every_way_of_computing_gives_the_same(mode):
 
 def test_shaped_spectra_end_at_different_ranks():
     torch.manual_seed(0)
-    full = step_cost.factorised(SMALL[0]())
+    full = step_cost.factorized(SMALL[0]())
     latency.shape_spectra(full)
     cost = step_cost.cost_of(full, SMALL[1])
     ranks = step_cost.ranks_of(step_cost.cut(full, cost, 0.35))
@@ -167,7 +194,7 @@ def test_a_whole_run_is_timed_with_and_without_a_logger(tmp_path):
     ours = result["rows"][1]
     assert 0.35 < ours["floor"] < 1.0
     assert 0 < ours["before"] < ours["seconds"] and all(seconds >= 0 for seconds in ours["hooks"].values())
-    assert ours["hooks"]["decomposition"] > 0 < ours["hooks"]["regulariser, weight decay"]
+    assert ours["hooks"]["decomposition"] > 0 < ours["hooks"]["regularizer, weight decay"]
 
 
 def test_casts_of_both_models_are_tested_and_weighed(tmp_path, monkeypatch):
@@ -189,8 +216,10 @@ def test_an_lstm_is_timed_in_every_form(tmp_path):
 def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, monkeypatch):
     monkeypatch.setattr(scale, "resnet50_layers", lambda width: torch.nn.Linear(8, 8))
     monkeypatch.setattr(scale, "vit", lambda width, depth: torch.nn.Linear(8, 8))
-    result = rows_written(scale.main, tmp_path / "r.json", "--quick", "--rounds", "1", "--side", "4")
-    assert {row["what"] for row in result["rows"]} == {"decomposition", "width", "depth"}
+    small = ["--quick", "--rounds", "1", "--side", "4", "--layers", "4"]
+    result = rows_written(scale.main, tmp_path / "r.json", *small)
+    assert {row["what"] for row in result["rows"]} == {"decomposition", "width", "depth", "logging", "cut"}
+    assert all(row["layers"] == 4 and row["ratio"] > 0 for row in result["rows"] if row["what"] in ("logging", "cut"))
     for folder in ("a", "b"):
         pages.draw("scale", result["rows"], tmp_path / folder)
     drawn = sorted(path.name for path in (tmp_path / "a").iterdir())
@@ -200,7 +229,7 @@ def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, mon
 
 def test_resnet50_has_the_parameters_it_is_known_for():
     layers = sum(p.numel() for name, p in scale.resnet50_layers().named_parameters() if not name.endswith("bias"))
-    norms = 2 * 26560  # scale and shift of each of its batch normalisations
+    norms = 2 * 26560  # scale and shift of each of its batch normalizations
     assert layers + norms + 1000 == 25_557_032
 
 

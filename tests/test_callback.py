@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state
+from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state, trained_parameters
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_svd import SVDLayer, SVDTrainingCallback, decompose, svd_layers
-from lightning_svd.factorization import roundoff
+from lightning_svd.layers.matrices import roundoff
 
 
 def macs(model, batch=2):
@@ -117,7 +117,13 @@ def test_ranks_fall_and_freeze_where_they_should():
 
 
 @pytest.mark.parametrize(
-    ("options", "allowed"), [({"refactorise": False}, set()), ({"rank_updates": 3}, {8, 11, 14, 24})]
+    ("options", "allowed"),
+    [
+        ({"rank_updates": 1}, {14, 24}),
+        ({"rank_updates": 3}, {8, 11, 14, 24}),
+        # In the first step it is seen, once, which layers can become two.
+        ({"rank_updates": 3, "full_rank_as": "dense"}, {0, 8, 11, 14, 24}),
+    ],
 )
 def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(options, allowed, monkeypatch):
     steps = set()
@@ -140,38 +146,68 @@ def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(opti
 
 
 class Layers(Callback):
-    """Keeps the layers as they were trained, before the callback gives them their final form."""
+    """Keeps what each layer was trained as, before the callback gives it its final form."""
 
     def on_train_end(self, trainer, pl_module):
-        self.end = {name: copy.deepcopy(layer) for name, layer in svd_layers(pl_module).items()}
+        layers = svd_layers(pl_module)
+        self.forms = {name: layer.form.name for name, layer in layers.items()}
+        self.trained = {name: [p.detach().clone() for p in layer.form.trained] for name, layer in layers.items()}
+        self.views = {name: layer.view for name, layer in layers.items()}
 
 
-def test_after_the_last_cut_layers_train_as_the_pairs_that_they_become():
+def test_after_the_last_cut_layers_train_as_what_they_become():
     seen = Layers()
     callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.5, final="factored")
     model = SmallNet(optimizer="SGD", momentum=0.9, weight_decay=0.01).double()
     trainer = quiet_trainer(callbacks=[callback, seen], max_epochs=3)
     trainer.fit(model, data(dtype=torch.float64))
     forms = {layer.name: layer.form for layer in callback.report.layers}
-    assert {name: layer.trained_as for name, layer in seen.end.items()} == {
-        name: "pair" if form == "factored" else "svd" for name, form in forms.items()
-    }
-    for name, layer in seen.end.items():
-        if layer.trained_as == "pair":
-            assert bool((layer.s == 1).all())
-            U, _, V = layer.factors()
+    assert set(forms.values()) == {"factored", "dense"}
+    assert seen.forms == {name: "pair" if form == "factored" else "dense" for name, form in forms.items()}
+    for name, trained in seen.trained.items():
+        if seen.forms[name] == "pair":
+            left, right = trained
             first, second = model.get_submodule(name)
-            assert torch.equal(first.weight, layer.view.first_weight(V))
-            assert torch.equal(second.weight, layer.view.second_weight(U))
+            assert torch.equal(first.weight, seen.views[name].first_weight(right))
+            assert torch.equal(second.weight, seen.views[name].second_weight(left))
+        else:
+            assert torch.equal(model.get_submodule(name).weight, trained[0])
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
-@pytest.mark.parametrize("averaging", [EMAWeightAveraging, lambda: StochasticWeightAveraging(0.05)])
-def test_under_averaging_factors_change_by_training_only(averaging):
-    seen = Layers()
-    callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.5)
-    quiet_trainer(callbacks=[callback, averaging(), seen], max_epochs=3).fit(SmallNet(), data())
-    assert seen.end and {layer.trained_as for layer in seen.end.values()} == {"svd"}
+@pytest.mark.parametrize(
+    "averaging",
+    [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.05, swa_epoch_start=2)],
+    ids=["EMA", "SWA"],
+)
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
+def test_under_averaging_it_trains_exactly_as_without(averaging, full_rank_as):
+    """Validation with the average swapped in and out too, before the first cut, between cuts and after the last."""
+
+    class Steps(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.weights, self.forms = [], []
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weights.append({name: p.detach().clone() for name, p in trained_parameters(pl_module).items()})
+            self.forms.append({layer.form.name for layer in svd_layers(pl_module).values()})
+
+    def steps(*others):
+        model, seen = ValidatedNet(momentum=0.9), Steps()
+        torch.manual_seed(2)
+        for p in model.parameters():
+            nn.init.normal_(p, std=0.2)
+        callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.6, full_rank_as=full_rank_as)
+        callbacks = [callback, *others, seen]
+        quiet_trainer(callbacks=callbacks, max_epochs=5, val_check_interval=2).fit(model, data(), data())
+        return seen, model.losses
+
+    alone, losses = steps()
+    averaged, same_losses = steps(averaging())
+    assert alone.forms == averaged.forms
+    assert alone.forms[0] == {full_rank_as} and alone.forms[-1] == {"pair", "dense"}
+    assert losses == same_losses
+    assert all(same_state(a, b) for a, b in zip(alone.weights, averaged.weights, strict=True))
 
 
 class At(Callback):
@@ -185,7 +221,7 @@ class At(Callback):
             names = ["features.0", "features.2", "hidden", "head"]
             layers = {name: pl_module.get_submodule(name) for name in names}
             self.weights = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-            self.forms = {getattr(layer, "trained_as", None) for layer in layers.values()}
+            self.forms = {layer.form.name if isinstance(layer, SVDLayer) else None for layer in layers.values()}
 
 
 @pytest.mark.parametrize("conv_mode", ["channel", "spatial"])
@@ -228,8 +264,8 @@ def test_frozen_layers_stay_as_they_are_among_dense_ones():
     before = model.hidden.weight.clone()
     callback = SVDTrainingCallback(target_macs=0.6, exclude_modules="head", full_rank_as="dense")
     quiet_trainer(callbacks=[seen, callback], max_epochs=3).fit(model, data())
-    assert seen.forms == {"dense", "svd", None}
-    assert (seen.weights["hidden"] - before).abs().max() <= roundoff((40, 96), torch.float32) * before.abs().max()
+    assert seen.forms == {"dense", None}
+    assert torch.equal(seen.weights["hidden"], before) and torch.equal(model.hidden.weight, before)
 
 
 def test_a_fit_that_ends_before_the_first_cut_leaves_the_dense_layers():
@@ -243,15 +279,6 @@ def test_a_fit_that_ends_before_the_first_cut_leaves_the_dense_layers():
     assert callback.report.rank_ratio == 1
 
 
-def test_dense_layers_are_refused_under_averaging():
-    model = SmallNet()
-    before = copy.deepcopy(model.state_dict())
-    callback = SVDTrainingCallback(full_rank_as="dense")
-    with pytest.raises(ValueError, match='`full_rank_as` must be "svd" under a callback that averages weights'):
-        quiet_trainer(callbacks=[callback, EMAWeightAveraging()]).fit(model, data())
-    assert same_state(model.state_dict(), before)
-
-
 def test_a_run_that_diverged_is_stopped_at_the_next_cut_with_the_layer():
     class Diverging(SmallNet):
         def training_step(self, batch, batch_idx):
@@ -261,11 +288,11 @@ def test_a_run_that_diverged_is_stopped_at_the_next_cut_with_the_layer():
         quiet_trainer(callbacks=[SVDTrainingCallback()], max_epochs=1).fit(Diverging(), data())
 
 
-# ------------------------------------------------------------------------------------------------ what is optimised
+# ------------------------------------------------------------------------------------------------ what is optimized
 
 
 def penalty(layer, sparsity_weight):
-    """The paper's regularisers as plain formulas for autograd."""
+    """The paper's regularizers as plain formulas for autograd."""
     U, s, V = layer.factors()
     eye = torch.eye(layer.rank, dtype=s.dtype)
     defects = [(factor.mT @ factor - eye).square().sum() for factor in (U, V)]
@@ -289,12 +316,12 @@ def test_training_equals_a_hand_written_loop_with_the_summed_loss(options):
         target_macs=1.0,
         sparsity_weight=0.02,
         sparsity_schedule="constant",
+        sparsify_start=1.0,  # the one cut comes after the last step
         sparsify_end=1.0,
-        refactorise=False,
         final="decomposed",
     )
     quiet_trainer(callbacks=[callback], max_epochs=1).fit(model, data(dtype=torch.float64))
-    # 8 steps of arithmetic in another order; compact() makes layers dense that keep every rank, so compare weights.
+    # 8 steps of arithmetic in another order; layers that keep every rank end dense, so compare weights.
     for name, layer in svd_layers(reference).items():
         weight = model.get_submodule(name).weight
         assert (weight - layer.weight).abs().max() <= 8 * roundoff(layer.matrix_shape, torch.float64)
@@ -310,18 +337,21 @@ def test_weight_decay_acts_on_singular_values_only():
 
     model.__class__ = ZeroLoss
     kept = Keep()
-    callback = SVDTrainingCallback(target_macs=1.0, sparsity=None, orthogonality_weight=0.0, refactorise=False)
-    quiet_trainer(callbacks=[callback, kept], max_epochs=1).fit(model, data(dtype=torch.float64))
+    callback = SVDTrainingCallback(
+        target_macs=1.0, sparsity=None, orthogonality_weight=0.0, sparsify_start=1.0, sparsify_end=1.0
+    )
+    quiet_trainer(callbacks=[kept, callback], max_epochs=1).fit(model, data(dtype=torch.float64))
+    assert kept.parameters.keys() == before.keys()
     for name, value in kept.parameters.items():
         decayed = before[name] * (1.0 if name.endswith((".U", ".V")) else (1 - 0.1 * 0.5) ** 8)
         torch.testing.assert_close(value, decayed, rtol=1e-12, atol=1e-15)
 
 
 class Keep(Callback):
-    """Keeps the parameters at the end of training."""
+    """Keeps what is trained after each batch; listed first, before a cut."""
 
-    def on_train_end(self, trainer, pl_module):
-        self.parameters = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.parameters = {name: p.detach().clone() for name, p in trained_parameters(pl_module).items()}
 
 
 def decomposed(model):
@@ -421,15 +451,18 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
     quiet_trainer(callbacks=[callback, Reader()], logger=loggers, log_every_n_steps=4).fit(SmallNet(), data())
     expected = {"rank_ratio", "macs_ratio", "params_ratio", "orthogonality_error", "orthogonality_penalty"}
     expected = {f"svd/{name}" for name in expected | {"sparsity_penalty", "sparsity_strength"}}
-    expected |= {"svd_rank/features_0", "svd_rank/features_2", "svd_rank/hidden", "svd_rank/head"}
-    assert expected <= seen.keys()
+    assert expected | {"svd_macs", "svd_rank"} <= seen.keys()
     for logger in loggers:
         lines = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
         rows = [row for row in csv.DictReader(lines) if row["svd/macs_ratio"]]
-        assert [int(row["step"]) for row in rows] == [3, 7, 11, 15, 19, 23, 27, 31]
+        ranks = [row for row in csv.DictReader(lines) if row["svd_rank/hidden"]]
+        for at_steps in (rows, ranks):
+            assert [int(row["step"]) for row in at_steps] == [3, 7, 11, 15, 19, 23, 27, 31]
         assert float(rows[0]["svd/macs_ratio"]) == 1
         assert float(rows[-1]["svd/macs_ratio"]) == pytest.approx(callback.report.macs_ratio)
-        assert float(rows[-1]["svd_rank/hidden"]) == callback.report.timeline[-1].ranks["hidden"]
+        for layer in ("features.0", "features.2", "hidden", "head"):
+            name = "svd_rank/" + layer.replace(".", "_")
+            assert float(ranks[-1][name]) == callback.report.timeline[-1].ranks[layer]
         assert float(rows[-1]["svd/sparsity_strength"]) == 0
 
 
@@ -454,11 +487,10 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"sparsify_end": 1.5}, r"`sparsify_end` must be in \(0, 1\], got 1.5"),
         ({"min_rank": 0}, "`min_rank` must be an integer >= 1, got 0"),
         ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),
-        ({"rank_updates": True}, "`rank_updates` must be an integer >= 1, got True"),
+        ({"rank_updates": True}, "`rank_updates` must be an integer >= 1 and <= 1000000, got True"),
         ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
         ({"log_every_n_steps": 0}, "`log_every_n_steps` must be an integer >= 1, got 0"),
         ({"full_rank_as": "pair"}, "`full_rank_as` must be one of 'svd', 'dense', got 'pair'"),
-        ({"full_rank_as": "dense", "refactorise": False}, '`full_rank_as` must be "svd" with `refactorise=False`'),
         ({"target_modules": 3}, "`target_modules` must be a name or a pattern, or a list of them, got 3"),
     ],
 )
@@ -499,9 +531,16 @@ class OptimizerFromConstructor(SmallNet):
         return self.built
 
 
-class OptimizerByName(SmallNet):
+class OptimizerOfNothing(SmallNet):
     def configure_optimizers(self):
-        return torch.optim.SGD([p for name, p in self.named_parameters() if name.endswith((".U", ".s"))], lr=0.1)
+        return torch.optim.SGD([p for name, p in self.named_parameters() if name.endswith("bias")], lr=0.1)
+
+
+class OptimizerFromElsewhere(SmallNet):
+    """Of parameters that the model does not have."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(copy.deepcopy(self).parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -510,13 +549,13 @@ class OptimizerByName(SmallNet):
         (poisoned, {}, {}, data, "`hidden`: expected finite weights, got 1 NaN or infinite of 3840"),
         (SmallNet, {"target_modules": ["nope"]}, {}, data, "`target_modules`: 'nope' matches no layer"),
         (SmallNet, {"exclude_modules": "x.*"}, {}, data, r"`exclude_modules`: 'x.\*' matches no layer"),
-        (NoLayers, {}, {}, data, "NoLayers has no layer to factorise"),
+        (NoLayers, {}, {}, data, "NoLayers has no layer to factorize"),
         (SmallNet, {"target_macs": 0.01}, {}, data, r"`target_macs` must be at least 0\.\d+ for this model.*got 0.01"),
         (SmallNet, {"target_params": 0.01}, {}, data, r"`target_params` must be at least 0\.\d+ for this model"),
         (SmallNet, {}, {"max_epochs": -1}, data, "needs its length, got inf steps: pass `max_steps`"),
         (lambda: SmallNet("LBFGS"), {}, {}, data, "does not work with LBFGS"),
-        (OptimizerFromConstructor, {}, {}, data, "an optimizer holds .* parameters that the model does not have"),
-        (OptimizerByName, {}, {}, data, r"`features.0.V` must be in exactly one optimizer, found it in 0"),
+        (OptimizerOfNothing, {}, {}, data, r"has no layer to factorize \(features.0: no optimizer trains its weight"),
+        (OptimizerFromElsewhere, {}, {}, data, "no optimizer trains its weight"),
     ],
 )
 def test_refuses_before_the_first_step_and_leaves_the_model_as_it_was(model, arguments, trainer, loader, message):
@@ -530,6 +569,19 @@ def test_refuses_before_the_first_step_and_leaves_the_model_as_it_was(model, arg
     assert all(torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before)
     assert weights == {id(p) for p in model.parameters()}
     assert not svd_layers(model)
+    assert all(type(layer) in (nn.Conv2d, nn.Linear, nn.ReLU, nn.Flatten) for layer in leaves(model))
+
+
+def leaves(model):
+    return [module for module in model.modules() if not [*module.children()] and not isinstance(module, nn.Identity)]
+
+
+def test_an_optimizer_from_the_constructor_trains_the_factors():
+    model, same = OptimizerFromConstructor(), SmallNet(lr=0.1)
+    same.load_state_dict(model.state_dict())
+    for each in (model, same):
+        quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)]).fit(each, data())
+    assert same_state(model.state_dict(), same.state_dict())
 
 
 def test_a_dataset_of_unknown_length_works_with_max_steps():

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_model
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
-from lightning_svd.export import TOLERANCE, onnx_session
-from lightning_svd.inspection import inspect_model
-from lightning_svd.pairs import low_rank_pairs
+from lightning_svd.files.export import TOLERANCE, onnx_session
+from lightning_svd.files.loading import load
+from lightning_svd.layers.pairs import low_rank_pairs
+from lightning_svd.report.inspection import inspect_model
 
 MODEL, SHAPE = ["--model", "models:SmallNet"], ["--example-input", "2,1,8,8"]
 
@@ -53,7 +54,7 @@ def refused(*arguments):
 def test_a_plan_is_printed_and_written(capsys, tmp_path):
     out = tmp_path / "plan.yaml"
     printed = run(capsys, "plan", *MODEL, "--exclude-modules", "head", "--conv-mode", "spatial", "--out", out)
-    assert "3 of 4 layers with a weight matrix are factorised" in printed
+    assert "3 of 4 layers with a weight matrix are factorized" in printed
     layers = yaml.safe_load(out.read_text())["layers"]
     assert layers["features.2"]["conv_mode"] == "spatial" and "exclude_modules" in layers["head"]["skip"]
     rows = json.loads(run(capsys, "plan", *MODEL, "--target-modules", "all-linear", "--json"))
@@ -148,6 +149,28 @@ def test_a_low_rank_file_becomes_dense_or_factored(file, folder, capsys, tmp_pat
     low_rank, x = load_low_rank(SmallNet(), tmp_path / "factored.safetensors"), torch.randn(3, 1, 8, 8)
     assert torch.allclose(dense(x), low_rank(x), atol=1e-5)
     assert low_rank_pairs(low_rank) and type(dense.features[2]) is torch.nn.Conv2d
+
+
+class Sized(SmallNet):
+    """Takes two of what its checkpoint holds."""
+
+    def __init__(self, optimizer="SGD", momentum=0.0):
+        super().__init__(optimizer, momentum=momentum)
+
+
+def test_only_hyperparameters_that_the_class_takes_are_passed_on(folder, capsys, tmp_path):
+    checkpoint = torch.load(folder / "end.ckpt", weights_only=True)
+    saved = {"optimizer": "Adam", "momentum": 0.5, "_instantiator": "cli", "of_an_old_version": 3}
+    torch.save(checkpoint | {"hyper_parameters": saved}, tmp_path / "a.ckpt")
+    model = load(Sized, tmp_path / "a.ckpt", {"momentum": 0.7})
+    assert (model.optimizer, model.options["momentum"]) == ("Adam", 0.7)
+    assert low_rank_pairs(model)
+
+
+def test_a_file_that_cannot_be_written_is_named(folder, tmp_path):
+    out = tmp_path / "nowhere" / "x.safetensors"
+    message = refused("convert", folder / "end.ckpt", *MODEL, "--to", "dense", "--out", out)
+    assert f"{out} cannot be written" in message and "\n" not in message
 
 
 @pytest.mark.parametrize("file", ["end.ckpt", "low-rank.safetensors", "dense.safetensors"])

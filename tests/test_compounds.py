@@ -1,4 +1,4 @@
-"""Modules of torch that are taken apart, in a fit: exact resume, and files under torch's own names."""
+"""Modules of torch that are taken apart, wherever they stand: names of parts and in files, fits, exact resume."""
 
 import subprocess
 import sys
@@ -12,7 +12,21 @@ from models import quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
-from lightning_svd.pairs import low_rank_pairs
+from lightning_svd.layers.compounds import (
+    join_states,
+    named_layers,
+    open_up,
+    owner_of,
+    owners_of,
+    split,
+    split_everywhere,
+    split_prefixes,
+    split_states,
+)
+from lightning_svd.layers.layer import SVDLayer, factorize, plain_pair
+from lightning_svd.layers.pairs import is_pair, low_rank_pairs
+from lightning_svd.layers.views import View
+from lightning_svd.model.surgery import become_pair, to_dense
 
 WIDTH, STEPS = 16, 6
 
@@ -34,7 +48,73 @@ PARTS = {"encoder": ".self_attn.", "LSTM": "reader.hh_l1", "GRU": "reader.hh_l1"
 @pytest.fixture(autouse=True)
 def by_steps(monkeypatch):
     """Low-rank recurrent layers of these sizes take steps of their own."""
-    monkeypatch.setattr("lightning_svd.recurrent.SAVED_BY_KERNEL", 0)
+    monkeypatch.setattr("lightning_svd.layers.recurrent.SAVED_BY_KERNEL", 0)
+
+
+# -------------------------------------------------------------------------------------------------- names of parts
+
+
+@pytest.fixture
+def model():
+    """An attention module under two names, a recurrent one and a cell, each alone in its part of the tree."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 2)
+    return nn.ModuleDict({"a": attention, "b": nn.Sequential(attention, nn.LSTM(8, 6)), "c": nn.GRUCell(8, 6)})
+
+
+NAMES = ["a.k_proj", "b.1.hh_l0", "c.ih"]
+
+
+def factorized(model, names=NAMES):
+    split(model, names)
+    found = dict(named_layers(model))
+    return [factorize(found[name], View.of(found[name]), name) for name in names]
+
+
+def test_parts_are_found_by_name_and_only_what_has_them_is_taken_apart(model):
+    assert owner_of(model, "a.q_proj") is owner_of(model, "b.0.out_proj") is model["a"]
+    assert owner_of(model, "a.in_proj") is owner_of(model, "d.q_proj") is owner_of(model, "c") is None
+    before = dict(model.named_modules())
+    split(model, ["a.k_proj", "b.0.k_proj", "b.1", "a", "nowhere.at_all"])
+    assert owners_of(model) == [model["a"]] and owner_of(model, "a.q_proj") is model["a"]
+    assert dict(model.named_modules()) == before
+    parts = {name for name, _ in named_layers(model)} - before.keys()
+    assert parts == {"a.q_proj", "a.k_proj", "a.v_proj"}
+    both = [name for name, _ in named_layers(model, remove_duplicate=False) if name.endswith("k_proj")]
+    assert both == ["a.k_proj", "b.0.k_proj"]
+    assert model.get_submodule("a.k_proj") is dict(named_layers(model))["a.k_proj"]
+
+
+def test_a_model_inside_another_one_is_as_before_in_every_way(model):
+    """What walks over modules and parameters sees no part."""
+    layers = [name for name, _ in model.named_modules()]
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    factorized(model)
+    assert [name for name, _ in model.named_modules()] == layers
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert model.state_dict().keys() >= shapes.keys()
+    assert isinstance(model["a"], nn.MultiheadAttention) and isinstance(model["b"][1], nn.LSTM)
+
+
+def test_names_in_files_follow_modules_whose_parts_are_children(model):
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    layers = factorized(model)
+    assert not [*split_prefixes(model)] and split_states(model, state).keys() == state.keys()
+    for layer in layers:
+        become_pair(layer, plain_pair(layer))
+    open_up(model)
+    assert [prefix for prefix, _ in split_prefixes(model)] == ["a.", "b.0.", "b.1.", "c."]
+    names = split_states(model, state)
+    assert torch.equal(names["b.0.k_proj.weight"], state["a.in_proj_weight"][8:16])
+    assert torch.equal(names["b.1.hh_l0.bias"], state["b.1.bias_hh_l0"]) and "c.weight_ih" not in names
+    assert names.keys() == split_everywhere(state).keys()
+    joined = join_states(model, names)
+    assert joined.keys() == state.keys() and all(torch.equal(joined[name], state[name]) for name in state)
+    assert to_dense(model).state_dict().keys() == state.keys()
+    assert sum(map(is_pair, model.modules())) == 3 and not any(isinstance(m, SVDLayer) for m in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------------------- fits
 
 
 class Net(LightningModule):

@@ -1,59 +1,61 @@
 """Embeddings: lookups in fewer features, for a budget of parameters."""
 
+import copy
+
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, factored, rebuilt, svd_of, ways
 from lightning.pytorch import LightningModule
 from models import quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
-from lightning_svd.costs import svd_layers
-from lightning_svd.inspection import inspect_model
-from lightning_svd.layers import SVDEmbedding
-from lightning_svd.pairs import low_rank_pairs
-from lightning_svd.plans import plan
-from lightning_svd.surgery import decompose, to_dense, to_factored
+from lightning_svd.layers.layer import plain_dense, plain_pair
+from lightning_svd.layers.pairs import low_rank_pairs
+from lightning_svd.model.counting import count_params
+from lightning_svd.model.plan import plan
+from lightning_svd.model.surgery import decompose, svd_layers, to_dense, to_factored
+from lightning_svd.report.inspection import inspect_model
 
 ENTRIES, FEATURES = 40, 12
 TOKENS = torch.arange(30).view(2, 15)
 
 
-def factorised(**options):
+def factorized(**options):
     torch.manual_seed(0)
     dense = nn.Embedding(ENTRIES, FEATURES, **options).double()
-    return dense, SVDEmbedding(dense)
+    return dense, svd_of(copy.deepcopy(dense))
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 0}])
 @pytest.mark.parametrize("tokens", [TOKENS, torch.tensor(7), torch.arange(200) % ENTRIES])
 def test_it_looks_up_what_the_dense_one_does(options, tokens):
-    dense, layer = factorised(**options)
-    for form in (layer, layer.forward_rebuilt, layer.forward_factored, layer.dense(), layer.factored()):
+    dense, layer = factorized(**options)
+    for form in ways(layer):
         assert_same(form(tokens), dense(tokens), (ENTRIES, FEATURES))
-    assert torch.equal(layer.dense().weight, layer.weight)
-    assert layer.dense().padding_idx == dense.padding_idx
+    assert torch.equal(plain_dense(layer).weight, layer.weight)
+    assert plain_dense(layer).padding_idx == dense.padding_idx
 
 
 @pytest.mark.parametrize("rank", [1, 5, FEATURES])
 def test_both_ways_agree_in_value_and_gradient_at_any_rank(rank):
-    _, layer = factorised()
-    layer.keep(torch.arange(FEATURES) < rank)
+    _, layer = factorized()
+    layer.keep(rank)
     gradients = []
-    for form in (layer.forward_rebuilt, layer.forward_factored):
+    for form in (rebuilt, factored):
         layer.zero_grad()
-        out = form(TOKENS)
+        out = form(layer, TOKENS)
         out.square().sum().backward()
-        gradients.append([p.grad.clone() for p in (layer.U, layer.s, layer.V)])
-    for rebuilt, factored in zip(*gradients, strict=True):
-        assert_same(factored, rebuilt, (ENTRIES, FEATURES))
-    assert_same(layer.factored()(TOKENS), layer(TOKENS), (ENTRIES, FEATURES))
+        gradients.append([p.grad.clone() for p in layer.form.trained])
+    for by_weight, by_factors in zip(*gradients, strict=True):
+        assert_same(by_factors, by_weight, (ENTRIES, FEATURES))
+    assert_same(plain_pair(layer)(TOKENS), layer(TOKENS), (ENTRIES, FEATURES))
 
 
 def test_the_padding_entry_of_zeros_stays_zero():
-    dense, layer = factorised(padding_idx=3)
+    dense, layer = factorized(padding_idx=3)
     assert not dense.weight[3].any()
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.form.trained, lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         layer(torch.tensor([1, 3, 5])).square().sum().backward()
@@ -138,8 +140,8 @@ def test_a_budget_of_macs_refuses_them_before_anything_changes():
 def test_export_and_compact_forms_are_plain():
     module = Words()
     decompose(module, ["embed"])
-    svd_layers(module)["embed"].keep(torch.arange(16) < 4)
-    small = to_factored(module)
+    svd_layers(module)["embed"].keep(4)
+    small = to_factored(module, count_params(module))
     tokens = torch.arange(30).view(2, 15)
     assert_same(small(tokens), module(tokens), (60, 16))
     exported = torch.export.export(small.eval(), (tokens,)).module()

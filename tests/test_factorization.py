@@ -7,13 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_svd.factorization import (
+from lightning_svd.layers.matrices import (
     Factors,
     effective_rank,
     energy_rank,
+    exact_products,
     numerical_rank,
     reconstruct,
+    refactorized,
     roundoff,
+    singular_values,
     stable_rank,
     svd,
     truncate,
@@ -83,8 +86,7 @@ def test_negating_a_matrix_negates_v_alone(dtype):
     negated = svd(-matrix)
     # Singular vectors turn by the matrix's error over the smallest gap, 1; the fifth singular value is rounding.
     tolerance = roundoff((7, 5), dtype) * 8.0 / 1.0
-    four = torch.arange(4)
-    for actual, expected in zip(truncate(negated, four), truncate(Factors(U, s, -V), four), strict=True):
+    for actual, expected in zip(truncate(negated, 4), truncate(Factors(U, s, -V), 4), strict=True):
         assert (actual - expected).abs().max() <= tolerance
 
 
@@ -122,11 +124,137 @@ def test_autocast_and_autograd_do_not_reach_the_factors():
 def test_truncation_is_the_best_approximation_of_its_rank():
     matrix = make("gaussian", 6, 4, 0, torch.float64)
     factors = svd(matrix)
-    two = truncate(factors, torch.arange(2))
+    two = truncate(factors, 2)
     assert (two.U.shape, two.s.shape, two.V.shape) == ((6, 2), (2,), (4, 2))
     # Eckart and Young 1936: the error is the first singular value that was dropped.
     error = spectral_norm(matrix - reconstruct(*two))
     assert error == pytest.approx(float(factors.s[2]), rel=roundoff((6, 4), torch.float64))
+
+
+def test_truncated_to_what_there_is_nothing_is_copied():
+    factors = svd(make("gaussian", 6, 4, 0, torch.float64))
+    assert truncate(factors, 4) is factors
+    assert all(part.data_ptr() == whole.data_ptr() for part, whole in zip(truncate(factors, 3), factors, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- where LAPACK has trouble
+
+
+def test_what_does_not_converge_in_float32_is_computed_in_float64():
+    torch.manual_seed(7)
+    matrix = torch.eye(256) + 3e-5 * torch.randn(256, 256) / 16  # clusters of nearly equal singular values
+    U, s, V = svd(matrix, "fc")
+    assert {factor.dtype for factor in (U, s, V)} == {torch.float32}
+    assert spectral_norm(reconstruct(U, s, V) - matrix) <= roundoff((256, 256), torch.float32)
+    assert (singular_values(matrix) - s).abs().max() <= roundoff((256, 256), torch.float32)
+    exact = refactorized(Factors(U, s, V), "fc")
+    assert spectral_norm(reconstruct(*exact) - matrix) <= roundoff((256, 256), torch.float32)
+
+
+def failing_below(dtype, function):
+    """`function` as if it converged in wider dtypes only."""
+
+    def compute(matrix, *args, **kwargs):
+        if matrix.dtype.itemsize < dtype.itemsize:
+            raise torch.linalg.LinAlgError("failed to converge")
+        return function(matrix, *args, **kwargs)
+
+    return compute
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (2, 9, 6)])
+def test_the_second_try_gives_the_same_in_the_same_dtype(shape, monkeypatch):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected, values = svd(matrix), singular_values(matrix)
+    for name in ("svd", "svdvals"):
+        monkeypatch.setattr(torch.linalg, name, failing_below(torch.float64, getattr(torch.linalg, name)))
+    for actual, wanted in zip((*svd(matrix), singular_values(matrix)), (*expected, values), strict=True):
+        assert actual.dtype == torch.float32
+        # Singular vectors turn by the error over the smallest gap.
+        assert (actual - wanted).abs().max() <= 100 * roundoff(shape[-2:], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_does_not_converge_at_all_is_refused_by_name(dtype, monkeypatch):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    with pytest.raises(ValueError, match=r"`encoder\.fc`: its singular value decomposition does not converge: failed"):
+        svd(torch.ones(3, 4, dtype=dtype), "encoder.fc")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_of_what_is_not_finite_all_singular_values_are_unknown(value):
+    matrix = torch.ones(2, 3, 4, dtype=torch.bfloat16)
+    matrix[1, 2, 0] = value
+    values = singular_values(matrix)
+    assert values.shape == (2, 3) and values.dtype == torch.float32 and values.isnan().all()
+
+
+# -------------------------------------------------------------------------------------------------- exact arithmetic
+
+
+@pytest.fixture
+def precision():
+    """Sets the global precision of matrix products, and restores it."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_products_are_exact_inside_and_as_the_user_has_set_them_outside(setting, precision):
+    precision(setting)
+    with torch.autocast("cpu", torch.bfloat16):
+        with exact_products(torch.device("cpu")):
+            assert torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.get_float32_matmul_precision() == setting and torch.is_autocast_enabled("cpu")
+        with pytest.raises(KeyError), exact_products(torch.device("cpu")):
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == setting and torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize(("m", "n"), [(96, 96), (128, 64), (64, 128)])
+def test_twenty_exact_refactorizations_move_a_matrix_by_rounding_only(m, n, setting, precision):
+    precision(setting)
+    matrix = make("gaussian", m, n, 0, torch.float32)
+    factors = svd(matrix)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(20):
+            factors = refactorized(factors)
+    error = reconstruct(*(factor.double() for factor in factors)) - matrix.double()
+    # Twenty independent roundings, of which each is one.
+    assert spectral_norm(error) <= math.sqrt(20) * roundoff((m, n), torch.float32) * spectral_norm(matrix)
+    for factor in (factors.U.double(), factors.V.double()):
+        defect = factor.mT @ factor - torch.eye(min(m, n), dtype=torch.float64)
+        assert spectral_norm(defect) <= roundoff((m, n), torch.float32)
+    assert torch.get_float32_matmul_precision() == setting
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 4), (6, 9, 4), (5, 5, 5), (7, 3, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_refactorized_is_the_svd_of_the_product_of_any_factors(shape, dtype):
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(size, generator=generator, dtype=torch.float64).to(dtype) for size in ((m, k), (k,), (n, k))]
+    U, s, V = refactorized(Factors(*made))
+    product = reconstruct(*(factor.double() for factor in made))
+    error = reconstruct(U.double(), s.double(), V.double()) - product
+    assert spectral_norm(error) <= roundoff((m, n), dtype) * spectral_norm(product)
+    assert (s >= 0).all() and (s.diff() <= 0).all()
+    for factor in (U.double(), V.double()):
+        gram = factor.mT @ factor - torch.eye(factor.shape[1], dtype=torch.float64)
+        assert spectral_norm(gram) <= roundoff((m, n), dtype)
+
+
+def test_refactorized_of_no_rank_is_no_rank_and_of_what_is_not_finite_is_refused_by_name():
+    nothing = Factors(torch.empty(6, 0), torch.empty(0), torch.empty(4, 0))
+    assert [tuple(factor.shape) for factor in refactorized(nothing)] == [(6, 0), (0,), (4, 0)]
+    with pytest.raises(ValueError, match="`fc`: expected finite weights"):
+        refactorized(Factors(torch.ones(6, 2), torch.tensor([1.0, math.nan]), torch.ones(4, 2)), "fc")
 
 
 def test_roundoff_grows_with_the_root_of_the_longer_side():

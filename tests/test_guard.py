@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import SmallNet, data, quiet_trainer, same_state
 
 from lightning_svd import SVDTrainingCallback
-from lightning_svd.guard import MetricGuard, Pause
+from lightning_svd.report.data import Pause
+from lightning_svd.training.guard import MetricGuard
+from lightning_svd.training.run import SVDTraining
 
 
 class Scripted(SmallNet):
@@ -139,13 +141,13 @@ def test_a_fall_before_ranks_fall_is_no_pause():
 
 def test_sparsity_rests_in_a_pause(monkeypatch):
     strengths = {}
-    callback_step = SVDTrainingCallback._add_gradients
+    before_step = SVDTraining.before_step
 
-    def noted(self, run, trainer, *args):
-        callback_step(self, run, trainer, *args)
-        strengths[trainer.global_step] = run.strength
+    def noted(self, optimizer, step, *args):
+        before_step(self, optimizer, step, *args)
+        strengths[step] = self.strength
 
-    monkeypatch.setattr(SVDTrainingCallback, "_add_gradients", noted)
+    monkeypatch.setattr(SVDTraining, "before_step", noted)
     fit(0.9, 0.9, 0.9, 0.5, 0.9, max_metric_drop=0.1)
     assert all(strengths[step] == 0 for step in range(16, 20))
     assert strengths[15] > 0 and strengths[20] > 0

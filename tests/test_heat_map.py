@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lightning_svd.heat_map import FLOOR, HeatMap, colour, heat_map_page, png
+from lightning_svd.report.heat_map import FLOOR, HeatMap, color, heat_map_page, png
 
 BYTES = st.integers(0, 255)
 
@@ -26,20 +26,20 @@ def test_a_png_reads_back_as_the_pixels_it_was_made_of(pixels):
 
 
 def test_the_scale_is_logarithmic_from_its_floor_to_one():
-    assert colour(FLOOR) == colour(0.0) == (68, 1, 84, 255)
-    assert colour(1.0) == colour(3.0) == (253, 231, 37, 255)
-    assert colour(math.sqrt(FLOOR)) == (33, 145, 140, 255)  # half-way
-    assert colour(None) == (0, 0, 0, 0)
+    assert color(FLOOR) == color(0.0) == (68, 1, 84, 255)
+    assert color(1.0) == color(3.0) == (253, 231, 37, 255)
+    assert color(math.sqrt(FLOOR)) == (33, 145, 140, 255)  # half-way
+    assert color(None) == (0, 0, 0, 0)
 
 
 def luminance(share):
-    red, green, blue, _ = colour(share)
+    red, green, blue, _ = color(share)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @given(st.floats(FLOOR, 1.0), st.floats(FLOOR, 1.0))
 def test_more_is_lighter(a, b):
-    # A step of each of the three colours is at most 1 of 255 off by rounding.
+    # A step of each of the three colors is at most 1 of 255 off by rounding.
     assert a > b or luminance(a) <= luminance(b) + 1.0
 
 
@@ -50,7 +50,7 @@ def test_a_page_shows_each_map_with_its_axes_and_nothing_from_elsewhere():
     images = re.findall(r"data:image/png;base64,([^\"]+)", page)
     assert len(images) == 2 and images[0] == images[1]
     image = Image.open(io.BytesIO(base64.b64decode(images[0])))
-    assert [[image.getpixel((x, y)) for x in (0, 1)] for y in (0, 1, 2)] == [[colour(v) for v in row] for row in rows]
+    assert [[image.getpixel((x, y)) for x in (0, 1)] for y in (0, 1, 2)] == [[color(v) for v in row] for row in rows]
     assert "&lt;b&gt;" in page and "<b>" not in page and "s &amp; s" in page
     for text in ("<span>0</span>", "<span>30</span>", "<span>1</span>", "<span>9</span>", ">epoch<", ">index<"):
         assert page.count(text) == 2
@@ -60,4 +60,4 @@ def test_a_page_shows_each_map_with_its_axes_and_nothing_from_elsewhere():
 @pytest.mark.parametrize("share", [math.nan])
 def test_a_share_that_is_no_number_is_the_callers_mistake(share):
     with pytest.raises(ValueError):
-        colour(share)
+        color(share)

@@ -7,9 +7,11 @@ import torch
 from models import SmallNet, data, quiet_trainer
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, compact, decompose, latency, svd_layers, to_factored
-from lightning_svd.costs import count_costs
-from lightning_svd.latency import time_layers
+from lightning_svd import SVDTrainingCallback, decompose, svd_layers
+from lightning_svd.model.counting import count_costs, count_params
+from lightning_svd.model.surgery import compact, factorized_copy, to_factored
+from lightning_svd.ranks import latency
+from lightning_svd.ranks.latency import time_layers
 
 
 def cut_net(rank=2):
@@ -27,8 +29,13 @@ def cut_net(rank=2):
     net = Net()
     decompose(net)
     for layer in svd_layers(net).values():
-        layer.keep(torch.arange(layer.full_rank) < rank)
+        layer.keep(rank)
     return net.eval()
+
+
+def timed(net, x):
+    """Its cost, measured."""
+    return time_layers(count_costs(net, x), svd_layers(net))
 
 
 @pytest.fixture
@@ -45,16 +52,16 @@ def test_every_layer_that_was_used_is_timed_at_all_its_inputs():
     net, x = cut_net(), torch.randn(5, 12)
     cost = count_costs(net, x)
     assert cost.layers["first"].input_shapes == ((5, 12), (5, 12))
-    timed = time_layers(cost, svd_layers(net))
+    layers = timed(net, x).layers
     for name in ("first", "second"):
-        assert timed.layers[name].latency.dense > 0 and timed.layers[name].latency.factored > 0
-    assert timed.layers["unused"] == cost.layers["unused"]
+        assert layers[name].latency.dense > 0 and layers[name].latency.factored > 0
+    assert layers["unused"] == cost.layers["unused"]
 
 
 def test_timing_changes_neither_the_layers_nor_the_random_state():
     net, x = cut_net(), torch.randn(5, 12)
     before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    time_layers(count_costs(net, x), svd_layers(net))
+    timed(net, x)
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     assert all(p.requires_grad for p in net.parameters())
@@ -78,16 +85,17 @@ def test_each_form_does_the_work_of_all_inputs(monkeypatch):
         monkeypatch.setattr(
             kind, "forward", lambda self, x, kind=kind, f=original: (calls.append((kind, x.shape)), f(self, x))[1]
         )
-    timed = latency._timed(count_costs(net, torch.randn(5, 12)).layers["first"], net.first)
+    price = latency._timed(count_costs(net, torch.randn(5, 12)).layers["first"], net.first)
     forms = [kind for kind, shape in calls if shape == (5, 12) and kind is nn.Sequential]
     assert len(forms) == 2 * latency.ROUNDS  # two inputs each time
-    assert timed.latency.dense < timed.latency.factored  # the fastest round of each, dense before factored
+    assert price.latency.dense < price.latency.factored  # the fastest round of each, dense before factored
 
 
 def test_compact_leaves_dense_what_is_no_faster_as_factors(slow_factors):
     net, x = cut_net(), torch.randn(5, 12)
     expected = net(x)
-    by_macs, by_time = compact(copy.deepcopy(net)), to_factored(net, example_input=x)
+    twin = factorized_copy(net)
+    by_macs, by_time = compact(twin, count_params(twin)), to_factored(net, timed(net, x))
     assert set(svd_layers(by_macs)) == {"first", "second", "unused"}
     assert type(by_time.first) is nn.Linear and type(by_time.second) is nn.Sequential
     assert type(by_time.unused) is nn.Sequential  # by its parameters: it was not used
@@ -96,7 +104,8 @@ def test_compact_leaves_dense_what_is_no_faster_as_factors(slow_factors):
 
 def test_a_layer_beyond_break_even_is_dense_whatever_the_clock_says(monkeypatch):
     monkeypatch.setattr(latency, "_race", lambda forms, inputs: [1.0, 0.1])
-    assert type(to_factored(cut_net(rank=8), example_input=torch.randn(5, 12)).first) is nn.Linear
+    net = cut_net(rank=8)
+    assert type(to_factored(net, timed(net, torch.randn(5, 12))).first) is nn.Linear
 
 
 def fit(**arguments):
@@ -141,8 +150,8 @@ def test_an_example_input_leaves_modes_and_running_statistics_alone(fails):
     modes = [module.training for module in net.modules()]
     if fails:
         with pytest.raises(RuntimeError):
-            to_factored(net, example_input=torch.randn(1, 5))
+            timed(net, torch.randn(1, 5))
     else:
-        to_factored(net, example_input=torch.randn(1, 12))  # one input, which BatchNorm1d refuses in training
+        timed(net, torch.randn(1, 12))  # one input, which BatchNorm1d refuses in training
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import resource
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, decompose, load_low_rank, save_low_rank, svd_layers, to_factored
-from lightning_svd.pairs import merged
+from lightning_svd import SVDTrainingCallback, decompose, load_low_rank, save_low_rank, svd_layers
+from lightning_svd.layers.layer import plain_dense, plain_pair
+from lightning_svd.layers.pairs import merged
+from lightning_svd.model.counting import count_params
+from lightning_svd.model.surgery import to_factored
 
 
 class Net(nn.Module):
-    """Linear and convolution, with a bias or without, running statistics, and a layer too thin to factorise."""
+    """Linear and convolution, with a bias or without, running statistics, and a layer too thin to factorize."""
 
     def __init__(self, bias=True, width=8):
         super().__init__()
@@ -30,17 +34,20 @@ class Net(nn.Module):
         return self.head(self.flat(self.norm(self.conv(self.thin(x))).relu()).relu())
 
 
+def factored(model):
+    """A copy in plain torch layers."""
+    return to_factored(model, count_params(model))
+
+
 def images(dtype=torch.float32):
     return torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
 def pruned(model, conv_mode="channel", rank=3):
-    """``model`` with every layer factorised and cut, and running statistics that are not the initial ones."""
+    """``model`` with every layer factorized and cut, and running statistics that are not the initial ones."""
     decompose(model, conv_mode=conv_mode)
     for layer in svd_layers(model).values():
-        layer.keep(
-            torch.arange(layer.full_rank) % 2 * torch.arange(layer.full_rank).flip(0) > layer.full_rank - 2 * rank
-        )
+        layer.keep(max(1, rank - (layer.full_rank < 20)))  # not the same in all
     model.train()(images(next(model.parameters()).dtype))
     return model.eval()
 
@@ -70,10 +77,10 @@ def unchanged(model, before):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("conv_mode", ["channel", "spatial"])
-@pytest.mark.parametrize("form", [lambda model: model, to_factored])
+@pytest.mark.parametrize("form", [lambda model: model, factored])
 def test_what_is_loaded_computes_the_same_bit_for_bit(form, conv_mode, bias, dtype, tmp_path):
     model = form(pruned(Net(bias).to(dtype), conv_mode))
-    expected = to_factored(model)
+    expected = factored(model)
     path = save_low_rank(model, tmp_path / "model.safetensors")
     loaded = load_low_rank(Net(bias).to(dtype), path).eval()
     assert same_state(loaded.state_dict(), expected.state_dict())
@@ -93,7 +100,7 @@ def test_what_a_fit_leaves_can_be_saved_loaded_and_saved_again(tmp_path):
     assert not same_state(loaded.state_dict(), model.state_dict())
 
 
-def test_saving_leaves_a_factorised_model_as_it_is(tmp_path):
+def test_saving_leaves_a_factorized_model_as_it_is(tmp_path):
     model = pruned(Net())
     before = bits(model)
     save_low_rank(model, tmp_path / "model.safetensors")
@@ -103,16 +110,16 @@ def test_saving_leaves_a_factorised_model_as_it_is(tmp_path):
 def test_a_layer_on_its_own_is_saved_and_loaded(tmp_path):
     layer = nn.Linear(32, 16)
     decompose(layer)
-    layer.keep(torch.arange(16) < 4)
+    layer.keep(4)
     path = save_low_rank(layer, tmp_path / "layer.safetensors")
     x = torch.randn(3, 32)
-    assert torch.equal(load_low_rank(nn.Linear(32, 16), path)(x), layer.factored()(x))
+    assert torch.equal(load_low_rank(nn.Linear(32, 16), path)(x), plain_pair(layer)(x))
 
 
 def test_the_header_tells_ranks_without_reading_a_weight(tmp_path):
     model = pruned(Net(), "spatial")
     path = save_low_rank(model, tmp_path / "model.safetensors")
-    ranks = {name: (layer.rank, getattr(layer, "conv_mode", None)) for name, layer in svd_layers(model).items()}
+    ranks = {name: (layer.rank, layer.conv_mode) for name, layer in svd_layers(model).items()}
     assert len(set(ranks.values())) > 1
     assert header(path)["version"] == 1
     assert {name: (entry["rank"], entry["conv_mode"]) for name, entry in header(path)["layers"].items()} == ranks
@@ -121,7 +128,7 @@ def test_the_header_tells_ranks_without_reading_a_weight(tmp_path):
 def test_the_file_is_as_large_as_the_low_rank_parameters(tmp_path):
     model = pruned(Net())
     path = save_low_rank(model, tmp_path / "model.safetensors")
-    tensors = sum(value.nbytes for value in to_factored(model).state_dict().values())
+    tensors = sum(value.nbytes for value in factored(model).state_dict().values())
     overhead = path.stat().st_size - tensors
     # The header names each tensor with its type, shape and place, about 100 characters.
     assert 0 < overhead < 200 * len(load_file(path))
@@ -159,8 +166,8 @@ class Shared(nn.Module):
 def test_shared_modules_and_tied_weights_are_stored_once_and_stay_shared(tmp_path):
     model = Shared()
     decompose(model)
-    model.z.keep(torch.arange(24) < 5)
-    expected, tokens = to_factored(model), torch.arange(10)
+    model.z.keep(5)
+    expected, tokens = factored(model), torch.arange(10)
     path = save_low_rank(model, tmp_path / "model.safetensors")
     loaded = load_low_rank(Shared(), path)
     assert loaded.z is loaded.a and loaded.out.weight is loaded.embed.weight
@@ -212,9 +219,36 @@ def without_a_tensor(path):
     )
 
 
+def with_tensor(name, change):
+    """A file with one of its tensors changed."""
+
+    def rewrite(path):
+        tensors = load_file(path)
+        save_file(tensors | {name: change(tensors[name])}, path, {"lightning_svd": json.dumps(header(path))})
+
+    return rewrite
+
+
+def nested(path):
+    save_file(load_file(path), path, {"lightning_svd": "[" * 200_000 + "]" * 200_000})
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (nested, "is not a readable safetensors file"),
+        (rewritten(layers={"head": {"rank": 1e30, "conv_mode": None}}), "header is damaged"),
+        (rewritten(layers={"head": {"rank": 10**30, "conv_mode": None}}), "`head` has rank 10+.* there, at most 16"),
+        (rewritten(layers={"head": {"rank": True, "conv_mode": None}}), "header is damaged"),
+        (rewritten(version={"a": 1}), "has format version {'a': 1}, this lightning-svd reads version 1"),
+        (with_tensor("head.0.weight", torch.Tensor.int), "`head.0.weight` holds whole numbers there, floating-point"),
+        (with_tensor("norm.num_batches_tracked", torch.Tensor.float), "holds floating-point numbers there, whole"),
+        (with_tensor("head.1.weight", lambda t: t * torch.nan), "`head.1.weight` holds NaN or infinity"),
+        (with_tensor("norm.weight", lambda t: t / 0), "`norm.weight` holds NaN or infinity"),
+        (
+            with_tensor("head.1.weight", lambda t: t[:, 1:].clone()),
+            r"`head.1.weight` is \(16, \d\) there, \(16, \d\) here",
+        ),
         (truncated, "is not a readable safetensors file"),
         (cut_in_the_header, "is not a readable safetensors file"),
         (random_bytes, "is not a readable safetensors file"),
@@ -238,8 +272,9 @@ def test_refuses_a_damaged_or_foreign_file_and_leaves_the_model_as_it_was(damage
     damage(path)
     model = Net()
     before = bits(model)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         load_low_rank(model, path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
     assert unchanged(model, before)
 
 
@@ -270,7 +305,7 @@ class OtherType(Net):
         (WithMore, r"`more.weight` is None there, \(3, 3\) here"),
         (OtherType, "`flat.1` must be a plain (linear layer|convolution) to load .*, got Bilinear"),
         (lambda: pruned(Net()), "must be a plain (linear layer|convolution) to load .*, got SVDConv"),
-        (lambda: to_factored(pruned(Net())), "must be a plain (linear layer|convolution) to load .*, got Sequential"),
+        (lambda: factored(pruned(Net())), "must be a plain (linear layer|convolution) to load .*, got Sequential"),
     ],
 )
 def test_refuses_a_model_that_does_not_fit_and_leaves_it_as_it_was(model, message, tmp_path):
@@ -280,6 +315,72 @@ def test_refuses_a_model_that_does_not_fit_and_leaves_it_as_it_was(model, messag
     with pytest.raises(ValueError, match=message):
         load_low_rank(model, path)
     assert unchanged(model, before)
+
+
+# ------------------------------------------------------------------------------------------------ where it comes to lie
+
+
+@pytest.mark.parametrize("here", [torch.float64, torch.bfloat16])
+def test_a_file_is_loaded_in_the_models_own_dtype(here, tmp_path):
+    model = pruned(Net())
+    path = save_low_rank(model, tmp_path / "model.safetensors")
+    loaded = load_low_rank(Net().to(here), path)
+    assert all(p.dtype == here for p in loaded.parameters())
+    assert same_state(loaded.state_dict(), factored(model).to(here).state_dict())
+
+
+class Attentive(nn.Module):
+    """A module in one piece that is taken apart, under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = self.again = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_a_module_in_one_piece_is_checked_before_it_is_taken_apart(tmp_path):
+    model, x = Attentive(), torch.randn(2, 5, 16)
+    decompose(model, target_modules=["q_proj", "out_proj"])
+    for layer in svd_layers(model).values():
+        layer.keep(3)
+    expected = factored(model)
+    path = save_low_rank(model, tmp_path / "model.safetensors")
+    assert torch.equal(load_low_rank(Attentive(), path)(x), expected(x))
+    assert same_state(load_low_rank(Attentive(), path).state_dict(), expected.state_dict())
+    for name in ("attention.k_proj.weight", "attention.q_proj.0.weight", "attention.out_proj.1.bias"):
+        tensors = {key: value for key, value in load_file(path).items() if not name.endswith(key.partition(".")[2])}
+        save_file(tensors, tmp_path / "less.safetensors", {"lightning_svd": json.dumps(header(path))})
+        fresh = Attentive()
+        before = bits(fresh)
+        with pytest.raises(ValueError, match=r"does not fit the model: `.*` is None there, \("):
+            load_low_rank(fresh, tmp_path / "less.safetensors")
+        assert unchanged(fresh, before)
+
+
+@pytest.mark.parametrize("there_was_one", [False, True])
+def test_a_disk_that_is_full_leaves_the_file_that_was_there(there_was_one, tmp_path):
+    path, small, large = tmp_path / "model.safetensors", pruned(Net()), pruned(Net(width=256))
+    if there_was_one:
+        save_low_rank(small, path)
+    before = path.read_bytes() if there_was_one else None
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors cannot be written \(.*\)") as refused:
+            save_low_rank(large, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert ("the file that was there is as it was" in str(refused.value)) == there_was_one
+    assert "\n" not in str(refused.value)
+    assert [*tmp_path.iterdir()] == ([path] if there_was_one else [])
+    assert before is None or path.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere/model\.safetensors cannot be written"):
+        save_low_rank(pruned(Net()), tmp_path / "nowhere" / "model.safetensors")
 
 
 # --------------------------------------------------------------------------------------------------------------- pairs
@@ -303,10 +404,10 @@ def test_a_pair_of_convolutions_merges_into_the_layer_it_came_from(bias, conv_mo
         dense = nn.Conv2d(5, 6, (3, 5), bias=bias, dtype=torch.float64, **geometry)
         layer = copy.deepcopy(dense)
         decompose(layer, conv_mode=conv_mode)
-        layer.keep(torch.arange(layer.full_rank) < 4)
-        pair, whole = layer.factored(), merged(layer.factored())
+        layer.keep(4)
+        pair, whole = plain_pair(layer), merged(plain_pair(layer))
         assert repr(whole) == repr(dense)
-        assert_same(whole.weight, layer.dense().weight, layer.matrix_shape)
+        assert_same(whole.weight, plain_dense(layer).weight, layer.matrix_shape)
         assert whole.bias is (pair[1].bias if bias else None) is layer.bias
         # Two sums one after the other, each of at most the matrix's larger side.
         assert_same(pair(x), whole(x), layer.matrix_shape)
@@ -317,8 +418,8 @@ def test_a_pair_of_linears_merges_into_the_layer_it_came_from(bias):
     layer = dense = nn.Linear(12, 20, bias=bias, dtype=torch.float64)
     layer = copy.deepcopy(dense)
     decompose(layer)
-    layer.keep(torch.arange(12) % 3 == 0)
-    whole = merged(layer.factored())
+    layer.keep(4)
+    whole = merged(plain_pair(layer))
     assert repr(whole) == repr(dense)
-    assert_same(whole.weight, layer.dense().weight, layer.matrix_shape)
+    assert_same(whole.weight, plain_dense(layer).weight, layer.matrix_shape)
     assert_same(whole(torch.eye(12, dtype=torch.float64)), layer(torch.eye(12, dtype=torch.float64)), (12, 20))

@@ -9,25 +9,25 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from models import SmallMLP, data, quiet_trainer
+from models import SmallMLP, data, quiet_trainer, trained_parameters
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, decompose, svd_layers
-from lightning_svd.factorization import roundoff
+from lightning_svd.layers.matrices import roundoff
 
 ORTHOGONALITY, SPARSITY = 10.0, 0.02
 
 
 def stretch(model):
-    """U and V off orthonormality, so that their regulariser matters from the first step."""
+    """U and V off orthonormality, so that their regularizer matters from the first step."""
     with torch.no_grad():
         for layer in svd_layers(model).values():
-            layer.U.mul_(1.1)
-            layer.V.mul_(0.9)
+            layer.form.parameters["U"].mul_(1.1)
+            layer.form.parameters["V"].mul_(0.9)
 
 
 class Observer(Callback):
-    """Starts from stretched factors; notes what the user logs and the factors at the end."""
+    """Starts from stretched factors; notes what the user logs and the factors after each batch, before a cut."""
 
     def on_train_start(self, trainer, pl_module):
         self.logged = []
@@ -35,9 +35,7 @@ class Observer(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.logged.append(float(trainer.callback_metrics.get("train_loss", "nan")))
-
-    def on_train_end(self, trainer, pl_module):
-        self.parameters = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self.parameters = {name: p.detach().clone() for name, p in trained_parameters(pl_module).items()}
 
 
 def svd_training():
@@ -46,16 +44,20 @@ def svd_training():
         orthogonality_weight=ORTHOGONALITY,
         sparsity_weight=SPARSITY,
         sparsity_schedule="constant",
+        sparsify_start=1.0,  # the one cut comes after the last step
         sparsify_end=1.0,
-        refactorise=False,
     )
 
 
 def fit(model, loader, **options):
     observer = Observer()
-    callbacks = [svd_training(), observer]
+    callbacks = [observer, svd_training()]
     quiet_trainer(**({"callbacks": callbacks, "max_epochs": 1, "log_every_n_steps": 1} | options)).fit(model, loader)
     return observer
+
+
+def svd_callback(trainer):
+    return next(callback for callback in trainer.callbacks if isinstance(callback, SVDTrainingCallback))
 
 
 def twin_of(model):
@@ -66,7 +68,7 @@ def twin_of(model):
 
 
 def penalty(module):
-    """The paper's regularisers of all layers in ``module`` as plain formulas for autograd."""
+    """The paper's regularizers of all layers in ``module`` as plain formulas for autograd."""
     total = 0.0
     for U, s, V in (layer.factors() for layer in svd_layers(module).values()):
         defects = [(factor.mT @ factor - torch.eye(len(s), dtype=s.dtype)).square().sum() for factor in (U, V)]
@@ -263,9 +265,7 @@ class Manual(Net):
         optimizer.zero_grad()
         self.manual_backward(super().training_step(batch, batch_idx))
         if self.clip:
-            next(c for c in self.trainer.callbacks if isinstance(c, SVDTrainingCallback)).add_gradients(
-                self.trainer, optimizer
-            )
+            svd_callback(self.trainer).add_gradients(self.trainer, optimizer)
             self.clip_gradients(optimizer, self.clip, "norm")
         optimizer.step()
 
@@ -297,7 +297,7 @@ def test_manual_steps_under_autocast_and_a_loss_scaler(options, ahead):
             optimizer = self.optimizers()
             self.manual_backward(super().training_step(batch, batch_idx))
             if ahead:
-                self.trainer.callbacks[0].add_gradients(self.trainer, optimizer)
+                svd_callback(self.trainer).add_gradients(self.trainer, optimizer)
             optimizer.step()
 
     model, loader = Scaled(**options), data(count=8)
@@ -379,11 +379,12 @@ def test_only_the_layers_of_the_optimizer_that_steps_get_a_gradient():
             generator, _ = self.optimizers()
             self.manual_backward(self.generator(self.noise).mean())
             generator.step()
-            self.untouched = [p.grad is None for p in self.discriminator.parameters()]
+            factors = trained_parameters(self.discriminator).values()
+            self.untouched = [p.grad is None for p in (*factors, *self.discriminator.parameters())]
 
     model = Watching()
     fit(model, data(count=8, dtype=torch.float64))
-    assert model.untouched == [True] * 8
+    assert model.untouched == [True] * (8 + 4)
 
 
 class ByShape(Net):
@@ -395,7 +396,7 @@ class ByShape(Net):
     def training_step(self, batch, batch_idx):
         self.manual_backward(super().training_step(batch, batch_idx))
         for optimizer in self.optimizers() if self.ahead else ():
-            self.trainer.callbacks[0].add_gradients(self.trainer, optimizer)
+            svd_callback(self.trainer).add_gradients(self.trainer, optimizer)
         for optimizer in self.optimizers():
             optimizer.step()
         self.zero_grad()
@@ -408,11 +409,14 @@ class ByShape(Net):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_factors_of_a_layer_in_two_optimizers_get_their_gradient_once(ahead):
+def test_a_layer_in_two_optimizers_gets_its_gradient_once(ahead):
     model, loader = ByShape(), data(dtype=torch.float64)
     model.ahead = ahead
     twin = twin_of(model)
-    optimizers = twin.configure_optimizers()
+    # s is a vector, but stands in its weight's place.
+    biases = {name: p for name, p in twin.named_parameters() if name.endswith("bias")}
+    factors = [p for name, p in twin.named_parameters() if name not in biases]
+    optimizers = torch.optim.SGD(factors, lr=0.05), torch.optim.Adam(biases.values(), lr=1e-3)
     for batch in loader:
         (cross_entropy(twin, batch) + penalty(twin)).backward()
         for optimizer in optimizers:

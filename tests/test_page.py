@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reports import STEPS, layer_report, report_of, svd_report
 
-from lightning_svd.charts import SIZE, Axis, curve, spread, staircase
-from lightning_svd.page import render_page
-from lightning_svd.report import SVDReport
+from lightning_svd.report.charts import SIZE, Axis, curve, spread, staircase
+from lightning_svd.report.data import SVDReport
+from lightning_svd.report.page import render_page
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 COMPARISON = {"Test accuracy": ("99.70%", "99.85%"), "CPU latency, batch 64": ("7.04 ms", "5.95 ms (84.5%)")}

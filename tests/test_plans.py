@@ -24,7 +24,7 @@ def net():
     )
 
 
-def factorised(layer_plans):
+def factorized(layer_plans):
     return [layer.name for layer in layer_plans if not layer.skipped]
 
 
@@ -44,9 +44,9 @@ CONVS, LINEARS = ["blocks.0.conv", "blocks.1.conv"], ["blocks.0.fc", "blocks.1.f
     ],
 )
 def test_layers_are_named_by_name_type_pattern_or_all_linear(targets, names):
-    everything = factorised(plan(net()))
-    assert sorted(factorised(plan(net(), targets))) == sorted(names)
-    assert factorised(plan(net(), exclude_modules=targets)) == [name for name in everything if name not in names]
+    everything = factorized(plan(net()))
+    assert sorted(factorized(plan(net(), targets))) == sorted(names)
+    assert factorized(plan(net(), exclude_modules=targets)) == [name for name in everything if name not in names]
 
 
 def test_the_most_ranks_of_a_layer_are_given_by_patterns_of_which_the_last_counts():
@@ -99,7 +99,7 @@ def test_an_edited_plan_is_followed(tmp_path):
         (lambda layers: layers["stem"].update(conv_mode="wide"), "`stem`: `conv_mode` must be one of .*, got 'wide'"),
         (lambda layers: layers["head"].update(max_rank=0), "`head`: max_rank` must be an integer >= 1, got 0"),
         (lambda layers: layers["head"].update(rank=3), "`head`: expected .*, got 'rank'"),
-        (lambda layers: layers["embed"].pop("skip"), r"`embed` cannot be factorised \(unsupported type\)"),
+        (lambda layers: layers["embed"].pop("skip"), r"`embed` cannot be factorized \(unsupported type\)"),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_by_the_layer(change, why, tmp_path):
@@ -107,13 +107,115 @@ def test_a_plan_that_does_not_fit_is_refused_by_the_layer(change, why, tmp_path)
         read_plan(edited(tmp_path, change), net())
 
 
-@pytest.mark.parametrize("text", ["", "layers: 3", "layers:\n  head: factorised", "{", "\0"])
+@pytest.mark.parametrize("text", ["", "layers: 3", "layers:\n  head: factorized", "{", "\0"])
 def test_a_file_that_is_no_plan_is_refused(text, tmp_path):
     (tmp_path / "plan.yaml").write_text(text)
     with pytest.raises(ValueError, match=r"cannot read a plan|expected `layers:`"):
         read_plan(tmp_path / "plan.yaml", net())
     with pytest.raises(ValueError, match="cannot read a plan from"):
         read_plan(tmp_path / "missing.yaml", net())
+
+
+class Experts(nn.Module):
+    """A matrix that is no layer's weight, and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices, self.scale = nn.Parameter(torch.randn(3, 8, 8)), nn.Parameter(torch.ones(8))
+
+
+def changed(change, layer=None):
+    """Two layers, the first of them changed."""
+    pair = nn.ModuleDict({"fc": layer or nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    change(pair)
+    return pair
+
+
+def with_weight(weight):
+    def change(pair):
+        pair["fc"].weight = nn.Parameter(weight, weight.is_floating_point())
+
+    return change
+
+
+def sharing(pair):
+    storage = torch.randn(8, 8)
+    pair["fc"].weight, pair["other"].weight = nn.Parameter(storage), nn.Parameter(storage)
+
+
+def with_module(pair):
+    pair["fc"].adapter = nn.Identity()
+
+
+REASONS = {
+    "frozen": (
+        lambda: changed(lambda pair: pair["fc"].requires_grad_(False)),
+        "frozen; name it in `target_modules` to factorize it all the same",
+    ),
+    "hook": (
+        lambda: changed(lambda pair: pair["fc"].weight.register_hook(lambda grad: grad)),
+        "its weight has a hook, which factors would not call",
+    ),
+    "hook after accumulation": (
+        lambda: changed(lambda pair: pair["fc"].weight.register_post_accumulate_grad_hook(lambda p: None)),
+        "its weight has a hook, which factors would not call",
+    ),
+    "integers": (lambda: changed(with_weight(torch.ones(8, 8, dtype=torch.int8))), "its weight is of torch.int8"),
+    "complex": (lambda: changed(with_weight(torch.ones(8, 8).cfloat())), "its weight is of torch.complex64"),
+    "float8": (
+        lambda: changed(with_weight(torch.ones(8, 8).to(torch.float8_e4m3fn))),
+        "its weight is of torch.float8_e4m3fn",
+    ),
+    "empty": (lambda: changed(with_weight(torch.ones(0, 8))), "its weight is empty"),
+    "memory": (lambda: changed(sharing), "weight shares its memory with another parameter"),
+    "computed": (
+        lambda: changed(lambda pair: torch.nn.utils.parametrizations.weight_norm(pair["fc"])),
+        "its weight is computed from other parameters",
+    ),
+    "scripted": (lambda: changed(lambda pair: None, torch.jit.script(nn.Linear(8, 8))), "scripted"),
+    "modules": (lambda: changed(with_module), "has modules of its own in it"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("kind", REASONS)
+def test_what_factors_would_lose_is_left_alone_with_the_reason(kind):
+    build, why = REASONS[kind]
+    model = build()
+    reasons = {layer.name: layer.skipped for layer in plan(model)}
+    assert reasons["fc"] == why
+    assert (reasons["other"] is None) == (kind != "memory")
+    if kind != "memory":
+        weight = model["fc"].weight
+        decompose(model)
+        assert list(svd_layers(model)) == ["other"] and (kind == "computed" or model["fc"].weight is weight)
+
+
+def test_matrices_that_are_no_layers_weight_are_in_the_plan_with_the_reason():
+    layers = {layer.name: layer for layer in plan(nn.ModuleDict({"experts": Experts(), "fc": nn.Linear(8, 8)}))}
+    assert list(layers) == ["fc", "experts.matrices"]  # the vector is none
+    own = layers["experts.matrices"]
+    assert (own.kind, own.weight_shape) == ("Parameter", (3, 8, 8))
+    assert own.skipped == "a matrix of its own, not the weight of a layer"
+
+
+@pytest.mark.parametrize("targets", ["fc", ["other", "fc"], ["fc", "Linear"]])
+def test_a_frozen_layer_that_is_named_is_factorized_and_one_that_is_meant_by_its_type_is_not(targets):
+    model = changed(lambda pair: pair["fc"].requires_grad_(False))
+    assert "fc" in factorized(plan(model, targets))
+    for general in ("Linear", "all-linear", "f."):
+        reasons = {layer.name: layer.skipped for layer in plan(model, general)}
+        assert reasons["fc"].startswith("frozen")
+    assert factorized(plan(model, include_frozen=True)) == ["fc", "other"]
+
+
+def test_a_frozen_layer_without_a_skip_in_the_file_is_factorized(tmp_path):
+    model = changed(lambda pair: pair["fc"].requires_grad_(False))
+    path = write_plan(plan(model), tmp_path / "plan.yaml")
+    content = yaml.safe_load(path.read_text())
+    assert content["layers"]["fc"].pop("skip").startswith("frozen")
+    path.write_text(yaml.safe_dump(content))
+    assert factorized(read_plan(path, model)) == ["fc", "other"]
 
 
 def fit(**arguments):

@@ -6,11 +6,14 @@ import re
 
 import pytest
 import torch
+from helpers import assert_same, svd_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lightning_svd.costs import LayerCost, ModelCost
-from lightning_svd.ranks import interpolate, keep_by_budget, keep_by_energy, smallest_cost, strongest
+from lightning_svd.ranks.allocation import interpolate, keep_by_budget, keep_by_energy, share_above, smallest_cost
+from lightning_svd.ranks.costs import Cost, LayerCost, LayerLatency, ModelCost
+from lightning_svd.ranks.importance import Importance, Spectrum
 
 EPS = torch.finfo(torch.float64).eps
 sides = st.integers(3, 40)
@@ -76,9 +79,9 @@ def test_a_budget_is_met_and_what_is_left_buys_nothing(
     energies = {name: energy[: max(1, round(already_kept * len(energy)))] for name, energy in energies.items()}
     full = {name: len(energy) for name, energy in energies.items()}
     bounds = {} if bound is None else {next(iter(full)): bound}
-    least = smallest_cost(cost, unit, full, min_rank, round_to, bounds)
+    least = smallest_cost(cost.by(unit), full, min_rank, round_to, bounds)
     budget = least + share * (cost.dense(unit) - least)
-    ranks = keep_by_budget(energies, cost, budget, unit, min_rank, round_to, bounds)
+    ranks = keep_by_budget(energies, cost.by(unit), budget, min_rank, round_to, bounds)
     spent = cost.at(ranks, unit)
     assert spent <= budget
     for name, layer in cost.layers.items():
@@ -93,7 +96,7 @@ def test_a_budget_is_met_and_what_is_left_buys_nothing(
 @pytest.mark.parametrize("unit", ["macs", "params"])
 def test_the_dense_cost_as_budget_keeps_everything(unit, layers, seed):
     energies, cost = problem(layers, 7, seed)
-    ranks = keep_by_budget(energies, cost, cost.dense(unit), unit)
+    ranks = keep_by_budget(energies, cost.by(unit), cost.dense(unit))
     assert ranks == {name: len(energy) for name, energy in energies.items()}
 
 
@@ -132,7 +135,7 @@ def test_greedy_misses_the_optimum_by_less_than_one_step(layers, seed, share, un
     budget = min(costs) + share * (max(costs) - min(costs))
     best = max(value(energies, choice) for choice, price in zip(choices, costs, strict=True) if price <= budget)
     step = max(largest_hull_gain(layer, energies[name], unit) for name, layer in cost.layers.items())
-    found = value(energies, keep_by_budget(energies, cost, budget, unit))
+    found = value(energies, keep_by_budget(energies, cost.by(unit), budget))
     rounding = 100 * EPS  # of sums of shares and logarithms, each of order 1
     assert best - step - rounding <= found <= best + rounding
 
@@ -146,14 +149,14 @@ def test_a_global_budget_beats_the_same_rank_ratio_everywhere(seed, target):
     budget = target * cost.dense("macs")
     uniform = [{name: max(1, k * len(energy) // 64) for name, energy in energies.items()} for k in range(1, 65)]
     affordable = [value(energies, ranks) for ranks in uniform if cost.at(ranks, "macs") <= budget]
-    assert value(energies, keep_by_budget(energies, cost, budget, "macs")) > max(affordable)
+    assert value(energies, keep_by_budget(energies, cost.by("macs"), budget)) > max(affordable)
 
 
 def test_flat_spectra_are_better_served_by_one_dense_layer():
     # 10 x 10, flat: a rank costs 20 and brings a tenth, dense costs 100 and brings all. 140 buys 4 and 3 ranks, of
     # which 0.12 passes, or all and 2, of which 0.2 does: found along the hull, never rank by rank.
     cost = ModelCost({"a": LayerCost(100, 20, 100, 20), "b": LayerCost(100, 20, 100, 20)}, 0, 0, 1)
-    ranks = keep_by_budget({"a": torch.ones(10), "b": torch.ones(10)}, cost, 140, "macs")
+    ranks = keep_by_budget({"a": torch.ones(10), "b": torch.ones(10)}, cost.by("macs"), 140)
     assert sorted(ranks.values()) == [2, 10]
 
 
@@ -161,7 +164,7 @@ def test_each_layer_counts_by_its_own_scale():
     layers = [LayerCost(100, 20, 100, 20), LayerCost(100, 20, 100, 20)]
     energies, cost = problem(layers, 0, seed=0)
     louder = {"0": energies["0"] * 1e12, "1": energies["1"]}
-    assert keep_by_budget(louder, cost, 120, "macs") == keep_by_budget(energies, cost, 120, "macs")
+    assert keep_by_budget(louder, cost.by("macs"), 120) == keep_by_budget(energies, cost.by("macs"), 120)
 
 
 @thoroughly
@@ -169,24 +172,24 @@ def test_each_layer_counts_by_its_own_scale():
 def test_an_unreachable_budget_names_the_smallest_that_is_reachable(layers, other, seed):
     energies, cost = problem(layers, other, seed)
     full = {name: len(energy) for name, energy in energies.items()}
-    least = smallest_cost(cost, "params", full)
+    least = smallest_cost(cost.by("params"), full)
     assume(least < cost.dense("params"))
     with pytest.raises(ValueError, match="the budget must be at least") as refused:
-        keep_by_budget(energies, cost, least - 1, "params")
-    named = float(re.search(r"at least ([\d.]+) of the dense params", str(refused.value))[1])
+        keep_by_budget(energies, cost.by("params"), least - 1)
+    named = float(re.search(r"at least ([\d.]+) of the dense model's cost", str(refused.value))[1])
     assert named == pytest.approx(least / cost.dense("params"), abs=1e-4)  # four decimals
     # Whoever takes the message at its word must get through.
-    assert keep_by_budget(energies, cost, named * cost.dense("params"), "params")
+    assert keep_by_budget(energies, cost.by("params"), named * cost.dense("params"))
 
 
 def test_a_layer_smaller_than_min_rank_keeps_every_rank():
     energies, cost = problem([LayerCost(12, 7, 12, 7)], 0, seed=0)
-    assert keep_by_budget(energies, cost, 12, "macs", min_rank=5) == {"0": 3}
+    assert keep_by_budget(energies, cost.by("macs"), 12, min_rank=5) == {"0": 3}
 
 
 def test_a_layer_that_carries_nothing_does_not_disturb():
     _, cost = problem([LayerCost(100, 20, 100, 20)] * 2, 0, seed=0)
-    ranks = keep_by_budget({"0": torch.zeros(10), "1": torch.ones(10)}, cost, 120, "macs")
+    ranks = keep_by_budget({"0": torch.zeros(10), "1": torch.ones(10)}, cost.by("macs"), 120)
     assert ranks["1"] == 10
 
 
@@ -214,7 +217,7 @@ TEN = ModelCost({"fc": LayerCost(100, 20)}, 0)  # 10 x 10, break-even 4
 )
 def test_keep_by_energy_by_hand(energy, threshold, options, rank):
     energies = {"fc": torch.tensor(energy, dtype=torch.float32)}
-    assert keep_by_energy(energies, TEN, threshold, **options) == {"fc": rank}
+    assert keep_by_energy(energies, TEN.by("params"), threshold, **options) == {"fc": rank}
 
 
 # ------------------------------------------------------------------------------------------------------- in between
@@ -235,14 +238,100 @@ def test_interpolation_never_turns_back(full, kept, removed):
     assert final <= later <= earlier <= full
 
 
-@pytest.mark.parametrize(
-    ("energies", "rank", "mask"),
-    [
-        ([1.0, 4.0, 2.0, 3.0], 2, [False, True, False, True]),
-        ([1.0, 1.0, 1.0], 2, [True, True, False]),
-        ([1.0, 2.0], 0, [False, False]),
-        ([1.0, 2.0], 2, [True, True]),
-    ],
-)
-def test_strongest_takes_the_largest_and_among_equals_the_earlier(energies, rank, mask):
-    assert strongest(torch.tensor(energies), rank).tolist() == mask
+# --------------------------------------------------------------------------------------------------------------- costs
+
+
+@thoroughly
+@given(layers=st.lists(layer_costs, min_size=1, max_size=4), other=st.integers(0, 500), seed=st.integers(0, 2**32 - 1))
+@pytest.mark.parametrize("unit", ["macs", "params"])
+def test_a_cost_in_one_unit_is_the_models_and_adds_up(unit, layers, other, seed):
+    energies, model = problem(layers, other, seed)
+    cost, generator = model.by(unit), torch.Generator().manual_seed(seed)
+    ranks = {name: int(torch.randint(0, len(e) + 1, (), generator=generator)) for name, e in energies.items()}
+    assert cost.total(ranks) == model.at(ranks, unit)
+    assert model.ratio(ranks, unit) == model.at(ranks, unit) / max(1, model.dense(unit))
+    assert cost.rest() == other and cost.dense() == model.dense(unit)
+    for name, layer in model.layers.items():
+        most = len(energies[name])
+        assert cost.at(name, most) == layer.dense(unit)
+        assert list(cost.ladder(name, most, 1, 1)) == allowed(layer, most)
+        assert cost.at(name, 1) == (layer.per_rank(unit) if layer.pays(1) else layer.dense(unit))
+
+
+def test_a_layer_whose_factors_are_slower_costs_what_the_dense_one_does():
+    fast, slow = LayerLatency(dense=2.0, factored=1.0), LayerLatency(dense=1.0, factored=2.0)
+    assert [LayerCost(100, 20, 100, 20, latency=each).at(3, "macs") for each in (None, fast, slow)] == [60, 60, 100]
+
+
+class Squared(Cost):
+    """A price of its own: a rank costs its square, dense costs 60."""
+
+    def at(self, name, rank):
+        return min(60.0, float(rank**2))
+
+    def rest(self):
+        return 5.0
+
+    def dense(self):
+        return 5.0 + 2 * 60.0
+
+    def ladder(self, name, candidates, min_rank, round_to):
+        yield from range(min_rank, candidates + 1, round_to)
+
+
+def test_ranks_are_allocated_by_any_cost():
+    energies = {"a": torch.tensor([4.0, 3.0, 2.0, 1.0]), "b": torch.tensor([9.0, 0.1, 0.1, 0.1])}
+    ranks = keep_by_budget(energies, Squared(), 5 + 16 + 1)
+    assert ranks == {"a": 4, "b": 1} and Squared().total(ranks) == 22
+    assert keep_by_energy(energies, Squared(), 0.95) == {"a": 4, "b": 1}
+    assert smallest_cost(Squared(), {"a": 4, "b": 4}, min_rank=2) == 5 + 4 + 4
+
+
+@thoroughly
+@given(st.floats(0, 1))
+def test_the_share_that_a_refusal_names_is_enough_and_short(share):
+    assert share <= share_above(share) <= share + 1.01e-4
+    assert len(str(share_above(share))) <= 6
+
+
+# ------------------------------------------------------------------------------------------------ what a rank carries
+
+
+BUILDS = {
+    "linear": lambda: nn.Linear(7, 9),
+    "convolution": lambda: nn.Conv2d(4, 6, 3),
+    "groups": lambda: nn.Conv2d(4, 6, 3, groups=2),
+}
+
+
+@pytest.mark.parametrize("form", ["dense", "svd", "pair"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BUILDS)
+def test_a_rank_carries_the_square_of_its_singular_value_summed_over_groups(kind, dtype, form):
+    layer, importance = svd_of(BUILDS[kind]().to(dtype)), Spectrum()
+    with torch.no_grad():
+        for parameter in layer.form.trained:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    {"dense": layer.to_dense, "svd": lambda: layer.keep(3), "pair": layer.to_pair}[form]()
+    factors = importance.factors(layer)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert {factor.dtype for factor in factors} == {wide}
+    squares = torch.linalg.svdvals(layer.view.unfold(layer.rebuilt().detach()).to(wide))[..., : layer.rank].square()
+    carried = importance.values(factors)
+    # The weight itself is rounded once to its own dtype.
+    factor = 2 * torch.finfo(dtype).eps / torch.finfo(wide).eps if dtype == torch.bfloat16 else 32
+    assert_same(carried, squares if squares.ndim == 1 else squares.sum(0), layer.matrix_shape, factor)
+    assert (carried.diff() <= 0).all() and len(carried) == layer.rank
+
+
+def test_of_what_is_not_finite_importance_tells_the_layers_name():
+    layer = svd_of(nn.Linear(4, 4), name="head")
+    with torch.no_grad():
+        layer.form.parameters["s"][0] = torch.nan
+    with pytest.raises(ValueError, match="`head`: expected finite weights"):
+        Spectrum().factors(layer)
+
+
+def test_importance_is_what_a_class_of_ones_own_may_say():
+    with pytest.raises(TypeError, match="abstract"):
+        Importance()

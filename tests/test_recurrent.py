@@ -1,20 +1,28 @@
 """torch's recurrent modules taken apart: the same results, low-rank matrices, and torch's own names in files."""
 
 import copy
+import io
 import itertools
+import pickle
 
 import pytest
 import torch
 from helpers import assert_same
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from lightning_svd.costs import count_costs, svd_layers
-from lightning_svd.inspection import inspect_weights
-from lightning_svd.parts import InParts
-from lightning_svd.plans import plan
-from lightning_svd.recurrent import SplitCell, SplitRecurrent
-from lightning_svd.surgery import decompose, restore, to_dense, to_factored
+from lightning_svd.layers.compounds import join, linears_of, named_layers, open_up, owners_of, split
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.layers.layer import FactorizedModule, factorize, plain_pair, release
+from lightning_svd.layers.pairs import low_rank_pairs
+from lightning_svd.layers.recurrent import SplitCell, SplitRecurrent
+from lightning_svd.layers.views import View
+from lightning_svd.model.plan import plan
+from lightning_svd.model.surgery import become_pair, begin, decompose, svd_layers, to_dense, undo
+
+# torch's own, said once in a process, by whichever test comes first.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
 INPUTS, HIDDEN, STEPS, ROWS = 10, 12, 5, 3
 KINDS = {
@@ -42,7 +50,7 @@ CELLS = {
 def by_steps(request, monkeypatch):
     """Whether low-rank layers of these sizes take steps of their own."""
     if request.param:
-        monkeypatch.setattr("lightning_svd.recurrent.SAVED_BY_KERNEL", 0)
+        monkeypatch.setattr("lightning_svd.layers.recurrent.SAVED_BY_KERNEL", 0)
     return request.param
 
 
@@ -51,13 +59,41 @@ def recurrent(kind="lstm", **options):
     return KINDS[kind](INPUTS, HIDDEN, **options).double()
 
 
-def taken_apart(module, rank=None):
-    """As ``decompose`` does it, with so many ranks."""
+def factorized(module, rank=None, names=None, form="svd"):
+    """A copy that trains factors of these parts, or of all, out of sight."""
     module = copy.deepcopy(module)
-    decompose(module)
-    for layer in svd_layers(module).values() if rank else ():
-        layer.keep(torch.arange(layer.full_rank) < rank)
+    names = names or [*linears_of(module)]
+    split(module, names)
+    found = dict(named_layers(module))
+    for name in names:
+        layer = factorize(found[name], View.of(found[name]), name, form)
+        layer.keep(min(rank or layer.full_rank, layer.full_rank))
     return module
+
+
+def opened(module):
+    """The same as pairs of plain layers."""
+    for layer in svd_layers(module).values():
+        become_pair(layer, plain_pair(layer))
+    open_up(module)
+    return module
+
+
+def trained(module):
+    """Every parameter that is trained, each once."""
+    true = {}
+    for name, child in module.named_modules():
+        own = (
+            child.true_parameters() if isinstance(child, FactorizedModule) else dict(child.named_parameters("", False))
+        )
+        true |= {f"{name}.{key}": parameter for key, parameter in own.items() if parameter is not None}
+    assert len({id(parameter) for parameter in true.values()}) == len(true)
+    assert not any(isinstance(parameter, DenseWeight) for parameter in true.values())
+    return true
+
+
+def ids(module):
+    return {name: id(parameter) for name, parameter in module.named_parameters()}
 
 
 def inputs(batch_first):
@@ -90,21 +126,23 @@ def assert_alike(one, other):
 @pytest.mark.parametrize("options", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_computes_what_torch_computes(kind, options, by_steps):
-    """At full rank, at a low one, and as pairs, for every kind of input and first state."""
+    """At full rank, at a low one, as factors of pairs and as pairs, for every kind of input and first state."""
     whole = recurrent(kind, **options)
-    split, pruned = taken_apart(whole), taken_apart(whole, rank=2)
-    pairs = to_factored(pruned)
-    joined = to_dense(pairs)
-    assert isinstance(split, SplitRecurrent) and isinstance(pairs, SplitRecurrent)
-    assert (split.fused, pruned.fused, pairs.fused) == (True, not by_steps, not by_steps)
-    assert type(joined) is type(whole)
+    module, pruned, trained_as_pairs = factorized(whole), factorized(whole, 2), factorized(whole, 2)
+    for layer in svd_layers(trained_as_pairs).values():
+        layer.to_pair()
+    pairs = opened(factorized(whole, 2))
+    dense = to_dense(pairs)
+    assert all(isinstance(each, SplitRecurrent) and isinstance(each, type(whole)) for each in (module, pruned, pairs))
+    assert [each.fused for each in (module, pruned, trained_as_pairs, pairs)] == [True, *[not by_steps] * 3]
+    assert type(dense) is type(copy.deepcopy(pruned)) is type(whole)
     for x in inputs(whole.batch_first):
         last = whole(x)[1]
         hidden = torch.randn_like(last) if isinstance(last, torch.Tensor) else tuple(map(torch.randn_like, last))
         for state in (None, hidden):
-            assert_alike(split(x, state), whole(x, state))
-            for low_rank in (pruned, pairs):
-                assert_alike(low_rank(x, state), joined(x, state))
+            assert_alike(module(x, state), whole(x, state))
+            for low_rank in (pruned, trained_as_pairs, pairs):
+                assert_alike(low_rank(x, state), dense(x, state))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -112,21 +150,31 @@ def test_it_computes_what_torch_computes(kind, options, by_steps):
 def test_cells_compute_what_torch_computes(kind, bias):
     torch.manual_seed(0)
     whole = CELLS[kind](INPUTS, HIDDEN, bias=bias).double()
-    split, pairs = taken_apart(whole), to_factored(taken_apart(whole, rank=2))
-    joined = to_dense(pairs)
-    assert isinstance(pairs, SplitCell) and type(joined) is type(whole)
+    module, pruned, pairs = factorized(whole), factorized(whole, 2), opened(factorized(whole, 2))
+    dense = to_dense(pairs)
+    assert isinstance(pairs, SplitCell) and isinstance(module, type(whole))
+    assert type(dense) is type(copy.deepcopy(module)) is type(whole)
+    assert vars(dense).keys() == vars(whole).keys()
     for x in (torch.randn(ROWS, INPUTS).double(), torch.randn(INPUTS).double()):
         state = whole(x)
-        assert_alike(split(x), state)
-        assert_alike(split(x, state), whole(x, state))
-        assert_alike(pairs(x, state), joined(x, state))
+        assert_alike(module(x), state)
+        assert_alike(module(x, state), whole(x, state))
+        for low_rank in (pruned, pairs):
+            assert_alike(low_rank(x, state), dense(x, state))
+    assert module.input_shapes(torch.zeros(ROWS, INPUTS)) == {"ih": (ROWS, INPUTS), "hh": (ROWS, HIDDEN)}
+    before = ids(whole)
+    begin(whole, plan(whole))
+    for layer in svd_layers(whole).values():
+        layer.to_svd()
+    undo(whole)
+    assert ids(whole) == before and type(whole) is type(dense)
 
 
 def test_a_wrong_input_is_refused_as_by_torch(by_steps):
     whole = recurrent()
     x = torch.randn(STEPS, ROWS, INPUTS).double()
     state = torch.zeros(1, ROWS + 1, HIDDEN).double()
-    for module in (whole, taken_apart(whole), to_factored(taken_apart(whole, rank=2))):
+    for module in (whole, factorized(whole), opened(factorized(whole, 2))):
         with pytest.raises(ValueError, match="2"):
             module(x[None])
         with pytest.raises(RuntimeError, match=str(INPUTS)):
@@ -135,87 +183,254 @@ def test_a_wrong_input_is_refused_as_by_torch(by_steps):
             module(x, (state, state))
 
 
-def test_gradients_reach_the_factors_as_they_reach_the_weights():
-    whole = recurrent("gru")
-    split = taken_apart(whole)
+def test_while_all_parts_are_dense_it_is_torchs_own():
+    whole = recurrent(num_layers=2)
+    module = factorized(whole, form="dense")
     x = inputs(batch_first=False)[0]
-    for module in (whole, split):
-        module(x)[0].square().sum().backward()
-    for name, layer in svd_layers(split).items():
-        U, s, V = layer.U, layer.s, layer.V
+    assert isinstance(module, SplitRecurrent) and {type(p) for p in module.parameters()} == {nn.Parameter}
+    assert torch.equal(module(x)[0], whole(x)[0])
+    assert {id(p) for p in trained(module).values()} == {*ids(module).values()}
+
+
+def test_gradients_reach_the_factors_as_they_reach_the_weights(by_steps):
+    whole = recurrent("gru")
+    module, x = factorized(whole), inputs(batch_first=False)[0]
+    for each in (whole, module):
+        each(x)[0].square().sum().backward()
+    for name, layer in svd_layers(module).items():
+        U, s, V = layer.form.trained
         assert_same(U.grad, getattr(whole, f"weight_{name}").grad @ V * s, (STEPS * 36, STEPS * 36))
+        assert s.grad is not None and V.grad is not None
+    assert_same(module.bias_hh_l0.grad, whole.bias_hh_l0.grad, (STEPS * 36, STEPS * 36))
+
+
+def test_gradients_are_those_of_the_dense_module_in_steps(by_steps):
+    module = factorized(recurrent(num_layers=2, bidirectional=True), 2)
+    dense = copy.deepcopy(module)
+    for x in inputs(batch_first=False)[1:3]:
+        for each in (module, dense):
+            each.zero_grad()
+            output = each(x)[0]
+            (output.data if isinstance(output, PackedSequence) else output).square().sum().backward()
+        for name, layer in svd_layers(module).items():
+            _, s, V = layer.factors()
+            expected = getattr(dense, f"weight_{name}").grad @ V.detach() * s.detach()
+            assert_same(layer.form.parameters["U"].grad[:, :2], expected, (1024, 1024))
+
+
+def test_under_functional_call_it_computes_with_the_given_weights(by_steps):
+    module, other = factorized(recurrent(), 2), recurrent().requires_grad_(False)
+    x = inputs(batch_first=False)[0]
+    nn.init.normal_(other.weight_hh_l0)
+    given = {name: p.detach() for name, p in other.named_parameters()}
+    assert_alike(functional_call(module, given, (x,)), other(x))
+    one, dense = {"weight_hh_l0": given["weight_hh_l0"], "bias_ih_l0": given["bias_hh_l0"]}, copy.deepcopy(module)
+    assert_alike(functional_call(module, one, (x,)), functional_call(dense, one, (x,)))
+    assert_alike(module(x), dense(x))  # and as before afterwards
 
 
 def test_dropout_acts_between_layers_in_training_only(by_steps):
     whole = recurrent("gru", num_layers=2, dropout=0.5)
     x = inputs(batch_first=False)[0]
-    for module in (taken_apart(whole), to_factored(taken_apart(whole, rank=2))):
-        first, again = module(x)[0], module(x)[0]
-        assert not torch.equal(first, again)
+    for module in (factorized(whole), opened(factorized(whole, 2))):
+        assert not torch.equal(module(x)[0], module(x)[0])
         module.eval()
         assert torch.equal(module(x)[0], module(x)[0])
         assert_alike(module(x), to_dense(module)(x))
 
 
-@pytest.mark.parametrize("finish", [copy.deepcopy, to_factored], ids=["factorised", "pairs"])
+@pytest.mark.parametrize("finish", [lambda module: module, opened], ids=["factorized", "pairs"])
 def test_under_autocast(finish, by_steps):
-    module = finish(taken_apart(recurrent().float(), rank=2))
+    module = finish(factorized(recurrent().float(), 2))
     x = torch.randn(STEPS, ROWS, INPUTS)
     with torch.autocast("cpu", torch.bfloat16):
         low = module(x)[0]
     assert (low.float() - module(x)[0]).abs().max() < 0.05
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+# --------------------------------------------------------------------------------------------------- what it shows
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_dtype_there_and_back(kind, dtype, by_steps):
-    whole = recurrent(kind, num_layers=2).to(dtype)
-    pairs = to_factored(taken_apart(whole, rank=2))
+def test_it_shows_torchs_own_parameters_whatever_it_trains(kind):
+    whole = recurrent(kind, num_layers=2, bidirectional=True)
+    before, expected = ids(whole), {name: value.clone() for name, value in whole.state_dict().items()}
+    begin(whole, plan(whole))
+    held = {*before.values()}
+    for layer in svd_layers(whole).values():
+        old, new = layer.to_svd()
+        assert {id(p) for p in old} <= held
+        held = held - {id(p) for p in old} | {id(p) for p in new}
+        assert held == {id(p) for p in trained(whole).values()} and ids(whole) == before
+    state = whole.state_dict()
+    assert [*state] == [*expected] and all(type(value) is torch.Tensor for value in state.values())
+    for key, value in expected.items():
+        assert_same(state[key], value, (48, 48))
+    assert [id(p) for layer in whole.all_weights for p in layer] == [*before.values()]
+    for old, new in undo(whole):
+        held = held - {id(p) for p in old} | {id(p) for p in new}
+    assert held == {*before.values()} and ids(whole) == before
+
+
+def test_states_load_in_the_middle():
+    module, other = factorized(recurrent()), recurrent()
+    nn.init.normal_(other.weight_hh_l0)
+    module.load_state_dict(other.state_dict())
+    for name, value in module.state_dict().items():
+        assert_same(value, other.state_dict()[name], (48, 48))
+    module.load_state_dict({name: value.clone() for name, value in other.state_dict().items()}, assign=True)
+    assert module.hh_l0.bias is module.bias_hh_l0
+    for layer in svd_layers(module).values():
+        layer.keep(2)
+    state = copy.deepcopy(module.state_dict())
+    module.load_state_dict(state)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    with pytest.warns(UserWarning, match="`weight_.h_l0`: what was loaded is"):
+        module.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight_hh_l0"'):
+        module.load_state_dict({name: value for name, value in state.items() if name != "weight_hh_l0"})
+    with pytest.raises(RuntimeError, match="weight_hh_l0"):
+        module.load_state_dict(state | {"weight_hh_l0": torch.full((48, HIDDEN), torch.nan)})
+
+
+@pytest.mark.parametrize("names", [None, ["hh_l0"]], ids=["all", "hh_l0"])
+def test_copies_and_pickles_are_torchs_own(names, by_steps):
+    module, x = factorized(recurrent(bidirectional=True), 2, names), inputs(batch_first=False)[0]
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert type(twin) is nn.LSTM and vars(twin).keys() == vars(recurrent()).keys()
+        assert {type(p) for p in twin.parameters()} == {nn.Parameter}
+        assert all(ours is theirs for ours, theirs in zip(twin._flat_weights, twin.parameters(), strict=True))
+        assert_alike(twin(x), module(x))
+        assert_alike(twin.float()(x.float()), twin(x.float()))
+
+
+def test_its_pickle_opens_without_this_package(tmp_path):
+    torch.save(factorized(recurrent()), tmp_path / "whole.pt")
+    assert b"lightning_svd" not in (tmp_path / "whole.pt").read_bytes()
+
+
+@pytest.mark.parametrize("names", [None, ["hh_l0"]], ids=["all", "hh_l0"])
+def test_it_moves_with_its_factors(names, by_steps):
+    module = factorized(recurrent("projected"), 2, names)
+    before, x = ids(module), inputs(batch_first=False)[0]
+    for dtype in (torch.float32, torch.float64):
+        module.to(dtype)
+        assert ids(module) == before
+        assert {p.dtype for p in (*module.parameters(), *trained(module).values())} == {dtype}
+        assert all(part.bias is getattr(module, f"bias_{name}", None) for name, part in module.parts().items())
+        assert_alike(module(x.to(dtype)), copy.deepcopy(module)(x.to(dtype)))
+    with module.showing_factors():
+        module.float()  # as a strategy may do
+    assert {p.dtype for p in (*module.parameters(), *trained(module).values())} == {torch.float32}
+
+
+def test_a_weight_cannot_be_replaced_while_its_layer_trains_factors():
+    model = nn.Sequential(recurrent())
+    begin(model, plan(model, ["hh_l0"]))
+    svd_layers(model)["0.hh_l0"].to_svd()
+    with pytest.raises(RuntimeError, match=r"`0.weight_hh_l0` cannot be replaced.*exclude_modules=\['0.hh_l0'\]"):
+        model[0].weight_hh_l0 = nn.Parameter(torch.zeros(48, HIDDEN))
+    with pytest.raises(RuntimeError, match=r"`0.weight_hh_l0`"), torch.no_grad():
+        model[0].weight_hh_l0.zero_()
+    model[0].weight_ih_l0 = nn.Parameter(torch.zeros(48, INPUTS).double())
+    assert model[0].ih_l0.weight is model[0].weight_ih_l0
+
+
+def test_shown_factors_are_its_parameters_and_states_stay_dense(by_steps):
+    whole, x = recurrent(), inputs(batch_first=False)[0]
+    module = copy.deepcopy(whole)
+    decompose(module, exclude_modules=["ih_l0"])
+    names = [name for name, _ in module.named_parameters()]
+    assert names == ["weight_ih_l0", "hh_l0.U", "hh_l0.s", "hh_l0.V", "bias_ih_l0", "bias_hh_l0"]
+    assert {id(p) for p in module.parameters()} == {id(p) for p in trained(module).values()}
+    assert [*module.state_dict()] == [*whole.state_dict()]
+    assert_same(module.weight_hh_l0.detach(), whole.weight_hh_l0.detach(), (48, 48))
+    module.hh_l0.keep(2)
+    module.hh_l0.shrink()
+    assert dict(module.named_parameters())["hh_l0.U"].shape == (48, 2)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), module.float().double()):
+        assert [name for name, _ in twin.named_parameters()] == names and twin.hh_l0.rank == 2
+        assert_same(twin(x)[0], module(x)[0], (64, 64), factor=1e9)
+        assert type(twin.weight_hh_l0) is DenseWeight and twin.hh_l0.weight is twin.weight_hh_l0
+        twin(x)[0].sum().backward()
+        assert all(p.grad is not None for p in twin.parameters())
+    given = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    assert not functional_call(module, given, (x,))[0].any()
+    module.load_state_dict(copy.deepcopy(module.state_dict()))
+    undo(module)
+    assert type(module) is nn.LSTM
+    assert [name for name, _ in module.named_parameters()] == [name for name, _ in whole.named_parameters()]
+
+
+# ----------------------------------------------------------------------------------------------- to what it becomes
+
+
+def test_joined_it_is_torchs_own_with_the_very_parameters():
+    model = nn.Sequential(recurrent(), nn.GRUCell(HIDDEN, HIDDEN))
+    before, x = ids(model), inputs(batch_first=False)[0]
+    expected, attributes = model[0](x), [vars(child).keys() for child in model]
+    begin(model, plan(model))
+    layers = [*svd_layers(model).values()]
+    for layer in layers:
+        layer.to_svd()
+    assert not join(model) and len(owners_of(model)) == 2
+    for layer in layers:
+        release(layer)
+    assert not join(model)  # no parameter took the place of another
+    assert [type(child) for child in model] == [nn.LSTM, nn.GRUCell]
+    assert ids(model) == before and [vars(child).keys() for child in model] == attributes
+    assert_alike(model[0](x), expected)
+
+
+def test_opened_its_parts_are_its_children(by_steps):
+    whole = recurrent(num_layers=2)
+    pairs, x = factorized(whole, 2, ["ih_l0", "hh_l0", "hh_l1"]), inputs(batch_first=False)[0]
+    expected = pairs(x)
+    biases = {id(p) for name, p in pairs.named_parameters() if name.startswith("bias")}
+    pairs = opened(pairs)
+    assert [*low_rank_pairs(pairs)] == ["ih_l0", "hh_l0", "hh_l1"] and not owners_of(pairs)
+    assert [name for name, _ in pairs.named_children()] == ["ih_l0", "hh_l0", "ih_l1", "hh_l1"]
+    assert {id(p) for name, p in pairs.named_parameters() if name.endswith("bias")} == biases
+    for twin in (pairs, copy.deepcopy(pairs), pickle.loads(pickle.dumps(pairs))):
+        assert_alike(twin(x), expected)
+        assert twin.state_dict().keys() == pairs.state_dict().keys()
     dense = to_dense(pairs)
-    assert {p.dtype for p in [*pairs.parameters(), *dense.parameters()]} == {dtype}
-    x = inputs(batch_first=False)[0].to(dtype)
-    for ours, theirs in zip(flat(pairs(x)), flat(dense(x)), strict=True):
-        assert ours.dtype == dtype
-        assert_same(ours, theirs, (8 * STEPS, 8 * STEPS), factor=2 if dtype.itemsize == 2 else 32)
+    assert type(dense) is nn.LSTM and vars(dense).keys() == vars(whole).keys()
+    assert [name for name, _ in dense.named_parameters()] == [name for name, _ in whole.named_parameters()]
+    assert_alike(dense(x), expected)
+    assert_alike(pairs.float()(x.float()), dense.float()(x.float()))
+    pairs(x.float())[0].sum().backward()
+    assert all(p.grad is not None for p in pairs.parameters())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are checked, as they are when it is traced
-@pytest.mark.parametrize("kind", KINDS)
-def test_exported_forms_compute_the_same(kind, by_steps):
-    pairs = to_factored(taken_apart(recurrent(kind, num_layers=2, bidirectional=True), rank=2)).eval()
-    x = inputs(batch_first=False)[0]
-    exported = torch.export.export(pairs, (x,)).module()
-    for form in (exported, torch.jit.trace(pairs, x)):
-        assert_alike(form(x), pairs(x))
+def test_a_packed_batch_comes_back_packed(by_steps):
+    x = inputs(batch_first=False)[2]
+    for module in (factorized(recurrent(), 2), opened(factorized(recurrent(), 2))):
+        assert isinstance(module(x)[0], PackedSequence)
 
 
-def test_attributes_that_users_read_are_there():
-    split = taken_apart(recurrent(num_layers=2, bidirectional=True))
-    split.flatten_parameters()
-    assert (split.input_size, split.hidden_size, split.num_layers, split.bidirectional) == (INPUTS, HIDDEN, 2, True)
+def test_only_the_chosen_matrices_are_factorized_and_frozen_ones_stay_frozen():
+    whole = recurrent().requires_grad_(False)
+    decompose(whole, target_modules=["hh_l0"])
+    assert [*svd_layers(whole)] == ["hh_l0"]
+    assert not any(p.requires_grad for p in whole.parameters())
+    assert not any(p.requires_grad for p in to_dense(whole).parameters())
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("form", ["dense", "factorised", "pruned", "pairs"])
-def test_products_are_counted_in_every_form(kind, form, by_steps):
-    model = nn.Sequential(recurrent(kind, num_layers=2, bidirectional=True).float())
-    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    x = torch.randn(STEPS, ROWS, INPUTS)
-    expected = STEPS * ROWS * weights
-    if form != "dense":
-        decompose(model, exclude_modules=["ih_l1"])
-        expected_ranks = dict.fromkeys(svd_layers(model), 2)
-    if form in ("pruned", "pairs"):
-        cost = count_costs(model, x)
-        for layer in svd_layers(model).values():
-            layer.keep(torch.arange(layer.full_rank) < 2)
-    if form == "pairs":
-        model, expected = to_factored(model), cost.at(expected_ranks, "macs")
-    counted = count_costs(model, x)
-    assert counted.dense("macs") == expected
+def test_parts_are_told_what_they_get():
+    module = factorized(recurrent("projected", num_layers=2, bidirectional=True))
+    shapes = module.input_shapes(torch.zeros(STEPS, ROWS, INPUTS))
+    rows = STEPS * ROWS
+    assert shapes["ih_l0_reverse"] == (rows, INPUTS) and shapes["ih_l1"] == (rows, 14)
+    assert shapes["hh_l1"] == (rows, 7) and shapes["hr_l0"] == (rows, HIDDEN)
+    assert shapes.keys() == linears_of(module).keys()
+
+
+# -------------------------------------------------------------------------------------------------------- which ones
 
 
 def test_the_plan_names_each_matrix():
@@ -248,46 +463,3 @@ def test_a_refused_weight_leaves_the_module_as_it_was():
         decompose(whole)
     assert type(whole) is nn.LSTM
     assert {name: id(p) for name, p in whole.named_parameters()} == {name: id(p) for name, p in before.items()}
-
-
-def test_restore_brings_back_the_very_parameters():
-    model = nn.Sequential(recurrent(), nn.GRUCell(HIDDEN, HIDDEN))
-    before = dict(model.named_parameters())
-    x = inputs(batch_first=False)[0]
-    expected = model[0](x)
-    decompose(model)
-    assert all(isinstance(child, InParts) for child in model)
-    now = dict(model.named_parameters())
-    restore(model, {name: p for name, p in before.items() if name not in now})
-    assert [type(child) for child in model] == [nn.LSTM, nn.GRUCell]
-    assert {name: id(p) for name, p in model.named_parameters()} == {name: id(p) for name, p in before.items()}
-    assert_alike(model[0](x), expected)
-
-
-def test_only_the_chosen_matrices_are_factorised_and_frozen_ones_stay_frozen():
-    whole = recurrent().requires_grad_(False)
-    decompose(whole, target_modules=["hh_l0"])
-    assert [*svd_layers(whole)] == ["hh_l0"]
-    assert not any(p.requires_grad for p in whole.parameters())
-    assert not any(p.requires_grad for p in to_dense(whole).parameters())
-
-
-def test_a_module_that_moves_computes_as_before(by_steps):
-    pairs = to_factored(taken_apart(recurrent(), rank=2))
-    dense = to_dense(pairs)
-    x = inputs(batch_first=False)[0].float()
-    assert_alike(pairs.float()(x), dense.float()(x))
-    assert_alike(copy.deepcopy(pairs)(x), dense(x))
-
-
-def test_spectra_of_a_plain_model_are_read_matrix_by_matrix():
-    model = nn.Sequential(recurrent().float())
-    inspected = {layer.name: layer.spectrum for layer in inspect_weights(model.state_dict())}
-    assert set(inspected) == {"0.ih_l0", "0.hh_l0"}
-    expected = torch.linalg.svdvals(model[0].weight_hh_l0.detach())
-    assert_same(torch.tensor(inspected["0.hh_l0"]), expected, (48, 12))
-
-
-def test_a_packed_batch_comes_back_packed(by_steps):
-    pairs = to_factored(taken_apart(recurrent(), rank=2))
-    assert isinstance(pairs(inputs(batch_first=False)[2])[0], PackedSequence)

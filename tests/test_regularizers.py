@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_svd.factorization import roundoff
-from lightning_svd.regularizers import COLUMNS, SPARSITY, add_gradients, hoyer, orthogonality
-from lightning_svd.surgery import decompose, svd_layers
+from lightning_svd.layers.matrices import roundoff
+from lightning_svd.model.surgery import decompose, svd_layers
+from lightning_svd.training.regularizers import COLUMNS, SPARSITY, add_gradients, hoyer, orthogonality
 
 FORMULAS = {
     "l1": lambda s: s.abs().sum(),
@@ -115,7 +115,7 @@ def model(pruned=True):
         for p in net.parameters():
             p.add_(0.1 * torch.randn_like(p))
     if pruned:
-        net[0].keep(torch.tensor([True, False, True, True, False, True]))
+        net[0].keep(4)
     net(torch.randn(2, 3, 3, 3, dtype=torch.float64)).square().sum().backward()
     return net
 
@@ -138,7 +138,8 @@ def test_gradients_are_those_of_loss_plus_penalty(sparsity, pruned):
 
 def test_only_kept_ranks_get_exactly_weight_times_gradient():
     net = model()
-    layer, kept = net[0], net[0].mask
+    layer = net[0]
+    kept = torch.arange(layer.full_rank) < layer.rank
     before = {name: p.grad.clone() for name, p in layer.named_parameters()}
     added = {"U": orthogonality(layer.U[:, kept]), "V": orthogonality(layer.V[:, kept]), "s": hoyer(layer.s[kept])}
     add_gradients([layer], orthogonality_weight=0.5, sparsity="hoyer", sparsity_weight=0.25)
@@ -155,7 +156,7 @@ def test_a_missing_gradient_is_created_like_backward_does():
     add_gradients([layer], orthogonality_weight=1.0, sparsity="l1", sparsity_weight=1.0)
     assert all(getattr(layer, name).grad.any() for name in "UsV")
     assert all(getattr(layer, name).grad.is_contiguous() for name in "UsV")
-    assert not layer.s.grad[~layer.mask].any()
+    assert not layer.s.grad[layer.rank :].any()
     assert layer.bias.grad is None
 
 
@@ -180,11 +181,11 @@ def test_a_weight_of_zero_adds_nothing_but_still_measures():
 def test_orthogonality_error_is_zero_when_orthonormal_and_per_rank_otherwise():
     layer = nn.Sequential(nn.Linear(6, 5)).double()
     decompose(layer)
-    factorised = layer[0]
-    assert add_gradients([factorised]).orthogonality_error <= roundoff((6, 5), torch.float64)
+    factorized = layer[0]
+    assert add_gradients([factorized]).orthogonality_error <= roundoff((6, 5), torch.float64)
     with torch.no_grad():
-        factorised.U.mul_(2)  # U'U - I = 3 I, V'V - I = 0: the mean of 9 and 0 over both factors' ranks
-    error = add_gradients([factorised]).orthogonality_error
+        factorized.U.mul_(2)  # U'U - I = 3 I, V'V - I = 0: the mean of 9 and 0 over both factors' ranks
+    error = add_gradients([factorized]).orthogonality_error
     assert float(error) == pytest.approx(4.5**0.5, rel=roundoff((6, 5), torch.float64))
 
 
@@ -197,7 +198,7 @@ def test_layers_of_one_shape_computed_together_get_what_each_gets_alone(sparsity
             p.add_(0.2 * torch.randn_like(p))  # factors that are not orthonormal
     alone = copy.deepcopy(together)
     for net in (together, alone):
-        net[1].keep(torch.arange(7) != 3)  # a rank of its own
+        net[1].keep(6)  # a rank of its own
     penalties = add_gradients(svd_layers(together).values(), 2.0, sparsity, 0.3)
     singly = [add_gradients([layer], 2.0, sparsity, 0.3) for layer in svd_layers(alone).values()]
     for p, q in zip(together.parameters(), alone.parameters(), strict=True):
@@ -217,7 +218,7 @@ def test_over_its_turns_every_column_is_pulled_as_by_the_whole_gram_matrix(ranks
             layer.U.add_(0.1 * torch.randn_like(layer.U))
             layer.V.add_(0.1 * torch.randn_like(layer.V))
             if pruned:
-                layer.keep(torch.arange(ranks) % 5 != 2)
+                layer.keep(ranks - ranks // 5)
     whole, turns = copy.deepcopy(net), -(-net[0].rank // COLUMNS)
     expected = add_gradients(whole, 0.7, None)
     penalties = [add_gradients(net, 0.7, None, step=3 + step) for step in range(turns)]
@@ -235,3 +236,50 @@ def test_a_step_touches_only_the_columns_whose_turn_it_is():
         layer[0].U.mul_(1.1)
     add_gradients(layer, sparsity=None, step=1)
     assert not layer[0].U.grad[:, :COLUMNS].any() and layer[0].U.grad[:, COLUMNS:].any()
+
+
+@pytest.mark.parametrize("form", ["pair", "dense"])
+def test_what_is_no_svd_has_no_penalty(form):
+    net = model()
+    getattr(net[0], f"to_{form}")()
+    before = [p.grad for p in net[0].form.trained]
+    penalties = add_gradients(svd_layers(net).values(), 0.7, "hoyer", 0.3)
+    assert all(p.grad is was for p, was in zip(net[0].form.trained, before, strict=True))
+    alone = add_gradients([model()[2]], 0.7, "hoyer", 0.3)
+    assert penalties.orthogonality == alone.orthogonality and penalties.sparsity == alone.sparsity
+    none = add_gradients([net[0]], 0.7, "hoyer", 0.3)
+    assert none.orthogonality == none.sparsity == none.orthogonality_error == 0
+
+
+@pytest.mark.parametrize("collection", [list, frozenset])
+def test_where_an_optimizer_holds_some_factors_only_those_get_a_gradient(collection):
+    layer = model()[0]
+    before = {name: p.grad.clone() for name, p in layer.form.parameters.items()}
+    add_gradients([layer], 0.7, "hoyer", 0.3, only=collection([layer.U]))
+    assert not torch.equal(layer.U.grad, before["U"])
+    assert torch.equal(layer.s.grad, before["s"]) and torch.equal(layer.V.grad, before["V"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**16])
+def test_scaled_gradients_get_the_penalty_at_their_scale(scale):
+    net, scaled = model(), model()
+    for p in scaled.parameters():
+        p.grad.mul_(scale)
+    add_gradients(svd_layers(net).values(), 0.7, "hoyer", 0.3)
+    add_gradients(svd_layers(scaled).values(), 0.7, "hoyer", 0.3, scale)
+    for p, q in zip(net.parameters(), scaled.parameters(), strict=True):
+        assert_same(q.grad / scale, p.grad, net[0].matrix_shape)
+
+
+def test_in_half_precision_or_tf32_the_penalty_is_computed_exactly():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 40))
+    decompose(net)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            error = add_gradients(net).orthogonality_error
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert error <= roundoff((48, 40), torch.float32)

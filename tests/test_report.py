@@ -13,9 +13,9 @@ from markdown_it import MarkdownIt
 from reports import layer_report, report_of, svd_report
 from torch import nn
 
-from lightning_svd import SVDReport, decompose, plan, summarize, svd_layers
-from lightning_svd.report import LAYER_HEADINGS, plan_table, quantity
-from lightning_svd.tables import ROWS_ON_SCREEN, markdown_code, markdown_table, markdown_text
+from lightning_svd import RankChange, SVDReport, decompose, plan, summarize, svd_layers
+from lightning_svd.report.data import LAYER_HEADINGS, plan_table, quantity
+from lightning_svd.report.tables import ROWS_ON_SCREEN, markdown_code, markdown_table, markdown_text
 
 LONG = "encoder.layers.11.self_attn.a_projection_with_a_long_name"
 NASTY = ["a|b", "<b>bold</b>", "[red]x[/]", "*x*_y_", "`tick`", "``", "a\\|b", "&amp;", "two\nlines", "ü 層"]
@@ -49,7 +49,7 @@ def test_json_file_of_a_real_model_is_read_back_and_drawn(tmp_path):
     model = nn.Sequential(nn.Linear(12, 8), nn.Linear(8, 4))
     decompose(model)
     for layer in svd_layers(model).values():
-        layer.keep(layer.energies() >= layer.energies().median())
+        layer.keep(layer.full_rank // 2)
     report = summarize(model, torch.zeros(2, 12))
     text = report.to_json(tmp_path / "report.json")
     for source in (tmp_path / "report.json", str(tmp_path / "report.json"), text):
@@ -85,7 +85,7 @@ def test_a_report_without_the_optional_fields_is_read():
     assert read.layers == report.layers and read.arguments == {} and read.pauses == ()
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"layers": 3}', '{"layers": [], "timeline": [], "colour": 1}'])
+@pytest.mark.parametrize("text", ["{", "{}", '{"layers": 3}', '{"layers": [], "timeline": [], "color": 1}'])
 def test_what_is_no_report_is_refused(text, tmp_path):
     (tmp_path / "report.json").write_text(text)
     for source in (text, tmp_path / "report.json"):
@@ -179,7 +179,7 @@ def test_plan_fits_the_terminal_with_every_reason(columns, monkeypatch):
     text = plan_table(plan(model, exclude_modules=["block2"]))
     assert max(map(len, text.splitlines())) <= columns
     assert "100 x 102" in text and "and 342 more layers" in text
-    assert text.endswith("SVD training: 399 of 402 layers with a weight matrix are factorised")
+    assert text.endswith("SVD training: 399 of 402 layers with a weight matrix are factorized")
     for word in ("too thin", "unsupported", "exclude_modules"):
         assert word in text
 
@@ -202,6 +202,13 @@ def test_macs_that_are_not_known_are_not_called_none():
     decompose(model)
     name, *_, macs, params, form = summarize(model).rows()[0]
     assert (name, macs, params, form) == ("(model)", "-", "100%", "dense")
+    assert math.isnan(report.macs_ratio) and json.loads(report.to_json())["macs_ratio"] is None
+
+
+def test_a_change_whose_macs_are_not_known_is_read_back_and_shown():
+    change = RankChange(8, 1, {"a": 2}, math.nan, 0.5)
+    (read,) = SVDReport.from_json(svd_report([], timeline=(change,)).to_json()).timeline
+    assert math.isnan(read.macs_ratio) and str(read) == "step 8 (epoch 1): 2 ranks, parameters 50.0%"
 
 
 def test_time_is_a_column_only_where_it_was_measured():

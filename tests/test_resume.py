@@ -69,11 +69,15 @@ class Keep(Callback):
     def on_train_end(self, trainer, pl_module):
         self.end = {
             "weights": {key: value.clone() for key, value in pl_module.state_dict().items()},
-            "kept": {name: layer.kept for name, layer in svd_layers(pl_module).items()},
+            "factors": {name: cloned(layer.exact_state()) for name, layer in svd_layers(pl_module).items()},
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
             "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
             "step": trainer.global_step,
         }
+
+
+def cloned(state):
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
 def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", **trainer):

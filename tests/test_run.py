@@ -1,68 +1,272 @@
-"""The state of a run: which ranks a cut keeps, and what a resumed run is told."""
+"""A run in a loop of plain PyTorch: what a cut keeps, what a resumed run is told, and that nothing is left behind."""
+
+import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers import assert_same
 from torch import nn
 
-from lightning_svd import decompose, svd_layers
-from lightning_svd.run import SVDRun
+from lightning_svd import SVDTraining, svd_layers
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.training import processes
 
 
-def begun(scale=1.0):
+def net(scale=1.0):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 8))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(scale)
-    weights = {name: model.get_submodule(name).weight for name in ("0", "2")}
-    decompose(model)
-    run = SVDRun(svd_layers(model), weights)
-    run.watch_costs(model)
-    model(torch.zeros(3, 12))
-    assert run.stop_watching(3)
-    return run
+    return model
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.03),
+}
 
 
 def keep(count):
     return lambda energies, cost: dict.fromkeys(energies, count)
 
 
+def begun(count=3, scale=1.0, total_steps=10, **options):
+    """A run whose costs are known and that is to end with so many ranks."""
+    model = net(scale)
+    run = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), total_steps, choose_ranks=keep(count), **options)
+    model(torch.ones(3, 12))
+    assert run.learn_costs()
+    return run
+
+
+def batches(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randn(8, 12, generator=generator)
+    labels = torch.arange(32) % 8
+    return [(centers[labels] + 0.3 * torch.randn(32, 12, generator=generator), labels) for _ in range(count)]
+
+
+def loop(model, training, steps, seed=1):
+    """As in the documentation of SVDTraining."""
+    changes, losses = [], []
+    for x, y in batches(steps, seed):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        changes.append(training.step())
+        for each in training.optimizers:
+            each.optimizer.zero_grad()
+        losses.append(loss.item())
+    return changes, losses
+
+
+# ---------------------------------------------------------------------------------------------------------------- a cut
+
+
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
-def test_a_cut_keeps_the_strongest_at_any_scale(scale):
-    run = begun(scale)
+def test_a_cut_keeps_the_strongest_at_any_scale(scale, full_rank_as):
+    run = begun(3, scale, full_rank_as=full_rank_as, sparsify_start=0.0, sparsify_end=0.1, rank_updates=1)
+    weights = {}
     with torch.no_grad():
-        for layer in run.layers.values():
-            layer.s.copy_(layer.s.flip(0))  # the strongest are now the last
-    masks = run.choose_masks(1.0, keep(3))
+        for name, layer in run.layers.items():
+            for parameter in layer.form.trained if full_rank_as == "svd" else []:
+                parameter.copy_(parameter.flip(-1))  # the strongest are now the last
+            weights[name] = layer.rebuilt().detach().clone()
+    change = run.cut(1, 0)
+    assert dict(change.ranks) == {"0": 3, "2": 3}
     for name, layer in run.layers.items():
-        assert masks[name].tolist() == [False] * (layer.full_rank - 3) + [True] * 3
-
-
-def test_dropped_ranks_come_back_only_when_all_kept_ones_stay():
-    run = begun()
-    layer = run.layers["0"]
-    weakest = torch.arange(10) >= 7
-    run.cut(1, 0, {"0": weakest, "2": torch.ones(8, dtype=torch.bool)}, [])
-    assert layer.rank == 3
-    assert run.choose_masks(1.0, keep(2))["0"].nonzero().flatten().tolist() == [7, 8]
-    assert run.choose_masks(1.0, keep(5))["0"].nonzero().flatten().tolist() == [0, 1, 7, 8, 9]
+        U, s, Vh = torch.linalg.svd(weights[name], full_matrices=False)
+        best = U[:, :3] * s[:3] @ Vh[:3]
+        assert_same(layer.rebuilt().detach(), best, layer.matrix_shape)
+        assert_same(layer.singular_values(), s[:3], layer.matrix_shape)
 
 
 def test_a_cut_that_changes_no_rank_is_no_change():
-    run = begun()
-    assert run.cut(1, 0, run.choose_masks(0.0, keep(1)), []) is None
-    assert run.timeline == []
-    change = run.cut(2, 0, run.choose_masks(0.5, keep(2)), [])
-    assert run.timeline == [change]
+    run = begun(2, total_steps=100, sparsify_start=0.2, sparsify_end=0.4, budget_schedule="linear")
+    assert run.cut(1, 0) is None and run.timeline == []
+    change = run.cut(30, 0)
+    assert run.timeline == [change] and change.step == 30
     assert dict(change.ranks) == {"0": 6, "2": 5}
     assert change.macs_ratio == run.cost.ratio(change.ranks, "macs")
+    assert {name: layer.form.name for name, layer in run.layers.items()} == {"0": "svd", "2": "svd"}
+
+
+def test_the_last_cut_makes_layers_what_they_are_going_to_be():
+    run = begun(2, sparsify_start=0.1, sparsify_end=0.5)
+    run.cut(5, 0)
+    assert {name: layer.form.name for name, layer in run.layers.items()} == {"0": "pair", "2": "pair"}
+    run = begun(7, sparsify_start=0.1, sparsify_end=0.5)  # which costs more than the dense layers
+    run.cut(5, 0)
+    assert {name: layer.form.name for name, layer in run.layers.items()} == {"0": "dense", "2": "dense"}
+    assert run.policy.pending is None and not run.regularized
+
+
+@pytest.mark.parametrize("count", [6, 2], ids=["in place", "shrunken"])
+def test_after_a_cut_momentum_follows_its_columns_and_what_is_not_in_use_stays(count):
+    options = {"orthogonality_weight": 0.0, "sparsity": None}
+    run = begun(count, total_steps=100, sparsify_start=0.01, sparsify_end=0.9, budget_schedule="constant", **options)
+    loop(run.model, run, 1)
+    layer, (held,) = run.layers["0"], run.optimizers
+    optimizer = held.optimizer
+    with torch.no_grad():  # momentum by which each column is known
+        for p in layer.form.trained:
+            optimizer.state[p]["momentum_buffer"] = torch.arange(10.0).expand_as(p).clone()
+    strongest = layer.energies().argsort(descending=True)[:count].float()
+    run.cut(2, 0)
+    assert layer.rank == count and layer.form.name == "svd" and layer.form.room == (10 if count == 6 else 2)
+    for p in layer.form.trained:
+        memory = optimizer.state[p]["momentum_buffer"]
+        assert torch.equal(memory[..., :count], strongest.expand_as(memory[..., :count]))
+        assert memory.shape == p.shape and not memory[..., count:].any()
+    before = [p.detach().clone() for p in layer.form.trained]
+    U, s, V = layer.form.trained
+    loop(run.model, run, 2)
+    for now, then in ((U, before[0]), (V, before[2])):
+        assert torch.equal(now[..., count:], then[..., count:])
+    assert not torch.equal(s[:count], before[1][:count])
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole
+
+
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
+@pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_plain_loop_ends_with_a_small_model_that_learned(name, final, full_rank_as):
+    model = net()
+    optimizer = OPTIMIZERS[name](model.parameters())
+    training = SVDTraining(model, optimizer, 60, target_macs=0.6, final=final, full_rank_as=full_rank_as)
+    changes, losses = loop(model, training, 60)
+    assert [change for change in changes if change] == training.timeline and training.timeline
+    x, y = batches(1)[0]
+    before = model(x)
+    report = training.finish()
+    assert report.macs_ratio <= 0.6 if final != "dense" else report.macs_ratio == 1.0
+    assert_same(model(x), before, (10, 12))
+    assert losses[-1] < 0.3 * losses[0] and (model(x).argmax(1) == y).float().mean() > 0.9
+    assert not any(isinstance(p, DenseWeight) for p in model.parameters())
+    assert bool(svd_layers(model)) == (final == "decomposed")
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    assert held == set(model.parameters())
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("arguments", [{"target_params": 0.001}, {"target_modules": ["9"]}, {"sparsity": "l7"}])
+def test_a_run_that_is_refused_changes_nothing(arguments):
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    held, values = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"`(target_params|target_modules|sparsity)`"):
+        SVDTraining(model, optimizer, 10, **arguments)
+    assert [(n, id(p), type(p)) for n, p in model.named_parameters()] == [
+        (n, id(p), nn.Parameter) for n, p in held.items()
+    ]
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held.values(), strict=True))
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_undone_before_its_first_step_all_is_as_it_was():
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    held, values = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
+    SVDTraining(model, optimizer, 10).undo()
+    assert all(p is held[n] and type(p) is nn.Parameter for n, p in model.named_parameters())
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], held.values(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
 
 
 def test_state_goes_through_a_file_that_loads_without_pickle(tmp_path):
-    run = begun()
-    run.cut(4, 1, run.choose_masks(0.5, keep(2)), [])
+    run = begun(2, total_steps=40)
+    run.cut(25, 1)
     run.warnings.append("careful")
     torch.save(run.state_dict(), tmp_path / "state")
-    resumed = begun(2.0)
-    resumed.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-    assert resumed.state_dict() == run.state_dict()
-    assert resumed.cost == run.cost and resumed.timeline == run.timeline
+    loaded = torch.load(tmp_path / "state", weights_only=True)
+    model = net(2.0)
+    resumed = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 40, choose_ranks=keep(2), state=loaded)
+    again, state = resumed.state_dict(), run.state_dict()
+    assert again.keys() == state.keys() and again["layers"].keys() == state["layers"].keys()
+    for name, entry in state["layers"].items():
+        for key, value in entry.items():
+            mine = again["layers"][name][key]
+            assert torch.equal(mine, value) if isinstance(value, torch.Tensor) else mine == value
+    assert {**again, "layers": {}} == {**state, "layers": {}}
+    assert resumed.cost == run.cost and resumed.timeline == run.timeline and resumed.warnings == ["careful"]
+    assert resumed.last_cut == 25 and resumed.policy.pending == run.policy.pending
+    other = net()
+    with pytest.raises(ValueError, match="written with other factorized layers, see '2'"):
+        SVDTraining(other, OPTIMIZERS["sgd"](other.parameters()), 40, target_modules=["0"], state=loaded)
+    assert all(type(p) is nn.Parameter for p in other.parameters())
+
+
+@pytest.mark.parametrize("at", [5, 25, 35])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_loop_that_is_resumed_ends_as_one_that_was_not_interrupted(name, at):
+    def start(state=None):
+        model = net()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        if state:
+            model.load_state_dict(state["model"])
+        training = SVDTraining(model, optimizer, 40, target_macs=0.6, state=state and state["training"])
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        return model, optimizer, training
+
+    def go(model, training, steps):
+        for x, y in steps:
+            F.cross_entropy(model(x), y).backward()
+            training.step()
+            training.optimizers[0].optimizer.zero_grad()
+
+    steps = batches(40)
+    model, optimizer, training = start()
+    go(model, training, steps[:at])
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "training": training.state_dict()}
+    resumed, _, again = start(copy.deepcopy(state))
+    for each, run in ((model, training), (resumed, again)):
+        go(each, run, steps[at:])
+        run.finish()
+    assert again.timeline == training.timeline
+    assert model.state_dict().keys() == resumed.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in resumed.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------- of several processes
+
+
+def test_a_process_alone_decides_agrees_and_does_all_of_the_work_itself():
+    assert (processes.size(), processes.rank()) == (1, 0)
+    assert processes.decide(lambda: {"a": 3}) == {"a": 3}
+    with pytest.raises(KeyError, match="why"):
+        processes.decide(lambda: {}["why"])
+    asked = []
+    processes.agree(lambda: asked.append(1))
+    assert asked == [1]
+    with pytest.raises(ZeroDivisionError):
+        processes.agree(lambda: 1 // 0)
+
+
+def test_work_is_shared_out_one_by_one_and_fails_at_the_piece_that_fails():
+    computed = []
+
+    def compute(name):
+        computed.append(name)
+        return [torch.full((2,), float(name)), torch.arange(6).view(2, 3).mT]
+
+    def empty(name):
+        raise AssertionError("nothing is received")
+
+    work = processes.shared_out(["1", "2", "3"], compute, empty)
+    name, tensors = next(work)
+    assert (name, computed) == ("1", ["1"])  # no more is held than one piece
+    assert torch.equal(tensors[0], torch.ones(2)) and tensors[1].is_contiguous()
+    assert [name for name, _ in work] == ["2", "3"]
+    with pytest.raises(ValueError, match="could not convert"):
+        list(processes.shared_out(["1", "x"], compute, empty))
+    assert list(processes.shared_out([], compute, empty)) == []

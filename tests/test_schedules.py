@@ -1,11 +1,12 @@
-"""Schedules: where each begins and ends, that none turns back, and when ranks are cut."""
+"""Schedules: where each begins and ends, that none turns back, when ranks are cut, and to which."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_svd.schedules import SHAPES, cut_steps, progress_between, removal, strength
+from lightning_svd.training.policies import Change, FallToBudget, RankPolicy
+from lightning_svd.training.schedules import SHAPES, cut_steps, progress_between, removal, strength
 
 RAMPS = sorted(set(SHAPES) - {"constant"})
 EPS = torch.finfo(torch.float64).eps
@@ -108,3 +109,81 @@ def test_cuts_ascend_within_the_run_to_its_end(total, bounds, cuts):
     # Rounding can merge two cuts only where they are less than two steps apart.
     if (end - start) * total >= 2 * cuts:
         assert len(steps) == cuts
+
+
+# --------------------------------------------------------------------------------------------------------- the policy
+
+FULL, FINAL = {"a": 64, "b": 10}, {"a": 4, "b": 10}
+
+
+def falling(start=0.2, end=0.7, shape="linear", cuts=5, ramp="linear", total=100):
+    policy = FallToBudget(start, end, shape, cuts, ramp)
+    policy.begin(total)
+    return policy
+
+
+def run_through(policy, total=100, choose=lambda step: FINAL, begin=1, ranks=FULL):
+    """Every change of a run, by its step."""
+    changes, now = {}, dict(ranks)
+    for step in range(begin, total + 1):
+        if policy.is_due(step):
+            changes[step] = policy.change(step, FULL, now, lambda step=step: choose(step))
+            now |= changes[step].ranks
+    return changes
+
+
+def test_ranks_fall_along_the_curve_in_cuts_and_then_stay():
+    policy = falling()
+    assert policy.pending == 70
+    changes = run_through(policy)
+    assert {step: change.ranks["a"] for step, change in changes.items()} == {30: 52, 40: 40, 50: 28, 60: 16, 70: 4}
+    assert all(change.ranks["b"] == 10 for change in changes.values())
+    assert [change.final for change in changes.values()] == [False] * 4 + [True]
+    assert policy.pending is None and not policy.is_due(100)
+
+
+def test_ranks_never_rise_again_whatever_is_chosen():
+    def choose(step):
+        return {"a": 60 if step in (40, 60) else 4, "b": 10}
+
+    ranks = [change.ranks["a"] for change in run_through(falling(), choose=choose).values()]
+    assert ranks == sorted(ranks, reverse=True) and ranks[1] == ranks[0]
+
+
+def test_a_change_that_comes_late_makes_up_for_those_that_were_missed():
+    policy = falling()
+    assert policy.is_due(55)  # 30, 40 and 50 were missed, in a pause for instance
+    assert policy.change(55, FULL, FULL, lambda: FINAL) == Change({"a": 22, "b": 10}, final=False)
+    assert not policy.is_due(59) and policy.is_due(60)
+    assert policy.change(99, FULL, FULL, lambda: FINAL) == Change(FINAL, final=True)
+
+
+@pytest.mark.parametrize("last", [0, 29, 30, 45, 70])
+def test_a_resumed_policy_goes_on_as_one_that_was_not_interrupted(last):
+    whole = run_through(falling())
+    policy = falling()
+    policy.resume(last)
+    ranks = FULL | {name: rank for step, change in whole.items() if step <= last for name, rank in change.ranks.items()}
+    assert run_through(policy, begin=last + 1, ranks=ranks) == {s: c for s, c in whole.items() if s > last}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@exhaustively
+@given(total=st.integers(1, 400), bounds=st.tuples(shares, shares), cuts=st.integers(1, 30))
+def test_every_policy_ends_at_the_ranks_that_were_chosen(shape, total, bounds, cuts):
+    start, end = sorted(bounds)
+    changes = run_through(falling(start, end, shape, cuts, total=total), total)
+    assert [change.final for change in changes.values()] == [False] * (len(changes) - 1) + [True]
+    assert changes[max(changes)].ranks == FINAL and len(changes) <= cuts
+
+
+def test_its_strength_is_the_schedules():
+    policy = falling(0.5, 0.75, ramp="cosine")
+    assert [policy.strength(step) for step in range(100)] == [
+        strength(s / 100, 0.5, 0.75, "cosine") for s in range(100)
+    ]
+
+
+def test_a_policy_of_ones_own_must_answer_every_question():
+    with pytest.raises(TypeError, match="abstract"):
+        RankPolicy()

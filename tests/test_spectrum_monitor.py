@@ -14,12 +14,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from models import SmallNet, ValidatedNet, data, quiet_trainer, same_state
 from test_monitor import Notes
-from test_packages import SmallNetForCLI
 from torch import nn
 
 from lightning_svd import SpectrumMonitor, SVDTrainingCallback, decompose, svd_layers
-from lightning_svd.factorization import roundoff
-from lightning_svd.spectrum_monitor import watched_layers
+from lightning_svd.layers.matrices import roundoff
+from lightning_svd.lightning.spectrum_monitor import watched_layers
 
 NOTIONS = {
     *("stable_rank", "effective_rank", "energy_rank_90", "energy_rank_95", "energy_rank_99"),
@@ -65,7 +64,7 @@ def test_the_values_are_those_of_the_weights():
     assert len(rows[-1][1]) == 4 * len(NOTIONS)
 
 
-def test_of_a_factorised_model_they_are_those_of_the_kept_ranks():
+def test_of_a_factorized_model_they_are_those_of_the_kept_ranks():
     monitor, notes = SpectrumMonitor(), Notes()
     callback = SVDTrainingCallback(target_macs=0.4, final="decomposed")
     model = fit(monitor, logger=notes, callbacks=[callback], max_epochs=3, log_every_n_steps=8)
@@ -77,7 +76,7 @@ def test_of_a_factorised_model_they_are_those_of_the_kept_ranks():
     assert monitor.ranks["features.2"]["break_even_rank"] == (24 * 108 - 1) // (24 + 108)
 
 
-def test_no_svd_is_computed_for_factorised_layers(monkeypatch):
+def test_no_svd_is_computed_for_factorized_layers(monkeypatch):
     model = SmallNet()
     decompose(model)
 
@@ -172,7 +171,7 @@ WATCHED = [*ATTENTION, "encoder.linear1", "encoder.linear2", "head", "conv", "gr
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_every_linear_and_convolution_is_watched_those_that_cannot_be_factorised_too():
+def test_every_linear_and_convolution_is_watched_those_that_cannot_be_factorized_too():
     layers = watched_layers(Variety())
     assert [layer.name for layer in layers] == WATCHED
     assert not any(layer.skipped for layer in layers)
@@ -196,7 +195,7 @@ def test_a_convolution_is_seen_as_its_mode_says(mode, shape):
         (None, r"encoder\..*|thin", ["head", "conv", "grouped", "up"]),
     ],
 )
-def test_layers_are_chosen_as_in_a_plan_factorised_or_not(targets, excluded, names):
+def test_layers_are_chosen_as_in_a_plan_factorized_or_not(targets, excluded, names):
     model = Variety()
     assert [layer.name for layer in watched_layers(model, targets, excluded)] == names
     decompose(model, target_modules=["conv"])
@@ -300,6 +299,13 @@ def test_a_fit_that_resumes_where_another_ended_is_seen_from_its_start(tmp_path)
     assert [step for step, row in notes.rows if "layer_stable_rank/head" in row] == [8, 16]
 
 
+class NetForCLI(SmallNet):
+    """With typed arguments."""
+
+    def __init__(self, optimizer: str = "SGD"):
+        super().__init__(optimizer)
+
+
 # Lightning's own use of jsonargparse.
 @pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[\s\S]*will be removed in v5")
 @pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning")
@@ -307,7 +313,7 @@ def test_a_yaml_file_carries_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     arguments = ["--trainer.callbacks=lightning_svd.SpectrumMonitor", "--trainer.callbacks.target_modules=[head]"]
     cli = LightningCLI(
-        SmallNetForCLI,
+        NetForCLI,
         args=[*arguments, "--trainer.callbacks.every_n_epochs=3", "--trainer.logger=false"],
         run=False,
         save_config_callback=None,

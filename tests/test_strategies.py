@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import time
 import types
 from datetime import timedelta
 from pathlib import Path
@@ -15,15 +16,18 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from models import SmallMLP, SmallNet, data, quiet_trainer
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_svd import SVDLayer, SVDTrainingCallback, svd_layers
-from lightning_svd.factorization import roundoff
-from lightning_svd.trainers import check_trainer
+from lightning_svd.layers.matrices import roundoff
+from lightning_svd.lightning.trainers import check_trainer
+from lightning_svd.ranks.importance import Spectrum
 
 # Lightning's and torch's own, in the processes that they start.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
+    pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides"),  # of a matrix of one column
     pytest.mark.filterwarnings("ignore:.*is recommended to use .self.log.*sync_dist=True"),
 ]
 
@@ -48,8 +52,8 @@ class Witness(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         digest = hashlib.sha256()
         memory = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
-        masks = [layer.kept_mask() for layer in svd_layers(pl_module).values()]
-        for value in (*pl_module.state_dict().values(), *memory, *masks):
+        factors = [p for layer in svd_layers(pl_module).values() for p in layer.form.trained]
+        for value in (*pl_module.state_dict().values(), *memory, *factors):
             digest.update(value.detach().contiguous().numpy().tobytes())
         self.digests.append(digest.hexdigest())
         self.ranks.append([layer.rank for layer in svd_layers(pl_module).values()])
@@ -236,3 +240,74 @@ def test_sharding_strategies_are_refused_by_name(strategy):
     trainer = types.SimpleNamespace(strategy=strategy(), precision_plugin=Precision(), callbacks=[callback])
     with pytest.raises(ValueError, match=f"not work with {strategy.__name__}, which shards.*: use one device or DDP"):
         check_trainer(callback, trainer)
+
+
+# ------------------------------------------------------------------------------ decisions that all processes share
+
+
+class OfAnySize(SmallNet):
+    """Takes images of any size, and gets others in every process: the cost of each layer differs between them."""
+
+    def __init__(self):
+        super().__init__(optimizer="AdamW", lr=1e-2)
+        self.hidden = nn.Linear(24, 40)
+
+    def forward(self, x):
+        side = 6 + 4 * self.global_rank
+        x = nn.functional.interpolate(x, (side, side))
+        return self.head(nn.functional.relu(self.hidden(self.features(x).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.combination("Strategies", "DDP, {processes} processes with batches of other shapes, full_rank_as={full_rank_as}")
+def test_processes_with_batches_of_other_shapes_decide_as_one(processes, full_rank_as, tmp_path):
+    callback = SVDTrainingCallback(target_macs=0.2, rank_updates=4, full_rank_as=full_rank_as)
+    options = two_processes() | {"devices": processes}
+    quiet_trainer(callbacks=[Unseeded(), callback, Witness(tmp_path)], **options).fit(OfAnySize(), data(96))
+    all_of_them = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]
+    assert all(of_one == all_of_them[0] for of_one in all_of_them)
+    assert len(set(map(tuple, all_of_them[0]["ranks"]))) > 2
+
+
+class FailsInOne(Callback):
+    """In one process alone: an SVD that does not converge, or a budget that this process could not meet."""
+
+    def __init__(self, rank, what):
+        self.rank, self.what = rank, what
+
+    def on_fit_start(self, trainer, pl_module):
+        if trainer.global_rank == self.rank:
+            self.what(pl_module)
+
+
+def break_svds(pl_module):
+    def fails(layer):
+        raise ValueError(f"`{layer.layer_name}`: its singular value decomposition does not converge")
+
+    Spectrum.factors = lambda self, layer: fails(layer)
+
+
+def ask_too_much(pl_module):
+    callback = next(each for each in pl_module.trainer.callbacks if isinstance(each, SVDTrainingCallback))
+    callback.recipe.target_macs = 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rank", "what", "message"),
+    [(1, break_svds, "does not converge"), (0, break_svds, "does not converge"), (0, ask_too_much, "must be at least")],
+    ids=["an SVD in the second", "an SVD in the first", "a budget in the first"],
+)
+@pytest.mark.combination("Strategies", "DDP: one process refuses, {id}", refused="{message}")
+def test_where_one_process_refuses_all_end_with_its_message_at_once(rank, what, message, tmp_path):
+    class Notes(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            (tmp_path / str(trainer.global_rank)).write_text(str(exception))
+
+    started = time.monotonic()
+    callbacks = [FailsInOne(rank, what), Notes(), SVDTrainingCallback(target_macs=0.4)]
+    with pytest.raises(ProcessRaisedException, match=message):
+        quiet_trainer(callbacks=callbacks, **two_processes()).fit(SmallNet(), data())
+    assert time.monotonic() - started < 20  # the processes' own limit is 30: none waited for another in vain
+    written = [path.read_text() for path in tmp_path.iterdir() if path.name in "01"]
+    assert written and all(message in text for text in written)

@@ -1,18 +1,22 @@
 """Changing a tree of modules: what is chosen and why not, what stays as it was, and that every way back is exact."""
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same, counted_macs
+from helpers import assert_same, counted_macs, svd_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_svd.costs import CostMeter, count_params, svd_layers
-from lightning_svd.layers import SVDConv, SVDLayer, SVDLinear
-from lightning_svd.plans import plan
-from lightning_svd.surgery import compact, decompose, restore, to_dense, to_factored
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.layers.layer import SVDLayer, own_class
+from lightning_svd.layers.views import View
+from lightning_svd.model.counting import count_costs, count_params
+from lightning_svd.model.plan import plan
+from lightning_svd.model.surgery import begin, compact, decompose, finish, svd_layers, to_dense, undo
+from lightning_svd.model.surgery import to_factored as to_factored_by
 
 
 class UserLinear(nn.Linear):
@@ -70,12 +74,20 @@ def net():
     return Net().double().eval()
 
 
+def to_factored(model):
+    return to_factored_by(model, count_params(model))
+
+
+def to_compact(model):
+    return compact(copy.deepcopy(model), count_params(model))
+
+
 def decomposed(*share_kept):
     """Net, each layer pruned to its share of ranks."""
     model = net()
     decompose(model)
     for layer, share in zip(svd_layers(model).values(), share_kept, strict=False):
-        layer.keep(torch.arange(layer.full_rank) < share * layer.full_rank)
+        layer.keep(math.ceil(share * layer.full_rank))
     return model
 
 
@@ -104,7 +116,7 @@ def reason(module, name, **options):
         ),
         (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), "0", "on the meta device, without values"),
         (lambda: nn.Sequential(nn.Linear(8, 1)), "0", "too thin: even rank 1 costs as much as the dense layer"),
-        (lambda: nn.Sequential(SVDLinear(nn.Linear(8, 8))), "0", "already factorised"),
+        (lambda: nn.Sequential(svd_of(nn.Linear(8, 8))), "0", "already factorized"),
     ],
 )
 def test_a_layer_is_skipped_with_its_reason(build, name, why):
@@ -113,8 +125,8 @@ def test_a_layer_is_skipped_with_its_reason(build, name, why):
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
 @pytest.mark.parametrize("lazy", [lambda: nn.LazyLinear(4), lambda: nn.LazyConv2d(4, 3)])
-def test_a_lazy_layer_is_skipped_because_it_is_not_initialised(lazy):
-    assert reason(nn.Sequential(lazy()), "0") == "not initialised yet"
+def test_a_lazy_layer_is_skipped_because_it_is_not_initialized(lazy):
+    assert reason(nn.Sequential(lazy()), "0") == "not initialized yet"
 
 
 @pytest.mark.parametrize(
@@ -134,31 +146,37 @@ def test_thinness_is_judged_by_the_matrix_of_the_mode(conv, conv_mode, thin):
 @pytest.mark.parametrize("encoder_layer", [nn.TransformerEncoderLayer, UserEncoderLayer])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_torchs_transformer_evaluates_in_every_form_and_takes_its_fast_path_when_dense(encoder_layer, stacked):
-    def fast():
-        layers = encoder.layers if stacked else [encoder]
+    def fast(module):
+        layers = module.layers if stacked else [module]
         flags = [layer.activation_relu_or_gelu for layer in layers]
-        return [*flags, encoder.use_nested_tensor] if stacked else flags
+        return [*flags, module.use_nested_tensor] if stacked else flags
 
     encoder = encoder_layer(16, 2, 32, batch_first=True, dropout=0.0).eval()
     if stacked:
         encoder = nn.TransformerEncoder(encoder, 2).eval()
-    x, before, weights = torch.randn(2, 5, 16), fast(), dict(encoder.named_parameters())
+    x, before, held = torch.randn(2, 5, 16), fast(encoder), dict(encoder.named_parameters())
     padding = {"src_key_padding_mask": torch.arange(5) > torch.tensor([[4], [2]])}
     real = ~padding["src_key_padding_mask"]  # at the others the paths differ, dense too
     with torch.no_grad():  # where the fast path is taken
         expected = encoder(x, **padding)[real]
-        factorised = [layer.name for layer in decompose(encoder) if not layer.skipped]
-        assert len(factorised) == (12 if stacked else 6)
-        assert not any(fast())
+        layers = begin(encoder, plan(encoder))
+        assert len(layers) == (12 if stacked else 6)
+        weights = {name: layer.rebuilt().detach() for name, layer in layers.items()}
+        for layer in layers.values():
+            layer.to_svd()
+        # The weights are no plain tensors now, which turns torch's fast path off by itself.
         assert_same(encoder(x, **padding)[real], expected, SHAPE)
-        for layer in svd_layers(encoder).values():
-            layer.keep(torch.arange(layer.full_rank) < 4)
+        for layer in layers.values():
+            layer.keep(4)
         low_rank = encoder(x, **padding)[real]
-        for form in (to_factored(encoder), to_dense(encoder), to_dense(to_factored(encoder))):
+        forms = {"factored": to_factored(encoder), "dense": to_dense(encoder), "both": to_dense(to_factored(encoder))}
+        for form in forms.values():
             assert_same(form(x, **padding)[real], low_rank, SHAPE)
-        now = dict(encoder.named_parameters())
-        restore(encoder, {name: p for name, p in weights.items() if name not in now})
-        assert fast() == before and torch.equal(encoder(x, **padding)[real], expected)
+        assert not any(fast(forms["factored"]))
+        assert all(fast(each) == before for each in (forms["dense"], forms["both"], encoder))
+        undo(encoder, weights)
+        assert fast(encoder) == before and torch.equal(encoder(x, **padding)[real], expected)
+    assert [(name, id(p)) for name, p in encoder.named_parameters()] == [(name, id(p)) for name, p in held.items()]
 
 
 def test_a_plan_describes_matrices_and_changes_nothing():
@@ -186,8 +204,8 @@ def test_a_plan_describes_matrices_and_changes_nothing():
 )
 def test_auto_takes_the_mode_with_fewer_parameters_at_full_rank(conv, mode):
     def full_rank_params(conv_mode):
-        layer = SVDConv(conv(), conv_mode)
-        return layer.full_rank * layer.params_per_rank
+        view = View.of(conv(), conv_mode)
+        return min(view.matrix_shape) * view.params_per_rank
 
     (layer,) = plan(conv(), conv_mode="auto")
     assert layer.conv_mode == mode == min(("channel", "spatial"), key=full_rank_params)
@@ -249,13 +267,13 @@ def test_a_bad_regular_expression_is_refused_by_name(argument):
 @pytest.mark.parametrize(
     ("build", "options", "why"),
     [
-        (nn.ReLU, {}, "ReLU has no layer to factorise .no linear layer or convolution in it"),
-        (lambda: nn.Sequential(nn.Linear(8, 1)), {}, "Sequential has no layer to factorise .0: too thin"),
-        (Net, {"target_modules": []}, "Net has no layer to factorise .conv: not in `target_modules`; blocks.0: not"),
-        (lambda: SVDLinear(nn.Linear(8, 8)), {}, "the module itself: already factorised"),
+        (nn.ReLU, {}, "ReLU has no layer to factorize .no linear layer or convolution in it"),
+        (lambda: nn.Sequential(nn.Linear(8, 1)), {}, "Sequential has no layer to factorize .0: too thin"),
+        (Net, {"target_modules": []}, "Net has no layer to factorize .conv: not in `target_modules`; blocks.0: not"),
+        (lambda: svd_of(nn.Linear(8, 8)), {}, "the module itself: already factorized"),
     ],
 )
-def test_nothing_to_factorise_is_refused_with_the_reasons(build, options, why):
+def test_nothing_to_factorize_is_refused_with_the_reasons(build, options, why):
     with pytest.raises(ValueError, match=why):
         decompose(build(), **options)
 
@@ -274,7 +292,8 @@ def test_every_reference_to_a_layer_stays_valid(images):
     expected = model(images)
     calls.clear()
     decompose(model)
-    assert [type(layer) for layer in layers.values()] == [SVDConv, SVDLinear, SVDLinear, SVDLinear]
+    assert all(isinstance(layer, SVDLayer) for layer in layers.values())
+    assert [own_class(layer) for layer in layers.values()] == [nn.Conv2d, nn.Linear, nn.Linear, nn.Linear]
     assert all(model.get_submodule(name) is layer for name, layer in layers.items())
     assert model.plain_list[0] is model.second_name is model.blocks[0]
     assert all(layer.bias is biases[name] for name, layer in layers.items())
@@ -287,7 +306,8 @@ def test_every_reference_to_a_layer_stays_valid(images):
 def test_a_frozen_weight_gives_frozen_factors():
     model = net()
     model.conv.weight.requires_grad_(False)
-    decompose(model)
+    assert reason(model, "conv") == "frozen; name it in `target_modules` to factorize it all the same"
+    decompose(model, NAMES)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not trainable & {"conv.U", "conv.s", "conv.V"}
     assert {"conv.bias", "blocks.0.U", "blocks.0.s", "blocks.0.V"} <= trainable
@@ -302,7 +322,8 @@ def test_an_optimizer_trains_what_decompose_leaves(images):
         *(f"{layer}.{p}" for layer in ("conv", "blocks.0", "blocks.1") for p in ("U", "s", "V", "bias")),
         *("head.0.weight", "head.0.bias", "head.1.U", "head.1.s", "head.1.V"),
     ]
-    before = copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(dict(model.named_parameters()))
+    assert not any(isinstance(p, DenseWeight) for p in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(images).square().sum().backward()
     optimizer.step()
@@ -314,7 +335,7 @@ def test_a_layer_itself_can_be_decomposed_and_made_dense():
     x = torch.randn(3, 6)
     expected = linear(x)
     (layer,) = decompose(linear)
-    assert layer.name == "" and type(linear) is SVDLinear
+    assert layer.name == "" and isinstance(linear, SVDLayer)
     assert_same(linear(x), expected, (5, 6))
     assert type(to_dense(linear)) is nn.Linear
 
@@ -334,18 +355,54 @@ def test_a_refusal_changes_nothing_at_all(value):
         assert torch.equal(now.view(torch.int64), values[key].view(torch.int64)), key  # NaN is not equal to itself
 
 
-def test_restore_gives_back_the_very_parameters(images):
+@pytest.mark.parametrize("form", ["dense", "svd", "pair"])
+def test_undo_gives_back_the_very_parameters_with_the_very_values(form, images):
     model = net()
-    expected = model(images)
-    parameters, values = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
-    decompose(model)
-    with torch.no_grad():
-        model.conv.s.zero_()
-    restore(model, {f"{name}.weight": parameters[f"{name}.weight"] for name in NAMES})
+    expected, parameters = model(images), dict(model.named_parameters())
+    values = copy.deepcopy(model.state_dict())
+    layers = begin(model, plan(model))
+    weights = {name: layer.rebuilt().detach() for name, layer in layers.items()}
+    for layer in layers.values():
+        if form != "dense":
+            layer.to_svd()
+            layer.keep(2)
+        if form == "pair":
+            layer.to_pair()
+    replaced = undo(model, weights)
+    # What an optimizer is told: the weights are in the places of what was trained.
+    given_back = [] if form == "dense" else [[parameters[f"{name}.weight"]] for name in NAMES]
+    assert [new for _, new in replaced if new] == given_back
     assert [(name, id(p)) for name, p in model.named_parameters()] == [(n, id(p)) for n, p in parameters.items()]
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
     assert list(model.state_dict()) == list(values)
     assert all(torch.equal(now, values[key]) for key, now in model.state_dict().items())
     assert torch.equal(model(images), expected)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_finish_gives_each_layer_its_form_in_place_and_says_what_replaced_what(shown, images):
+    model = net()
+    if shown:
+        decompose(model)
+    else:
+        for layer in begin(model, plan(model)).values():
+            layer.to_svd()
+    layers = svd_layers(model)
+    for layer in layers.values():
+        layer.keep(2)
+    expected, held = model(images), {name: layer.form.trained for name, layer in layers.items()}
+    objects = {name: model.get_submodule(name) for name in NAMES}
+    replaced = finish(model, {"conv": "pair", "blocks.0": "dense", "blocks.1": "decomposed"})
+    assert_same(model(images), expected, SHAPE)
+    assert all(model.get_submodule(name) is layer for name, layer in objects.items())
+    assert [type(model.get_submodule(name)) for name in ("conv", "blocks.0")] == [nn.Sequential, nn.Linear]
+    assert sorted(svd_layers(model)) == ["blocks.1", "head.1"]
+    now = {id(p) for p in model.parameters()}
+    in_place = {id(old[0]): new for old, new in replaced if old}
+    for name in ("conv", "blocks.0", "blocks.1"):
+        assert {id(p) for p in in_place[id(held[name][0])]} <= now, name
+    assert {"blocks.1.U", "blocks.1.s", "blocks.1.V"} <= {name for name, _ in model.named_parameters()}
+    assert model.blocks[1].form.room == 2
 
 
 def test_become_knows_every_container_of_a_module():
@@ -357,7 +414,7 @@ def test_become_knows_every_container_of_a_module():
     unknown = set(vars(nn.Linear(2, 2))) ^ (containers | stays | {"in_features", "out_features"})
     assert not unknown, (
         f"nn.Module's attributes changed in torch {torch.__version__}: {sorted(unknown)}. What holds parameters, "
-        "buffers or modules, `lightning_svd.surgery._become` must take over; hooks and modes stay: add them here"
+        "buffers or modules, `lightning_svd.model.surgery.become` must take over; hooks and modes stay: add them here"
     )
 
 
@@ -365,7 +422,8 @@ def test_become_knows_every_container_of_a_module():
 
 
 def plain(model):
-    return not any(isinstance(module, SVDLayer) for module in model.modules())
+    weights = any(isinstance(p, DenseWeight) for p in model.parameters())
+    return not weights and not any(isinstance(module, SVDLayer) for module in model.modules())
 
 
 def test_to_dense_undoes_decompose(images):
@@ -382,12 +440,12 @@ def test_to_dense_undoes_decompose(images):
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.3, 0.3, 0.3), (0.1, 1.0, 0.5, 1.0), (1.0, 1.0, 1.0, 1.0), (0, 0.5, 0, 0)])
-@pytest.mark.parametrize("finish", [to_dense, to_factored, lambda model: compact(copy.deepcopy(model))])
-def test_every_final_form_computes_what_the_masked_model_does(finish, shares, images):
+@pytest.mark.parametrize("finished", [to_dense, to_factored, to_compact])
+def test_every_final_form_computes_what_the_cut_model_does(finished, shares, images):
     model = decomposed(*shares)
     ranks = {name: layer.rank for name, layer in svd_layers(model).items()}
     expected = model(images)
-    assert_same(finish(model)(images), expected, SHAPE)
+    assert_same(finished(model)(images), expected, SHAPE)
     assert {name: layer.rank for name, layer in svd_layers(model).items()} == ranks  # the model itself is unchanged
     assert torch.equal(model(images), expected)
 
@@ -396,11 +454,11 @@ def test_compact_makes_layers_dense_that_factors_do_not_help():
     model = decomposed(0.1, 1.0, 0.25, 0.9)
     even = {layer.name: layer.break_even for layer in plan(net())}
     ranks = {name: layer.rank for name, layer in svd_layers(model).items()}
-    assert compact(model) is model
+    assert compact(model, count_params(model)) is model
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, SVDLayer) == (rank <= even[name])
-        assert not isinstance(layer, SVDLayer) or layer.full_rank == rank
+        assert not isinstance(layer, SVDLayer) or layer.form.room == layer.rank == rank
     assert [isinstance(model.get_submodule(name), SVDLayer) for name in NAMES] == [True, False, True, False]
 
 
@@ -408,30 +466,28 @@ def test_compact_goes_by_macs_where_they_are_known():
     # 3 x 24 in spatial mode: rank 2 has 54 parameters instead of 72, but the first convolution runs on every column
     # and the second keeps one in eight.
     model = nn.Sequential(nn.Conv2d(8, 1, 3, stride=(1, 8)))
-    model[0] = SVDConv(model[0], "spatial")
-    model[0].keep(torch.tensor([True, True, False]))
-    x = torch.randn(1, 8, 16, 16)
-    with CostMeter(model) as meter:
-        model(x)
-    assert type(compact(copy.deepcopy(model))[0]) is SVDConv
-    assert type(compact(copy.deepcopy(model), meter.cost(1))[0]) is nn.Conv2d
+    decompose(model, conv_mode="spatial")
+    model[0].keep(2)
+    by_macs = count_costs(model, torch.randn(1, 8, 16, 16))
+    assert isinstance(to_compact(model)[0], SVDLayer)
+    assert type(compact(copy.deepcopy(model), by_macs)[0]) is nn.Conv2d
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
-@pytest.mark.parametrize("finish", [to_dense, to_factored])
-def test_layers_of_this_package_built_by_hand_become_plain_too(finish, padding_mode):
+@pytest.mark.parametrize("finished", [to_dense, to_factored])
+def test_layers_that_were_factorized_one_by_one_become_plain_too(finished, padding_mode):
     conv = nn.Conv2d(4, 8, 3, padding=1, padding_mode=padding_mode)
     x = torch.randn(2, 4, 6, 6)
-    by_hand = nn.Sequential(SVDConv(conv))
-    assert plain(finish(by_hand))
-    assert_same(finish(by_hand)(x), conv(x), (8, 36))
+    by_hand = nn.Sequential(svd_of(copy.deepcopy(conv)))
+    assert plain(finished(by_hand))
+    assert_same(finished(by_hand)(x), conv(x), (8, 36))
 
 
 @pytest.mark.parametrize("mode", [True, False])
-@pytest.mark.parametrize("finish", [to_dense, to_factored])
-def test_training_modes_survive(finish, mode):
+@pytest.mark.parametrize("finished", [to_dense, to_factored])
+def test_training_modes_survive(finished, mode):
     model = decomposed(0.1, 0.1, 0.1, 0.1).train(mode)
-    assert {module.training for module in finish(model).modules()} == {mode}
+    assert {module.training for module in finished(model).modules()} == {mode}
 
 
 # ----------------------------------------------------------------------------------------------------------- the costs
@@ -444,29 +500,25 @@ def test_costs_are_what_torch_counts_on_the_dense_and_on_the_final_model(shares,
     model = copy.deepcopy(dense)
     decompose(model, conv_mode=conv_mode)
     for layer, share in zip(svd_layers(model).values(), shares, strict=True):
-        layer.keep(torch.arange(layer.full_rank) < share * layer.full_rank)
+        layer.keep(math.ceil(share * layer.full_rank))
     ranks = {name: layer.rank for name, layer in svd_layers(model).items()}
     with sdpa_kernel(SDPBackend.MATH):  # which torch counts on every device
         expected = model(images)
-        with CostMeter(model) as meter:
-            watched = model(images)
-        cost = meter.cost(batch_size=2)
-        final = to_factored(model, cost)
+        cost = count_costs(model, images)
+        final = to_factored_by(model, cost)
         assert cost.dense("macs") == counted_macs(dense, images)
         assert cost.at(ranks, "macs") == counted_macs(final, images)
+        assert torch.equal(model(images), expected)
     assert cost.counted and cost.batch_size == 2
     assert cost.other_macs == ATTENTION
     assert cost.at(ranks, "params") == sum(p.numel() for p in final.parameters())
     assert cost.dense("params") == sum(p.numel() for p in dense.parameters())
-    assert torch.equal(watched, expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_attention_is_counted_whichever_kernel_computes_it(images):
     model = decomposed()
-    with CostMeter(model) as meter:
-        model(images)
-    assert meter.cost(batch_size=2).other_macs == ATTENTION
+    assert count_costs(model, images).other_macs == ATTENTION
 
 
 def test_a_layer_that_runs_twice_costs_twice():
@@ -475,15 +527,13 @@ def test_a_layer_that_runs_twice_costs_twice():
     x = torch.randn(3, 8)
     expected = counted_macs(model, x)
     decompose(model)
-    with CostMeter(model) as meter:
-        model(x)
-    assert meter.cost(3).dense("macs") == expected == 2 * 3 * 64
+    assert count_costs(model, x).dense("macs") == expected == 2 * 3 * 64
 
 
 def test_hooks_are_gone_after_a_forward_that_failed():
     model = decomposed()
-    with pytest.raises(RuntimeError, match="to have 3 channels"), CostMeter(model):
-        model(torch.randn(1, 4, 8, 8).double())
+    with pytest.raises(RuntimeError, match="to have 3 channels"):
+        count_costs(model, torch.randn(1, 4, 8, 8).double())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 

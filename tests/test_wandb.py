@@ -15,7 +15,7 @@ from test_strategies import two_processes
 from wandb.proto import wandb_internal_pb2
 
 from lightning_svd import SpectrumMonitor, SVDTrainingCallback
-from lightning_svd.monitor import MOST_CHARTS, SpectrumHistory
+from lightning_svd.lightning.loggers import MOST_CHARTS, SpectrumHistory
 
 BLOCK, HEADER, FIRST, LAST, FULL = 32768, 7, 2, 4, 1
 
@@ -120,8 +120,8 @@ def test_the_penalties_are_curves_too(run):
     _, rows, _, _ = run
     for name in ("orthogonality_error", "orthogonality_penalty", "sparsity_penalty", "sparsity_strength"):
         curve = [row[f"svd/{name}"] for row in rows if f"svd/{name}" in row]
-        # In step 28, that of the last cut, there are no penalties; then those of the layer that stays dense.
-        assert len(curve) == (10 if name == "sparsity_strength" else 9)
+        # From step 28 on, that of the last cut, there are no penalties.
+        assert len(curve) == (10 if name == "sparsity_strength" else 6)
         assert all(value >= 0 for value in curve) and max(curve) > 0
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from lightning_svd.cli import main
-from lightning_svd.wandb_workspace import STEP, build_workspace, save_workspace
+from lightning_svd.lightning.wandb_workspace import STEP, build_workspace, save_workspace
 
 # pydantic's about wandb_workspaces, on import only.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

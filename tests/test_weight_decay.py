@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from models import SmallMLP, data, quiet_trainer
+from models import SmallMLP, data, quiet_trainer, trained_parameters
 from torch.optim import lr_scheduler
 
 from lightning_svd import SVDTrainingCallback, decompose
@@ -19,7 +19,7 @@ def is_frame(name):
 
 
 class Keep(Callback):
-    """The parameters at the end of training, and the groups before and after every step."""
+    """What is trained after each batch, and the groups before and after every step; listed first, before a cut."""
 
     def __init__(self):
         self.groups = []
@@ -29,6 +29,7 @@ class Keep(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.note(trainer)
+        self.parameters = {name: p.detach().clone() for name, p in trained_parameters(pl_module).items()}
 
     def note(self, trainer):
         self.groups.append(
@@ -38,9 +39,6 @@ class Keep(Callback):
                 for group in optimizer.param_groups
             ]
         )
-
-    def on_train_end(self, trainer, pl_module):
-        self.parameters = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
 
 
 class ByHandGroups(SmallMLP):
@@ -99,8 +97,10 @@ def test_decay_acts_on_singular_values_and_plain_parameters_only(optimizer):
         reference.step()
 
     keep = Keep()
-    callback = SVDTrainingCallback(target_macs=1.0, orthogonality_weight=0.0, sparsity=None, refactorise=False)
-    quiet_trainer(callbacks=[callback, keep], max_epochs=1).fit(model, data())
+    callback = SVDTrainingCallback(
+        target_macs=1.0, orthogonality_weight=0.0, sparsity=None, sparsify_start=1.0, sparsify_end=1.0
+    )
+    quiet_trainer(callbacks=[keep, callback], max_epochs=1).fit(model, data())
     for name, p in twin.named_parameters():
         assert torch.equal(keep.parameters[name], p), name
     assert keep.groups == [keep.groups[0]] * 16

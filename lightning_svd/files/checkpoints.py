@@ -1,0 +1,414 @@
+"""What a Lightning checkpoint holds of SVD training, and the model that it stands for.
+
+The weights in a checkpoint are dense, under the user's own names, so that whoever has the LightningModule's class can
+load them. The exact factors ride in the callback's own state: for each layer its form, its rank and the very tensors
+that are trained. Everything that is read is checked before anything is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_svd.layers.compounds import join, join_states, split_everywhere, split_prefixes, split_states
+from lightning_svd.layers.forms import FORMS, DenseForm, balanced
+from lightning_svd.layers.layer import FactorizedModule, release
+from lightning_svd.layers.matrices import Factors, exact_products, roundoff, truncate, wide
+from lightning_svd.layers.pairs import (
+    bias_of,
+    factored_pair,
+    fill,
+    low_rank_pairs,
+    merged,
+    merged_weight,
+    rank_of,
+    view_of,
+)
+from lightning_svd.layers.parts import prefix_of
+from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
+from lightning_svd.model.plan import LayerPlan, layers_of
+from lightning_svd.model.surgery import become, settle, svd_layers
+from lightning_svd.ranks.costs import LayerCost, ModelCost
+
+KEY = "lightning_svd"
+VERSION = 2
+
+State = dict[str, Any]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+# What a run that is to go on needs beside its layers.
+_OF_A_RUN: dict[str, tuple[type, ...]] = {
+    "refused": (dict,),
+    "steps": (int,),
+    "last_cut": (int,),
+    "is_final": (bool,),
+    "timeline": (list,),
+    "strengths": (list,),
+    "warnings": (list,),
+    "spectra_before": (dict,),
+    "cost": (dict, type(None)),
+    "guard": (dict, type(None)),
+}
+_CHANGE = {"step", "epoch", "ranks", "macs_ratio", "params_ratio"}
+_ITEMS: dict[str, Callable[[Any], bool]] = {
+    "timeline": lambda change: isinstance(change, dict) and change.keys() == _CHANGE,
+    "strengths": lambda strength: isinstance(strength, (list, tuple)) and len(strength) == 2,
+    "warnings": lambda warning: isinstance(warning, str),
+}
+
+
+# ----------------------------------------------------------------------------------------------- the callback's state
+
+
+def saved_state(checkpoint: Mapping[str, Any]) -> State | None:
+    """The state of SVD training in a checkpoint, whatever its callback is called there; None if there is none."""
+    key = saved_key(checkpoint)
+    return None if key is None else checkpoint["callbacks"][key]
+
+
+def saved_key(checkpoint: Mapping[str, Any]) -> str | None:
+    """Under which of its callbacks' names a checkpoint has the state of SVD training; None if it has none."""
+    states = checkpoint.get("callbacks")
+    if not isinstance(states, Mapping):
+        return None
+    return next((key for key, state in states.items() if isinstance(state, dict) and KEY in state), None)
+
+
+def check_version(found: Any, what: str) -> None:
+    """Refuse a file of a version that this package does not read.
+
+    Raises:
+        ValueError: Naming both versions.
+    """
+    if found != VERSION:
+        newer = not isinstance(found, int) or found > VERSION
+        advice = "update it" if newer else f"use one that reads version {found}"
+        raise ValueError(f"{what} has format version {found!r}, this lightning-svd reads version {VERSION}: {advice}")
+
+
+def check_state(state: Any, who: str) -> None:
+    """Refuse a state of SVD training that is of another version, or damaged.
+
+    Args:
+        state: What :func:`saved_state` found.
+        who: Whose it is, to begin the message with.
+
+    Raises:
+        ValueError: In one line, naming the layer.
+    """
+    if not isinstance(state, Mapping) or KEY not in state:
+        raise ValueError(f"{who} has no state of SVD training, got {_short(state)}")
+    check_version(state[KEY], who)
+    damaged = f"{who}: the state of SVD training in it is damaged"
+    if type(state.get("is_finished")) is not bool:
+        raise ValueError(f"{damaged}: `is_finished` is {_short(state.get('is_finished'))}")
+    for key in ("layers", "current_layers"):
+        if key in state:
+            _check_layers(state[key], damaged)
+    if "layers" in state and not state["is_finished"]:
+        for key, kinds in _OF_A_RUN.items():
+            if key not in state or not isinstance(state[key], kinds):
+                raise ValueError(f"{damaged}: `{key}` is {_short(state.get(key))}")
+        for key, fits in _ITEMS.items():
+            if not all(map(fits, state[key])):
+                raise ValueError(f"{damaged}: `{key}` has an entry of another kind")
+        if state["layers"].keys() - state["spectra_before"].keys():
+            raise ValueError(f"{damaged}: `spectra_before` lacks layers")
+        if not _is_cost(state["cost"], state["layers"]):
+            raise ValueError(f"{damaged}: `cost` is none of these layers")
+
+
+def _is_cost(cost: Any, layers: Mapping[str, Any]) -> bool:
+    """Whether this is a :class:`~lightning_svd.ranks.costs.ModelCost` of at least these layers, as plain data."""
+    if cost is None:
+        return True
+    of_model, of_layer = ({field.name for field in fields(kind)} for kind in (ModelCost, LayerCost))
+    if cost.keys() != of_model or not isinstance(cost["layers"], dict) or layers.keys() - cost["layers"].keys():
+        return False
+    return all(isinstance(layer, dict) and layer.keys() == of_layer for layer in cost["layers"].values())
+
+
+def _check_layers(layers: Any, damaged: str) -> None:
+    if not isinstance(layers, dict):
+        raise ValueError(f"{damaged}: `layers` is {_short(layers)}")
+    for name, entry in layers.items():
+        what = _wrong_with(entry)
+        if what:
+            raise ValueError(f"{damaged}: `{' '.join(str(name).split())[:80]}`: {what}")
+
+
+def _wrong_with(entry: Any) -> str | None:
+    """Why this is not what :meth:`~lightning_svd.layers.layer.SVDLayer.exact_state` gives; None if it may be."""
+    if not isinstance(entry, dict):
+        return f"it is {_short(entry)}"
+    form, rank = entry.get("form"), entry.get("rank")
+    if not isinstance(form, str) or form not in FORMS:
+        return f"its form is {_short(form)}"
+    if type(rank) is not int or rank < 0:
+        return f"its rank is {_short(rank)}"
+    if entry.get("conv_mode") not in (None, *CONV_MODES):
+        return f"its `conv_mode` is {_short(entry.get('conv_mode'))}"
+    for key in FORMS[form].columns:
+        tensor = entry.get(key)
+        if not isinstance(tensor, Tensor) or not tensor.ndim:
+            return f"it has no {key}"
+        if not tensor.is_floating_point():
+            return f"its {key} is of {tensor.dtype}"
+        if tensor.shape[-1] < rank:
+            return f"its {key} has {tensor.shape[-1]} columns for a rank of {rank}"
+        if not bool(torch.isfinite(tensor).all()):
+            return f"its {key} holds NaN or infinity"
+    return None
+
+
+def _short(value: Any) -> str:
+    """A value in a message, in one line."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        text = repr(value)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+    return f"a {type(value).__name__}"
+
+
+def check_same_layers(state: Mapping[str, Any], plan: Sequence[LayerPlan], where: str) -> None:
+    """Refuse to resume a run whose layers are not those that this one would factorize.
+
+    Args:
+        state: That :func:`check_state` let pass, of a run that goes on.
+        plan: Of the run that is going to take it up.
+        where: The file.
+
+    Raises:
+        ValueError: Naming the layers that differ.
+    """
+    saved = {name: entry["conv_mode"] for name, entry in state["layers"].items()}
+    here = {of.name: of.conv_mode for of in plan if not of.skipped and of.name not in state["refused"]}
+    differ = sorted(name for name in here.keys() | saved.keys() if here.get(name, "") != saved.get(name, ""))
+    if differ:
+        raise ValueError(
+            f"{where}: the checkpoint was written with other factorized layers, see "
+            f"{', '.join(map(repr, differ[:5]))}: resume with the `target_modules`, `exclude_modules` and `conv_mode` "
+            "that it was written with"
+        )
+
+
+def check_fits(module: nn.Module, layers: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, View]:
+    """Refuse low-rank layers of a file that are not those of a dense model.
+
+    Args:
+        module: Not factorized.
+        layers: Entries that :func:`check_state` let pass.
+        where: The file.
+
+    Returns:
+        How each layer's weight is seen as a matrix.
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    views = check_layers(module, layers, where)
+    for name, entry in layers.items():
+        for key in FORMS[entry["form"]].columns:
+            stored = tuple(entry[key].shape)
+            expected = FORMS[entry["form"]].shapes(views[name], stored[-1])[key]
+            if stored != expected:
+                shapes = f"{key} of `{name}` is {stored} there, {expected} here"
+                raise ValueError(f"{where} does not fit the model: {shapes}")
+    return views
+
+
+def check_layers(module: nn.Module, layers: Mapping[str, Mapping[str, Any]], where: str) -> dict[str, View]:
+    """As :func:`check_fits`, of entries of which only ``rank`` and ``conv_mode`` are looked at."""
+    found, views = layers_of(module), {}
+    for name, entry in layers.items():
+        layer = found[name] if name in found else _child(module, name, where)
+        views[name] = view = plain_view(layer, name, entry["conv_mode"], where)
+        if entry["rank"] > min(view.matrix_shape):
+            rank, full = _short(entry["rank"]), min(view.matrix_shape)
+            raise ValueError(f"{where} does not fit the model: `{name}` has rank {rank} there, at most {full} here")
+    return views
+
+
+def _child(module: nn.Module, name: str, where: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        raise ValueError(
+            f"{where} has a low-rank layer `{name}`, which {type(module).__name__} does not have"
+        ) from None
+
+
+def plain_view(layer: nn.Module, name: str, conv_mode: str | None, where: str) -> View:
+    """How the weight of a plain layer is seen as a matrix.
+
+    Raises:
+        ValueError: If the layer is low-rank already, or none that can be seen so.
+    """
+    kind = supported_type(layer)
+    if kind is None or isinstance(layer, FactorizedModule) or (kind in CONVOLUTIONS) != (conv_mode is not None):
+        expected = "convolution" if conv_mode else "linear layer"
+        raise ValueError(f"`{name}` must be a plain {expected} to load {where}, got {type(layer).__name__}")
+    return View.of(layer, conv_mode or "channel")
+
+
+# --------------------------------------------------------------------------------------- what an entry says of a weight
+
+
+def is_low_rank(entry: Mapping[str, Any] | None) -> TypeGuard[Mapping[str, Any]]:
+    """Whether an entry holds factors, and not only says that the layer is dense."""
+    return entry is not None and entry["form"] != DenseForm.name
+
+
+def is_of(entry: Mapping[str, Any], view: View, weight: Tensor) -> bool:
+    """Whether the factors of an entry multiply to this weight.
+
+    They do not where the weights of a checkpoint are averages, or were changed by whoever wrote it.
+    """
+    with torch.no_grad(), exact_products(weight.device):
+        left, right = _left_right(entry, weight.device)
+        product, target = left @ right.mT, view.unfold(wide(weight))
+        off, scale = (torch.linalg.vector_norm(value) for value in (product - target, target))
+    # Rounding of the factors, of their product and of the weight, in the dtype that they are stored in.
+    stored = weight.dtype
+    rounding = 4 * torch.finfo(stored).eps + roundoff(view.matrix_shape, torch.float32)
+    return bool(off <= min(rounding, roundoff(view.matrix_shape, stored)) * scale)
+
+
+def _left_right(entry: Mapping[str, Any], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two factors of an entry, of equal scale, in float32 or wider."""
+    columns = FORMS[entry["form"]].columns
+    tensors = [wide(entry[key].to(device)) for key in columns]
+    if len(tensors) == 2:
+        return tensors[0][..., : entry["rank"]], tensors[1][..., : entry["rank"]]
+    return balanced(truncate(Factors(*tensors), entry["rank"]))
+
+
+# ----------------------------------------------------------------------------------------------- a model after its fit
+
+
+def exact_layers(module: nn.Module, state: Mapping[str, Any]) -> State:
+    """The exact weights of the layers that stay low-rank in a model after its fit, as entries of a state.
+
+    Args:
+        module: With pairs of plain layers, or with factorized layers.
+        state: Its state dict, or one with its names, whose pairs these are.
+    """
+    exact = {name: layer.exact_state() for name, layer in svd_layers(module).items()}
+    for name, pair in low_rank_pairs(module).items():
+        first, second = (state.get(f"{prefix_of(name)}{half}.weight") for half in (0, 1))
+        if first is not None and second is not None:
+            view = view_of(pair)
+            factors = {"A": view.left_factor(second), "B": view.right_factor(first)}
+            exact[name] = {"form": "pair", "rank": rank_of(pair), "conv_mode": view.conv_mode, **factors}
+    return exact
+
+
+@torch.no_grad()
+def to_dense_state(module: nn.Module, state: Mapping[str, Any]) -> State:
+    """A state dict of a model after its fit with dense weights under the original names.
+
+    Args:
+        module: Whose pairs of low-rank layers are looked for.
+        state: Of ``module``, or with its names; what is dense in it stays as it is.
+    """
+    dense = dict(state)
+    for name, pair in under_every_name(module, low_rank_pairs(module)):
+        prefix = prefix_of(name)
+        if f"{prefix}0.weight" in dense:
+            first, second = dense.pop(f"{prefix}0.weight"), dense.pop(f"{prefix}1.weight")
+            with exact_products(first.device):
+                dense[f"{prefix}weight"] = merged_weight(pair, first, second).contiguous()
+            if f"{prefix}1.bias" in dense:
+                dense[f"{prefix}bias"] = dense.pop(f"{prefix}1.bias")
+    return join_states(module, dense)
+
+
+def from_dense_state(module: nn.Module, state: Mapping[str, Any], exact: Mapping[str, Any]) -> State:
+    """The inverse of :func:`to_dense_state`, for a model whose pairs are those of ``exact``."""
+    names = split_states(module, state)
+    for name, pair in under_every_name(module, low_rank_pairs(module)):
+        prefix, view = prefix_of(name), view_of(pair)
+        entry = exact.get(name) or exact[_first_name(module, pair)]
+        if f"{prefix}weight" in names:
+            weight = names.pop(f"{prefix}weight")
+            left, right = (entry[key].to(weight) for key in ("A", "B"))
+            names |= {f"{prefix}0.weight": view.first_weight(right), f"{prefix}1.weight": view.second_weight(left)}
+            if f"{prefix}bias" in names:
+                names[f"{prefix}1.bias"] = names.pop(f"{prefix}bias")
+    return names
+
+
+def _first_name(module: nn.Module, child: nn.Module) -> str:
+    names: Iterator[str] = (name for name, other in module.named_modules() if other is child)
+    return next(names)
+
+
+def take_form(module: nn.Module, state: Mapping[str, Any], layers: Mapping[str, Any]) -> State:
+    """Give a model after its fit the ranks of a checkpoint, in place, and the state to load into it.
+
+    A layer that is plain in the model, or of which the checkpoint has no factors that are those of its weight, gets
+    the dense weight.
+
+    Args:
+        module: Each low-rank layer a pair, or factorized.
+        state: A dense state dict.
+        layers: The entries of the checkpoint; {} for one without.
+    """
+    whole = {(prefix, kind) for prefix, kind in split_prefixes(module) if kind.is_whole_in(state, prefix)}
+    weights = split_everywhere({key: value for key, value in state.items() if isinstance(value, Tensor)})
+    exact: dict[str, Mapping[str, Any]] = {}
+
+    def entry_of(name: str, view: View) -> Mapping[str, Any] | None:
+        entry, weight = layers.get(name), weights.get(f"{prefix_of(name)}weight")
+        fits = is_low_rank(entry) and weight is not None and weight.shape == view.weight_shape
+        return entry if fits and is_of(entry, view, weight) else None  # type: ignore[arg-type]
+
+    for name, layer in svd_layers(module).items():
+        entry = entry_of(name, layer.view)
+        if entry is None:
+            release(layer)
+        else:
+            layer.load_exact_state(dict(entry))
+            layer.shrink()
+    for name, pair in low_rank_pairs(module).items():
+        entry, plain = entry_of(name, view_of(pair)), merged(pair)
+        if entry is None:
+            become(pair, plain)
+            continue
+        twin = exact_pair(view_of(pair), entry, pair)
+        exact[name] = _entry_of_pair(twin)
+        become(pair, twin)
+    join(module)
+    settle(module)
+    names = from_dense_state(module, state, exact)
+    for prefix, kind in whole - {*split_prefixes(module)}:
+        if kind.is_split_in(names, prefix):
+            names = kind.join_state(names, prefix)
+    return names
+
+
+def _entry_of_pair(pair: Any) -> State:
+    # clone: what is loaded must not share the memory of where it goes.
+    first, second = (half.weight.detach().clone() for half in pair)
+    return {"A": view_of(pair).left_factor(second), "B": view_of(pair).right_factor(first)}
+
+
+@torch.no_grad()
+def exact_pair(view: View, entry: Mapping[str, Any], like: Any) -> nn.Sequential:
+    """Two new plain layers of the rank and the factors of an entry, with the bias of ``like``, a pair."""
+    model = like[0].weight
+    left, right = _left_right(entry, model.device)
+    pair = factored_pair(view, left.shape[-1], bias_of(like) is not None)
+    for half, weight in zip(pair, (view.first_weight(right), view.second_weight(left)), strict=True):
+        fill(half, weight.to(model), bias_of(like), model)
+    return pair.train(like.training)
+
+
+def under_every_name(module: nn.Module, found: Mapping[str, ModuleT]) -> Iterator[tuple[str, ModuleT]]:
+    """As ``found``, a shared layer under each of the names that it has in a state dict."""
+    by_id = {id(layer): layer for layer in found.values()}
+    names = module.named_modules(remove_duplicate=False)
+    return ((name, by_id[id(child)]) for name, child in names if id(child) in by_id)

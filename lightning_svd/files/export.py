@@ -1,0 +1,109 @@
+"""A low-rank model as ONNX, checked against eager PyTorch."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import Parameter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from lightning_svd.model.counting import as_arguments, count_params, evaluating
+from lightning_svd.model.surgery import svd_layers, to_factored
+
+TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order
+ROUNDS, SECONDS = 5, 0.2  # of a timing, in turns
+
+
+def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
+    """Write a model as ONNX, with any batch size, and check it in onnxruntime against eager PyTorch.
+
+    Needs ``pip install 'lightning-svd[export]'``.
+
+    Args:
+        module: With factorized layers, which are written as pairs of plain ones, or without.
+        path: File to write; the weights are in it.
+        example_input: What ``module`` is called with, a tuple for several tensors, their first dimension the batch.
+
+    Returns:
+        The largest difference to eager, relative to the largest output.
+
+    Raises:
+        RuntimeError: If it is more than 1e-4; the file is left for inspection.
+        ModuleNotFoundError: If onnx, onnxscript or onnxruntime is missing.
+    """
+    import onnxruntime  # noqa: F401 - before the work, not after it
+
+    plain = to_factored(module, count_params(module)) if svd_layers(module) else module
+    inputs = as_arguments(example_input)
+    dynamic: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(plain.forward).parameters.values()]
+    if Parameter.VAR_POSITIONAL in kinds:  # the exporter wants what `*args` takes as one
+        named = kinds.index(Parameter.VAR_POSITIONAL)
+        dynamic = (*dynamic[:named], dynamic[named:])
+    with evaluating(plain), torch.no_grad(), _quiet():
+        program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
+        assert program is not None
+        program.save(str(path))
+        expected = plain(*inputs)
+    difference = largest_difference([torch.from_numpy(output) for output in onnx_session(path)(inputs)], expected)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(f"{path} differs from the model by {difference:.1e} of its largest output in onnxruntime")
+    return difference
+
+
+def largest_difference(actual: Any, expected: Any) -> float:
+    """Of two outputs of a model, each relative to its largest entry: tensors, several of them, or mappings of them."""
+    return max(
+        float((one - other).abs().max() / other.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+        for one, other in zip(_outputs(actual), _outputs(expected), strict=True)
+    )
+
+
+def onnx_session(path: str | Path) -> Callable[[Sequence[Tensor]], Any]:
+    """A function that runs a file in onnxruntime on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    return lambda inputs: session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))
+
+
+def onnx_seconds(paths: Sequence[str | Path], example_input: Any, batch_size: int) -> list[float]:
+    """Median seconds that each file takes for a batch in onnxruntime, the files taking turns."""
+    inputs = [each[:1].expand(batch_size, *each.shape[1:]).contiguous() for each in as_arguments(example_input)]
+    sessions = [onnx_session(path) for path in paths]
+    timers = [Timer("run(inputs)", globals={"run": session, "inputs": inputs}) for session in sessions]
+    rounds = ([timer.blocked_autorange(min_run_time=SECONDS).median for timer in timers] for _ in range(ROUNDS))
+    return [statistics.median(seconds) for seconds in zip(*rounds, strict=True)]
+
+
+def _outputs(output: Any) -> list[Tensor]:
+    """The tensors of a model's output: one, several, or a mapping of them."""
+    if isinstance(output, Tensor):
+        return [output]
+    return list(output.values() if isinstance(output, Mapping) else output)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""What a factorized layer is."""

@@ -1,0 +1,259 @@
+"""What a layer's weight is trained as: the dense weight, a singular value decomposition, or a pair of two factors.
+
+Each form is an object that knows its parameters and what they multiply to, and is made exactly from another. The ranks
+that are in use are a prefix of the columns, so that a rank is one number and nothing is gathered or masked.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_svd.layers.matrices import (
+    Factors,
+    exact_products,
+    reconstruct,
+    refactorized,
+    singular_values,
+    svd,
+    truncate,
+    wide,
+)
+from lightning_svd.layers.views import View
+
+
+class Form(ABC):
+    """A weight's parameters, and what they stand for.
+
+    Attributes:
+        name: "dense", "svd" or "pair".
+        columns: Names of the parameters whose last dimension counts ranks.
+        view: How the weight is seen as a matrix.
+        parameters: By name. Where a module registers them, this is the module's own dictionary.
+        rank: How many ranks are in use.
+    """
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, view: View, parameters: dict[str, Any], rank: int) -> None:
+        self.view, self.parameters, self.rank = view, parameters, rank
+
+    @property
+    def room(self) -> int:
+        """How many ranks there is storage for."""
+        return self.rank
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Its parameters, in order."""
+        return [self.parameters[name] for name in self.columns]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of them is trained."""
+        return any(parameter.requires_grad for parameter in self.trained)
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """W (m, n), differentiable."""
+
+    @abstractmethod
+    def exact(self, name: str = "weight") -> Factors:
+        """The exact SVD of W at the rank in use, in float32 or wider.
+
+        Raises:
+            ValueError: If a parameter holds NaN or infinity; it calls the layer by ``name``.
+        """
+
+    @abstractmethod
+    def energies(self) -> Tensor:
+        """What each stored rank carries, summed over groups, (r,), in float32 or wider; their sum is |W|_F^2."""
+
+    def left_right(self) -> tuple[Tensor, Tensor]:
+        """Factors (m, k) and (n, k) whose product is W, differentiable."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, view: View, rank: int) -> dict[str, tuple[int, ...]]:
+        """Of the parameters at a rank, by name."""
+        (m, n), groups = view.matrix_shape, (view.groups,) if view.groups > 1 else ()
+        sizes = {"U": (m, rank), "A": (m, rank), "s": (rank,), "V": (n, rank), "B": (n, rank)}
+        return {name: (*groups, *sizes[name]) for name in cls.columns}
+
+    def shrunk(self, rank: int) -> dict[str, nn.Parameter]:
+        """The parameters at this rank, each with storage of just that size."""
+        return {name: parameter_of(p.detach().narrow(-1, 0, rank), p) for name, p in self._stored().items()}
+
+    def _stored(self) -> dict[str, nn.Parameter]:
+        return {name: self.parameters[name] for name in self.columns}
+
+
+class DenseForm(Form):
+    """The weight itself, as the layer's own class trains it.
+
+    Attributes:
+        key: Which of the parameters it is.
+        rows: Where it stands in it; None for all of it.
+    """
+
+    name = "dense"
+
+    def __init__(self, view: View, parameters: dict[str, Any], key: str = "weight", rows: slice | None = None) -> None:
+        super().__init__(view, parameters, min(view.matrix_shape))
+        self.key, self.rows = key, rows
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [self.parameters[self.key]]
+
+    def weight(self) -> Tensor:
+        """The weight, or a view of it."""
+        parameter: nn.Parameter = self.parameters[self.key]
+        return parameter if self.rows is None else parameter[self.rows]
+
+    def matrix(self) -> Tensor:
+        return self.view.unfold(self.weight())
+
+    def exact(self, name: str = "weight") -> Factors:
+        return svd(self.matrix(), name)
+
+    @torch.no_grad()
+    def energies(self) -> Tensor:
+        return _over_groups(singular_values(self.matrix()).square())
+
+
+class SVDForm(Form):
+    """``U diag(s) V^T``: U (m, r), s (r,), V (n, r), with a leading dimension for groups.
+
+    Training may make an s negative; only its magnitude counts.
+    """
+
+    name, columns = "svd", ("U", "s", "V")
+
+    @classmethod
+    def of(cls, view: View, factors: Factors, like: Tensor) -> SVDForm:
+        """These factors as parameters of the dtype and device of ``like``, trained if it is."""
+        trained = {key: parameter_of(factor.to(like), like) for key, factor in factors._asdict().items()}
+        return cls(view, trained, factors.s.shape[-1])
+
+    @property
+    def room(self) -> int:
+        size: int = self.parameters["s"].shape[-1]
+        return size
+
+    def stored(self) -> Factors:
+        """All columns, those beyond the rank too."""
+        return Factors(*self.trained)
+
+    def factors(self) -> Factors:
+        """U (m, k), s (k,), V (n, k), differentiable."""
+        return truncate(self.stored(), self.rank)
+
+    def left_right(self) -> tuple[Tensor, Tensor]:
+        U, s, V = self.factors()
+        return U * s.unsqueeze(-2), V
+
+    def matrix(self) -> Tensor:
+        return reconstruct(*self.factors())
+
+    def exact(self, name: str = "weight") -> Factors:
+        return refactorized(self.factors(), name)
+
+    @torch.no_grad()
+    def energies(self) -> Tensor:
+        U, s, V = map(wide, self.stored())
+        return _over_groups(s.square() * U.square().sum(-2) * V.square().sum(-2))
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> Tensor:
+        """Take these in the place of the ranks in use, with the signs of those that they take the place of.
+
+        Args:
+            factors: U (m, k), s (k,) in descending order, V (n, k), of any dtype.
+
+        Returns:
+            Which column each stood in that is most like the new one, (r,): what an optimizer remembers of a column
+            goes on with the one that is like it.
+        """
+        order = self.order()
+        rank = factors.s.shape[-1]
+        U, s, V = (factor.to(self.parameters["s"]) for factor in factors)
+        before = self.parameters["U"].index_select(-1, order[:rank])
+        flipped = (U * before).sum(-2, keepdim=True) < 0
+        values = (U.where(~flipped, -U), s, V.where(~flipped, -V))
+        for parameter, value in zip(self.trained, values, strict=True):
+            parameter.copy_(parameter.index_select(-1, order))
+            parameter.narrow(-1, 0, rank).copy_(value)
+        return order
+
+    @torch.no_grad()
+    def order(self) -> Tensor:
+        """Column indices (r,), the ranks in use by what they carry first."""
+        energies = self.energies()
+        used, others = (part.argsort(descending=True, stable=True) for part in energies.tensor_split([self.rank]))
+        return torch.cat([used, self.rank + others])  # the others stay behind
+
+    def sort(self) -> Tensor:
+        """Bring the ranks in use into the order of what they carry; returns which column each stood in."""
+        order = self.order()
+        for parameter in self.trained:
+            parameter.data.copy_(parameter.data.index_select(-1, order))
+        return order
+
+
+class PairForm(Form):
+    """``A B^T``: A (m, r) and B (n, r), the weights of the two plain layers that the layer is going to be."""
+
+    name, columns = "pair", ("A", "B")
+
+    @classmethod
+    def of(cls, form: SVDForm) -> PairForm:
+        """sqrt|s| in each of U and V, its sign in the former: exactly the product, of equal scale."""
+        left, right = balanced(Factors(*map(wide, form.factors())))
+        like = form.parameters["s"]
+        trained = {"A": parameter_of(left.to(like), like), "B": parameter_of(right.to(like), like)}
+        return cls(form.view, trained, form.rank)
+
+    def left_right(self) -> tuple[Tensor, Tensor]:
+        return self.parameters["A"], self.parameters["B"]
+
+    def matrix(self) -> Tensor:
+        left, right = self.left_right()
+        return left @ right.mT
+
+    def exact(self, name: str = "weight") -> Factors:
+        left, right = self.left_right()
+        return refactorized(Factors(left, torch.ones_like(left[..., 0, :]), right), name)
+
+    @torch.no_grad()
+    def energies(self) -> Tensor:
+        left, right = self.left_right()
+        if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+            return wide(left).new_full((self.rank,), torch.nan)
+        return _over_groups(self.exact().s.square())
+
+
+FORMS: Mapping[str, type[Form]] = {kind.name: kind for kind in (DenseForm, SVDForm, PairForm)}
+
+
+def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
+    """Left (m, k) and right (n, k) factors of equal scale, so that neither overflows in half precision; detached."""
+    with torch.no_grad(), exact_products(factors.s.device):
+        U, s, V = factors
+        root = s.abs().sqrt()
+        return U * (root * s.sign()).unsqueeze(-2), V * root.unsqueeze(-2)
+
+
+def _over_groups(energies: Tensor) -> Tensor:
+    return energies if energies.ndim == 1 else energies.sum(0)
+
+
+def parameter_of(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter of its own with these values, trained as ``like`` is."""
+    # clone: a view would keep, and save, the whole storage.
+    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), like.requires_grad)

@@ -1,0 +1,600 @@
+"""Layers whose weight is trained as a singular value decomposition, and are still what they were.
+
+The class of a factorized layer derives from the layer's own, and its attributes, hooks, bias and the user's own parts
+stay. The forward pass computes in the cheaper of two ways: rebuild W and apply it once, or apply the two factors one
+after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.layers.forms import FORMS, DenseForm, Form, PairForm, SVDForm, balanced, parameter_of
+from lightning_svd.layers.matrices import Factors, exact_products, roundoff, svd, wide
+from lightning_svd.layers.pairs import bias_of, empty_dense, factored_pair, fill, layout_of
+from lightning_svd.layers.views import View, supported_type
+
+State = dict[str, Any]
+Replaced = tuple[list[nn.Parameter], list[nn.Parameter]]  # what is no longer trained, and what is in its place
+
+
+class FactorizedModule(nn.Module):
+    """What stands for a module of the user's and trains other parameters than it shows."""
+
+    def shown_parameters(self) -> dict[str, nn.Parameter]:
+        """Its own parameters as the rest of the model sees them."""
+        return dict(self._parameters)  # type: ignore[arg-type]
+
+    def true_parameters(self) -> dict[str, nn.Parameter]:
+        """Its own parameters as they are trained, under names that are unique in it."""
+        raise NotImplementedError
+
+    def set_true_parameters(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Take these after they were moved."""
+        raise NotImplementedError
+
+    @contextmanager
+    def showing_factors(self) -> Iterator[None]:
+        """Have ``parameters()`` give what is trained inside, for what must know it: a move to a device, DDP."""
+        shown, true = dict(self._parameters), self.true_parameters()
+        self._parameters.clear()
+        self._parameters.update(true)
+        try:
+            yield
+        finally:
+            true = cast("dict[str, nn.Parameter]", dict(self._parameters))
+            self._parameters.clear()
+            self._parameters.update(shown)
+            self.set_true_parameters(true)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # torch's one place for .to(), .half(), .cuda(): what is moved are the factors.
+        with self.showing_factors():
+            return super()._apply(fn, recurse)
+
+
+class Whole(Protocol):
+    """A module of several weight matrices, for what it shows of the layers that are its parts."""
+
+    def dense_form(self, part: Any, view: View) -> DenseForm:
+        """The form of a part that trains its dense weight: its own parameter, or rows of one that several share."""
+
+    def own_weight(self, part: Any) -> Replaced:
+        """Have a part that trains its dense weight do so by a parameter ``weight`` of its own."""
+
+    def name_of_weight(self, part: Any) -> str:
+        """How the weight of a part is called in an error."""
+
+    def parts_changed(self) -> None:
+        """A part trains other parameters by now."""
+
+
+class SVDLayer(FactorizedModule):
+    """What all factorized layers share; the class of each derives from this one and from the layer's own.
+
+    Attributes:
+        view: How the layer's weight is seen as a matrix.
+        form: What the weight is trained as, with its parameters.
+        layer_name: How the layer is called in errors and reports.
+        shows_factors: Whether ``parameters()`` gives U, s and V instead of the dense ``weight``.
+        layout: How the dense weight lies in memory.
+    """
+
+    view: View
+    form: Form
+    layer_name: str
+    shows_factors: bool
+    layout: torch.memory_format
+    _part_of: Whole | None = None
+
+    # What it is
+
+    @property
+    def full_rank(self) -> int:
+        """min(m, n)."""
+        return min(self.view.matrix_shape)
+
+    @property
+    def rank(self) -> int:
+        """How many ranks are in use."""
+        return self.form.rank
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(m, n): outputs and inputs of the layer seen as a matrix, of each group."""
+        return self.view.matrix_shape
+
+    @property
+    def conv_mode(self) -> str | None:
+        """The matrix that a convolution is seen as; None for other layers."""
+        return self.view.conv_mode
+
+    @property
+    def dense_params(self) -> int:
+        """Entries of the dense weight."""
+        return self.view.dense_params
+
+    @property
+    def params_per_rank(self) -> int:
+        """Entries that one rank costs in two plain layers, s merged into them."""
+        return self.view.params_per_rank
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.rank}/{self.full_rank}, form={self.form.name}"
+
+    # What it computes
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The dense layer's output, computed in the cheaper way for this input."""
+        (x, *more) = (*args, *kwargs.values())
+        if self.form.name == "dense" or any(value is not None for value in more):
+            return super().forward(*args, **kwargs)  # type: ignore[misc,no-any-return]  # of the layer's own class
+        given, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if given is not None and type(given) is not DenseWeight:
+            return self.view.apply_matrix(x, self.view.unfold(given), bias)  # by torch.func.functional_call
+        return self.output_with(x, bias)
+
+    def output_with(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """What :meth:`forward` computes of what is trained in the place of the weight, with this bias."""
+        if self.rebuilding_is_cheaper(x.shape):
+            return self.view.apply_matrix(x, self.form.matrix(), bias)
+        return self.view.apply_factors(x, *self.form.left_right(), bias)
+
+    def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
+        """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k."""
+        rank, view = self.rank, self.view
+        axes = len(view.kernel)
+        if axes and len(input_shape) not in (axes + 1, axes + 2):
+            return True  # the dense layer's to refuse
+        rebuild = rank * view.dense_params + view.dense_macs(input_shape)
+        return rank == 0 or rebuild <= rank * view.macs_per_rank(input_shape)
+
+    def rebuilt(self) -> Tensor:
+        """The dense weight these parameters stand for, differentiable; one that was just loaded, as it was."""
+        weight, loaded = self.view.fold(self.form.matrix()), self._just_loaded()
+        if loaded is None:
+            return weight
+        return loaded + (weight - weight.detach()) if weight.requires_grad else loaded  # 0, with a gradient
+
+    def factors(self) -> Factors:
+        """U (m, k), s (k,), V (n, k) of a layer that is trained as an SVD, differentiable; its exact SVD otherwise."""
+        return self.form.factors() if isinstance(self.form, SVDForm) else self.form.exact(self.layer_name)
+
+    # Its spectrum
+
+    def energies(self) -> Tensor:
+        """What each stored rank carries, (r,), in float32 or wider."""
+        return self.form.energies()
+
+    def singular_values(self) -> Tensor:
+        """Those in use in descending order, (k,), the root of the sum of squares over groups.
+
+        Of a layer that is trained as an SVD they are read off as what each rank carries, |s| |u| |v|; of another they
+        cost an SVD.
+        """
+        return self.energies()[: self.rank].sqrt().sort(descending=True).values
+
+    def spectrum(self) -> list[float]:
+        """:meth:`singular_values` as numbers."""
+        return cast("list[float]", self.singular_values().tolist())
+
+    # From one form into another; each says which parameters took the place of which
+
+    def to_svd(self, factors: Factors | None = None) -> Replaced:
+        """Train U, s and V from now on.
+
+        Args:
+            factors: Of the weight, if they are known; its exact SVD otherwise.
+
+        Raises:
+            ValueError: If the weight holds NaN or infinity; it is then as it was.
+        """
+        if factors is None:
+            factors = self.form.exact(self.layer_name)
+        return self._take(SVDForm.of(self.view, factors, self._like()))
+
+    def to_pair(self) -> Replaced:
+        """Train the two plain layers that the layer is going to be from now on; from an SVD."""
+        assert isinstance(self.form, SVDForm)
+        return self._take(PairForm.of(self.form))
+
+    def to_dense(self, weight: Tensor | None = None) -> Replaced:
+        """Train the dense weight from now on.
+
+        Args:
+            weight: If it is known; otherwise what the parameters multiply to.
+        """
+        if isinstance(self.form, DenseForm):
+            return [], []
+        old, like = self.form.trained, self._like()
+        with torch.no_grad(), exact_products(like.device):
+            values = self.rebuilt().to(like).clone(memory_format=self.layout) if weight is None else weight
+        face = self._face
+        self._hide_factors()
+        plain = face.give_back(values)
+        plain.requires_grad_(like.requires_grad)
+        self.form = DenseForm(self.view, self._parameters)
+        self._tell()
+        return old, [plain]
+
+    def _take(self, form: Form) -> Replaced:
+        old, new = self.form.trained, form.trained
+        open_ = self.shows_factors
+        if isinstance(self.form, DenseForm):
+            old, beside = self._part_of.own_weight(self) if self._part_of else (old, old)
+            vars(self)["_face"] = DenseWeight.take_over(self._parameters["weight"], self)  # type: ignore[arg-type]
+            # vars: past nn.Module, which would register it.
+            new = [trained for p in beside for trained in (new if p is self._face else [p])]
+        elif open_:
+            self._hide_factors()
+        self.form = form
+        if open_:
+            self._show_factors()
+        self._tell()
+        return old, new
+
+    def _tell(self) -> None:
+        if self._part_of:
+            self._part_of.parts_changed()
+
+    def keep(self, rank: int) -> None:
+        """Use this many ranks, the strongest; of a layer that is trained as an SVD.
+
+        Raises:
+            ValueError: If there is no room for so many.
+        """
+        if not 0 <= rank <= self.form.room:
+            raise ValueError(f"`rank` must be in [0, {self.form.room}], got {rank!r}")
+        if isinstance(self.form, SVDForm) and rank != self.rank:
+            self.form.sort()
+        self.form.rank = rank
+
+    def shrink(self) -> Replaced:
+        """Let go of the storage of ranks that are not in use."""
+        if self.form.room == self.rank:
+            return [], []
+        old, new = self.form.trained, self.form.shrunk(self.rank)
+        self.form.parameters.update(new)
+        self._tell()
+        return old, self.form.trained
+
+    # As what it was saved
+
+    def exact_state(self) -> State:
+        """The form, the rank and the very parameters, as tensors, numbers and strings; a dense weight is left out."""
+        tensors = {key: self.form.parameters[key].detach() for key in self.form.columns}
+        return {"form": self.form.name, "rank": self.rank, "conv_mode": self.conv_mode, **tensors}
+
+    def load_exact_state(self, state: State) -> Replaced:
+        """Take up what :meth:`exact_state` returned.
+
+        Raises:
+            ValueError: If it is not of this layer; the message names what differs.
+        """
+        kind = FORMS.get(state.get("form"))  # type: ignore[arg-type]
+        if kind is DenseForm:
+            return self.to_dense(self._just_loaded())
+        expected = kind.shapes(self.view, state["rank"]) if kind is not None else {}
+        for key, shape in expected.items():
+            tensor = state.get(key)
+            stored = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+            if stored is None or stored[:-1] != shape[:-1] or stored[-1] < shape[-1]:
+                raise ValueError(f"`{self.layer_name}`: expected {key} of shape {shape}, got {stored}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"`{self.layer_name}`: {key} holds NaN or infinity")
+        if kind is None:
+            raise ValueError(
+                f"`{self.layer_name}`: expected a form out of {', '.join(FORMS)}, got {state.get('form')!r}"
+            )
+        like = self._like()
+        parameters = {key: parameter_of(state[key].to(like), like) for key in expected}
+        return self._take(kind(self.view, parameters, state["rank"]))
+
+    # What a DenseWeight asks of it
+
+    def weight_name(self) -> str:
+        """How the weight is called in an error."""
+        return self._part_of.name_of_weight(self) if self._part_of else f"{self.layer_name}.weight".lstrip(".")
+
+    def layer_names(self) -> list[str]:
+        """The layer to leave out for who wants to write into its weight."""
+        return [self.layer_name]
+
+    def trained_parameters(self) -> Sequence[nn.Parameter]:
+        """What is trained."""
+        return self.form.trained
+
+    @torch.no_grad()
+    def load_weight(self, weight: Tensor) -> None:
+        """Take a dense weight: exactly where the rank in use is full, otherwise the nearest of that rank.
+
+        Raises:
+            ValueError: If it has another shape, or holds NaN or infinity.
+        """
+        if tuple(weight.shape) != self.view.weight_shape:
+            expected, got = self.view.weight_shape, tuple(weight.shape)
+            raise ValueError(f"`{self.weight_name()}` must be of shape {expected}, got {got}")
+        if isinstance(self.form, DenseForm):
+            self.form.weight().copy_(weight)
+            return
+        given, before, remembered = weight.to(self._like()), self.rebuilt(), self._remembered
+        if torch.equal(given, before):
+            return  # what it is: no rounding
+        parameters = [p.detach().clone() for p in self.form.trained]
+        as_here = (self.rank, *(p.shape for p in parameters))
+        if remembered is not None and remembered[2] == as_here and torch.equal(remembered[0], given):
+            values = remembered[1]
+        else:
+            exact = svd(self.view.unfold(given), self.weight_name())
+            factors = Factors(*(factor[..., : self.rank] for factor in exact))
+            values = list(factors) if isinstance(self.form, SVDForm) else [*balanced(factors)]
+        self._remembered = (before.clone(), parameters, as_here)
+        for parameter, value in zip(self.form.trained, values, strict=True):
+            parameter[..., : value.shape[-1]].copy_(value)
+        # Until training goes on, who reads it gets what was loaded: an average that is swapped in and out again must
+        # not come back as the nearest of the rank, nor rounded.
+        vars(self)["_loaded"] = (given.clone(), self._stamp())
+
+    def _just_loaded(self) -> Tensor | None:
+        """The weight that was loaded, while nothing changed since: a plain loop tells nobody that it trains on."""
+        if self._loaded is not None and self._loaded[1] != self._stamp():
+            vars(self)["_loaded"] = None
+        return None if self._loaded is None else self._loaded[0]
+
+    def _stamp(self) -> tuple[Any, ...]:
+        """What is another after each change of what is trained."""
+        return self.rank, *((id(p), p._version, p.dtype, p.device) for p in self.form.trained)
+
+    def warn_of_loss(self, weight: Tensor) -> None:
+        """Warn if the weight that was loaded is not one of the ranks that are in use."""
+        kept = self.view.fold(self.form.matrix()).detach()
+        lost = torch.linalg.vector_norm(wide(kept - weight.to(self._like())))
+        share = float(lost / torch.linalg.vector_norm(wide(weight)).clamp_min(torch.finfo(torch.float32).tiny))
+        if self.rank < self.full_rank and share > roundoff(self.matrix_shape, self._like().dtype):
+            warnings.warn(
+                f"`{self.weight_name()}`: what was loaded into it is kept {share:.1%} off, the nearest of the "
+                f"{self.rank} out of {self.full_rank} ranks that its layer uses by now",
+                stacklevel=2,
+            )
+
+    def forget_loaded(self, goes_on: bool = True) -> None:
+        """Let go of what was there before a weight was loaded, and of the weight as it was.
+
+        Args:
+            goes_on: Whether training goes on from it: then what the ranks in use cannot hold of it is warned of.
+        """
+        loaded, self._remembered = self._just_loaded(), None
+        if loaded is not None and goes_on:
+            self.warn_of_loss(loaded)
+        vars(self)["_loaded"] = None
+
+    # The two ways to show its parameters
+
+    def true_parameters(self) -> dict[str, nn.Parameter]:
+        if self.shows_factors or isinstance(self.form, DenseForm):
+            return self.shown_parameters()
+        return {**self.form.parameters, **{key: p for key, p in self._parameters.items() if key != "weight"}}  # type: ignore[dict-item]
+
+    def set_true_parameters(self, parameters: dict[str, nn.Parameter]) -> None:
+        if isinstance(self.form, DenseForm):
+            self._parameters.update(parameters)
+            return
+        for key, parameter in parameters.items():
+            (self.form.parameters if key in self.form.columns else self._parameters)[key] = parameter
+        self._face.refresh(self._like())
+
+    def show_factors(self) -> None:
+        """Have ``parameters()`` give U, s and V from now on, for optimizers that are built later."""
+        self.shows_factors = True
+        if not isinstance(self.form, DenseForm):
+            self._show_factors()
+
+    def _show_factors(self) -> None:
+        self._arrange(dict(self.form.parameters), without="weight")
+        self.form.parameters = self._parameters
+        vars(self)["weight"] = self._face  # for who reads it; not among the parameters
+
+    def _hide_factors(self) -> None:
+        """The weight stands where the factors were."""
+        if self.form.parameters is self._parameters:
+            self.form.parameters = {name: self._parameters.pop(name) for name in self.form.columns}
+            del vars(self)["weight"]
+            self._arrange({"weight": self._face})
+
+    def _arrange(self, first: dict[str, Any], without: str | None = None) -> None:
+        others = {key: value for key, value in self._parameters.items() if key not in (*first, without)}
+        self._parameters.clear()
+        self._parameters.update(first | others)
+
+    def _like(self) -> Tensor:
+        return self.form.trained[-1]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._refuse_another_weight(name)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._refuse_another_weight(name)
+        super().__delattr__(name)
+
+    def _refuse_another_weight(self, attribute: str) -> None:
+        if attribute == "weight" and not isinstance(vars(self).get("form"), DenseForm):
+            raise RuntimeError(
+                f"`{self.weight_name()}` cannot be replaced while its layer trains U, s and V: leave the layer out, "
+                f"`exclude_modules={self.layer_names()}`, or load it by `load_state_dict`"
+            )
+
+    # Files and copies have the dense weight, under its own name
+
+    def _save_to_state_dict(self, destination: State, prefix: str, keep_vars: bool) -> None:
+        if isinstance(self.form, DenseForm):
+            super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+            return
+        weight: Any = self._face if keep_vars else self.rebuilt().detach()
+        with self._having({"weight": weight} | self._others()):
+            super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+
+    def _others(self) -> dict[str, Any]:
+        """Its own parameters that stand for themselves."""
+        return {key: p for key, p in self._parameters.items() if key not in ("weight", *self.form.columns)}
+
+    @contextmanager
+    def _having(self, parameters: dict[str, Any]) -> Iterator[None]:
+        """Have these in the place of its parameters inside; those that are still there afterwards are kept."""
+        shown = dict(self._parameters)
+        self._parameters.clear()
+        self._parameters.update(parameters)
+        try:
+            yield
+        finally:
+            kept = {key: value for key, value in self._parameters.items() if key in shown and key != "weight"}
+            self._parameters.clear()
+            self._parameters.update(shown | kept)
+
+    def _load_from_state_dict(
+        self, state_dict: State, prefix: str, local_metadata: Any, strict: bool, *errors: list[str]
+    ) -> None:
+        if isinstance(self.form, DenseForm):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *errors)  # type: ignore[no-untyped-call]
+            return
+        missing, unexpected, messages = errors
+        key = f"{prefix}weight"
+        rest = {name: value for name, value in state_dict.items() if name != key}
+        with self._having(self._others()):
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, messages)  # type: ignore[no-untyped-call]
+        if key in state_dict:
+            try:
+                self.load_weight(state_dict[key])
+            except ValueError as error:
+                messages.append(str(error))
+            else:
+                self.warn_of_loss(state_dict[key])
+        elif strict:
+            missing.append(key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A dense layer of the user's own class; where the factors are shown, a factorized one."""
+        new, arguments, state = self.__reduce_ex__(2)
+        memo[id(self)] = twin = new(*arguments)
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        new, kind = (_new_factorized, own_class(self)) if self.shows_factors else (object.__new__, own_class(self))
+        return new, (kind,), self._state()
+
+    def __setstate__(self, state: State) -> None:
+        super().__setstate__(state)
+        self.form.parameters = self._parameters
+        face = vars(self).get("_face")
+        if not isinstance(self.form, DenseForm) and type(face) is not DenseWeight:
+            DenseWeight.take_over(face, self)  # type: ignore[arg-type]  # it was copied as the values it stood for
+
+    def _state(self) -> State:
+        """What a copy or a pickle has."""
+        own = {key: value for key, value in vars(self).items() if key != PART_OF}  # which tells its parts itself
+        if self.shows_factors:
+            own["form"] = copy.copy(self.form)
+            own["form"].parameters = {}
+            return own
+        return {key: value for key, value in own.items() if key not in _OWN}
+
+
+PART_OF = "_part_of"  # set on what is, or was, a part: a plain layer too
+_OWN = ("view", "form", "layer_name", "shows_factors", "layout", "_face", "_remembered", "_loaded")
+
+
+def _new_factorized(kind: type[nn.Module]) -> SVDLayer:
+    factorized = svd_class(kind)
+    return factorized.__new__(factorized)
+
+
+def own_class(layer: nn.Module) -> type[nn.Module]:
+    """The class that a layer was written as, factorized or not."""
+    return type(layer).__bases__[-1] if isinstance(layer, SVDLayer) else type(layer)
+
+
+@functools.cache
+def svd_class(kind: type[nn.Module]) -> type[SVDLayer]:
+    """The class of factorized layers for a class of dense ones, which it derives from."""
+    about = {"__doc__": f"``{kind.__name__}`` whose weight is trained as U diag(s) V^T.", "__module__": __name__}
+    return cast("type[SVDLayer]", type(f"SVD{kind.__name__}", (SVDLayer, kind), about))
+
+
+def factorize(
+    layer: nn.Module, view: View, name: str = "", form: str = "svd", factors: Factors | None = None
+) -> SVDLayer:
+    """Make ``layer`` itself a factorized one; whoever holds it, or its weight, holds it still.
+
+    Args:
+        layer: A plain layer.
+        view: Of its weight.
+        name: What to call it in errors.
+        form: "svd", or "dense" for a layer that trains as it is until :meth:`SVDLayer.to_svd`.
+        factors: Of its weight, if they are known.
+
+    Raises:
+        ValueError: If the weight holds NaN or infinity; the layer is then as it was.
+    """
+    assert supported_type(layer) is not None
+    whole: Whole | None = vars(layer).get(PART_OF)
+    dense = whole.dense_form(layer, view) if whole else DenseForm(view, layer._parameters)
+    if form == "svd" and factors is None:
+        factors = dense.exact(name or type(layer).__name__)
+    layer.__class__ = svd_class(type(layer))
+    factorized = cast("SVDLayer", layer)
+    own: State = {"view": view, "form": dense, "layer_name": name, "shows_factors": False}
+    own |= {"layout": layout_of(dense.weight()), "_remembered": None, "_loaded": None}
+    vars(factorized).update(own)  # past nn.Module, whose way of setting attributes the layer has no use for here
+    if form == "svd":
+        factorized.to_svd(factors)
+    return factorized
+
+
+def release(layer: SVDLayer, weight: Tensor | None = None) -> Replaced:
+    """Make a factorized layer a plain one of its own class again, the same object with the same parameter.
+
+    Args:
+        layer: In any form.
+        weight: What its weight is to be; otherwise what its parameters multiply to.
+    """
+    replaced = layer.to_dense(weight)
+    kind = own_class(layer)
+    for attribute in _OWN:
+        vars(layer).pop(attribute, None)
+    layer.__class__ = kind
+    return replaced
+
+
+@torch.no_grad()
+def plain_dense(layer: SVDLayer) -> nn.Module:
+    """A new plain layer with the weight that a factorized one stands for, and its very bias."""
+    with exact_products(layer._like().device):
+        dense = empty_dense(layer.view, bias_of(layer) is not None)
+        return fill(dense, layer.rebuilt(), bias_of(layer), layer._like(), layer.layout).train(layer.training)
+
+
+@torch.no_grad()
+def plain_pair(layer: SVDLayer) -> nn.Sequential:
+    """Two new plain layers in sequence for a factorized one, of its rank (1 if it is 0), sqrt|s| merged into each."""
+    view, form = layer.view, layer.form
+    if isinstance(form, PairForm):
+        left, right = form.left_right()
+    else:
+        left, right = balanced(Factors(*map(wide, layer.factors())))
+    if left.shape[-1] == 0:
+        left, right = (factor.new_zeros(*factor.shape[:-1], 1) for factor in (left, right))
+    like = layer._like()
+    pair = factored_pair(view, left.shape[-1], bias_of(layer) is not None)
+    for half, weight in zip(pair, (view.first_weight(right.to(like)), view.second_weight(left.to(like))), strict=True):
+        fill(half, weight, bias_of(layer), like, layer.layout)
+    return pair.train(layer.training)

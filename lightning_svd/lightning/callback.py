@@ -1,0 +1,317 @@
+"""``SVDTrainingCallback``: when things happen during a fit."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_svd.arguments import check_count
+from lightning_svd.files.checkpoints import VERSION, check_state
+from lightning_svd.lightning import loggers, trainers
+from lightning_svd.lightning.checkpoint_io import SVDCheckpointIO
+from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.report.data import SVDReport, plan_table
+from lightning_svd.training.guard import guard_on
+from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.run import SVDTraining
+
+
+class SVDTrainingCallback(Callback):
+    """Trains a LightningModule in factorized form down to a budget and leaves a smaller, faster model.
+
+    When a fit starts, each linear layer and convolution is factorized into its full-rank SVD, U diag(s) V^T, and the
+    factors are trained (Yang et al. 2020, arXiv 2004.09031). In three phases of one run: full rank, while the
+    sparsity strength ramps up; ranks fall towards the budget; ranks are frozen and the low-rank model is finetuned.
+    Parameters, state dicts and files show the dense weights under their own names all the while.
+
+    Works with no argument (``target_macs=0.5``). Give at most one of ``target_macs``, ``target_params`` and
+    ``energy_threshold``.
+
+    Args:
+        monitor: Name of a logged metric; the report says what the pruning cost in it.
+        mode: "min" if less of it is better, "max" if more is; to be given with ``monitor``.
+        max_metric_drop: How far the metric may fall below its best, in its own unit, before pruning pauses until it
+            has recovered. The budget may then not be met, which the report says. None: the budget is met.
+        log_every_n_steps: How often scalars are logged, in optimizer steps; None for the Trainer's. The Trainer's own
+            interval is a gate in front of it: less often than that, not more often.
+        log_spectrum_every_n_epochs: How often spectra are drawn in W&B and TensorBoard; 0 for only at the start and
+            the end.
+        recipe: All others are the fields of :class:`~lightning_svd.training.recipe.Recipe`.
+
+    Attributes:
+        recipe: What was asked for.
+        plan: What became of each layer, after the fit has started.
+        report: An :class:`SVDReport` after the fit, None before.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        monitor: str | None = None,
+        mode: str | None = None,
+        max_metric_drop: float | None = None,
+        log_every_n_steps: int | None = None,
+        log_spectrum_every_n_epochs: int = 1,
+        **recipe: Any,
+    ) -> None:
+        super().__init__()
+        self.recipe = Recipe(**recipe)
+        guard_on(monitor, mode, max_metric_drop)
+        if log_every_n_steps is not None:
+            check_count("log_every_n_steps", log_every_n_steps)
+        check_count("log_spectrum_every_n_epochs", log_spectrum_every_n_epochs, least=0)
+        self.monitor, self.mode, self.max_metric_drop = monitor, mode, max_metric_drop
+        self.log_every_n_steps, self.log_spectrum_every_n_epochs = log_every_n_steps, log_spectrum_every_n_epochs
+        self.plan: list[Any] = []
+        self.report: SVDReport | None = None
+        self._run: SVDTraining | None = None
+        self._spectra: loggers.SpectrumHistory | None = None
+        self._to_resume: dict[str, Any] | None = None
+        self._interrupted: dict[str, Any] = {}
+        self._before_trial: dict[str, Any] = {}
+        self._finished: weakref.ref[nn.Module] | None = None
+
+    # ------------------------------------------------------------------------------------- before the first batch
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        SVDCheckpointIO.install(trainer)
+        if stage == "fit":
+            self._to_resume, self._interrupted = None, {}
+            if not self._is_finished(pl_module):
+                trainers.check_trainer(self, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Here the model is on its device, its optimizers are made and a checkpoint's weights are loaded; what the
+        # optimizers remember comes next, and finds the parameters that it was written for.
+        if self._is_finished(pl_module):
+            rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
+            return
+        if trainers.is_trial(trainer):
+            self._before_trial = copy.deepcopy(pl_module.state_dict())
+        run = SVDTraining(
+            pl_module,
+            trainer.optimizers,
+            trainers.total_steps(trainer),
+            recipe=self.recipe,
+            thaws=trainers.thaws_layers(trainer),
+            choose_ranks=self.choose_ranks,
+            guard=guard_on(self.monitor, self.mode, self.max_metric_drop),
+            on_reshape=lambda: trainers.wrap_again(trainer),
+            state=self._to_resume,
+        )
+        self._run, self.plan, self.report, self._to_resume = run, run.plan, None, None
+        rank_zero_info(plan_table(self.plan))
+        if pl_module.example_input_array is not None:
+            run.recorder.start()
+            with trainer.precision_plugin.forward_context():
+                trainers.forward_example(pl_module)
+            self._learn_costs(trainer, run)
+        if trainer.is_global_zero:
+            loggers.log_start(trainer.loggers, self.arguments, self.plan, trainer.global_step)
+            shapes = {name: layer.matrix_shape for name, layer in run.layers.items()}
+            self._spectra = loggers.SpectrumHistory(shapes, run.spectra_before)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw_spectra(trainer, trainer.current_epoch)
+
+    # ------------------------------------------------------------------------------------------------ in each batch
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._run is not None:
+            self._run.begin_batch(trainer.optimizers)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        run = self._run
+        if run is not None:
+            run.backwards += 1
+            # In manual optimization another network may be still to come.
+            self._learn_costs(trainer, run, every_layer=not pl_module.automatic_optimization)
+
+    def _learn_costs(self, trainer: Trainer, run: SVDTraining, every_layer: bool = False) -> None:
+        if run.cost is None:
+            with trainer.precision_plugin.forward_context():  # as the pass was that is run again
+                run.learn_costs(every_layer)
+            for warning in run.warnings:
+                rank_zero_warn(f"SVD training: {warning}")
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        # After the backward pass, accumulation, all-reduce and unscaling, and before clipping: here a gradient added
+        # by hand is what the gradient of `loss + penalty` would be.
+        if self._run is not None:
+            scale = trainers.gradient_scale(trainer, optimizer)
+            if pl_module.automatic_optimization:
+                # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or a skipped step.
+                scale *= self._run.backwards / trainer.accumulate_grad_batches
+            self._run.before_step(self._run.optimizer(optimizer), trainers.steps_done(trainer), scale)
+
+    def add_gradients(self, trainer: Trainer, optimizer: Optimizer) -> None:
+        """Add the regularizers' gradient now, for code of your own that clips between ``manual_backward`` and ``step``.
+
+        In manual optimization it is added just before each ``optimizer.step()``; where gradients are clipped by hand
+        before that, call this first.
+
+        Args:
+            trainer: The Trainer that fits.
+            optimizer: The one that is going to step.
+        """
+        if self._run is not None:
+            optimizer = getattr(optimizer, "optimizer", optimizer)
+            ours = self._run.optimizer(optimizer)
+            scale = trainers.gradient_scale(trainer, optimizer, stepping=False)
+            self._run.add_gradients(ours, trainers.steps_done(trainer), scale)
+            ours.gradients_added = True
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._run is not None:
+            self._run.backwards = 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        run = self._run
+        if run is None:
+            return
+        self._learn_costs(trainer, run)  # where no backward pass came, or not every layer was used
+        run.end_batch()
+        done = trainers.steps_done(trainer)
+        change = run.after_step(done, trainer.current_epoch, self.should_prune(run.clock(done)))
+        if change is not None:
+            rank_zero_info(f"SVD training: {change}")
+        if done % (self.log_every_n_steps or trainers.log_interval(trainer)) == 0:
+            loggers.log_scalars(pl_module, run)
+
+    # ------------------------------------------------------------------------------------------------- in each epoch
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None and self._run.guard is not None:
+            if trainer.sanity_checking:
+                trainers.metric(trainer, self._run.guard.monitor)  # refused before the first batch if nobody logs it
+            else:
+                self._see_metric(trainer, self._run)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None and self._run.guard is not None and not trainer.enable_validation:
+            self._see_metric(trainer, self._run)
+        every = self.log_spectrum_every_n_epochs
+        if every and (trainer.current_epoch + 1) % every == 0:
+            self._draw_spectra(trainer, trainer.current_epoch + 1)
+
+    def _see_metric(self, trainer: Trainer, run: SVDTraining) -> None:
+        change = run.see_metric(trainers.metric(trainer, str(self.monitor)), trainers.steps_done(trainer))
+        if change is not None:
+            rank_zero_info(f"SVD training: `{self.monitor}`: pruning {change}")
+
+    def _draw_spectra(self, trainer: Trainer, epoch: int, last: bool = False) -> None:
+        if self._run is not None and self._spectra is not None and trainer.is_global_zero:
+            self._spectra.draw(trainer.loggers, self._run.spectra, epoch, trainer.global_step, last)
+
+    # ---------------------------------------------------------------------------------------------------- the end
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            missed = self._run.why_not_reached(trainers.steps_done(trainer))
+            if missed is not None:
+                self._run.warnings.append(missed)
+                rank_zero_warn(f"SVD training: {missed}")
+            self._draw_spectra(trainer, trainer.current_epoch, last=True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not in on_train_end, where checkpoints and averaging callbacks still act on the model as it was trained.
+        run, self._run = self._run, None
+        if run is None:
+            return
+        if trainers.is_trial(trainer):
+            run.undo()
+            pl_module.load_state_dict(self._before_trial)
+            self._before_trial = {}
+            return
+        with trainer.precision_plugin.forward_context():  # layers are timed as they run
+            self.report = run.finish(self.arguments)
+        self._finished = weakref.ref(pl_module)
+        rank_zero_info(str(self.report))
+        if trainer.is_global_zero:
+            loggers.log_end(trainer.loggers, self.report, trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._abandon()  # a tuner's early exit comes here past `on_fit_end` and `on_exception`
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            self._interrupted = run.abandon()  # for a checkpoint that is written because of the exception
+
+    # ----------------------------------------------------------------------------------------- what is kept of a run
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._run.state_dict() if self._run is not None else self._interrupted
+        return {"lightning_svd": VERSION, "is_finished": self.report is not None} | state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, type(self).__name__)
+        if self._run is not None and "layers" in state_dict:
+            self._run.load_state_dict(state_dict)  # a fit that restores a checkpoint inside itself
+        else:
+            self._to_resume = state_dict if "layers" in state_dict else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs the model's own logging functions on a callback.
+        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return own | {"_run": None, "_finished": None, "_spectra": None}
+
+    def _is_finished(self, pl_module: LightningModule) -> bool:
+        return self._finished is not None and self._finished() is pl_module
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
+        names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
+        return asdict(self.recipe) | {name: vars(self)[name] for name in names if name in vars(self) and name != "recipe"}
+
+    # -------------------------------------------------------------------------------------------------- decisions
+
+    def should_prune(self, step: int) -> bool:
+        """Whether ranks are cut after this optimizer step; override it to choose other moments.
+
+        Args:
+            step: Optimizer steps so far, those in pauses of ``max_metric_drop`` not counted.
+        """
+        return self._run is not None and self._run.policy.is_due(step)
+
+    def choose_ranks(self, energies: dict[str, torch.Tensor], cost: ModelCost) -> dict[str, int]:
+        """The ranks to end with, judged by the model as it is now; override it for a criterion of your own.
+
+        Args:
+            energies: For each layer what each of its ranks carries, (r,), descending.
+            cost: Of the model.
+        """
+        assert self._run is not None
+        return self.recipe.choose_ranks(energies, cost, self._run.bounds)
+
+
+def _signature() -> inspect.Signature:
+    """The callback's own arguments and the recipe's, as one list for readers and tools."""
+    own = inspect.signature(SVDTrainingCallback.__init__)
+    mine = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    asked = inspect.signature(Recipe).parameters.values()
+    kinds = {field.name for field in fields(Recipe)}
+    return own.replace(
+        parameters=[mine[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in asked if p.name in kinds), *mine[1:]]
+    )
+
+
+SVDTrainingCallback.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,0 +1,155 @@
+"""What the callback asks of a Trainer and its LightningModule: facts, and refusals."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import LBFGS, Optimizer
+
+from lightning_svd.model.counting import as_arguments, evaluating
+from lightning_svd.model.surgery import showing_factors
+
+PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
+
+
+def check_trainer(callback: Callback, trainer: Trainer) -> None:
+    """Refuse what would train wrongly and silently.
+
+    Raises:
+        ValueError: Naming the strategy, plugin or callback, and what to do.
+    """
+    us, strategy = type(callback).__name__, trainer.strategy
+    if strategy.restore_checkpoint_after_setup or strategy.handles_gradient_accumulation:
+        raise ValueError(
+            f"{us} does not work with {type(strategy).__name__}, which shards parameters or owns the optimizer's step: "
+            "use one device or DDP"
+        )
+    precision = type(trainer.precision_plugin).__name__
+    if precision in PRECISIONS_WITH_LAYERS:
+        raise ValueError(f"{us} does not work with {precision}, which replaces layers too")
+    for other in callbacks_of(trainer):
+        if _is_a(other, "ModelPruning"):
+            raise ValueError(f"{us} does not work with {type(other).__name__}: both change the same weights")
+
+
+def thaws_layers(trainer: Trainer) -> bool:
+    """Whether a callback is going to train layers that are frozen now."""
+    return any(_is_a(other, "BaseFinetuning") for other in callbacks_of(trainer))
+
+
+def wrap_again(trainer: Trainer) -> None:
+    """Have DistributedDataParallel know the parameters that are trained now; nothing with another strategy.
+
+    It lists the model's parameters once, when it wraps it, and builds its buckets for their shapes.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy.model, DistributedDataParallel):
+        strategy.model = trainer.lightning_module
+        with showing_factors(trainer.lightning_module):
+            strategy.configure_ddp()  # type: ignore[attr-defined]  # of the strategies that wrap so
+
+
+def _is_a(callback: Callback, *names: str) -> bool:
+    """Whether a callback is of a class of one of these names, of `lightning` or of `pytorch_lightning`."""
+    return any(kind.__name__ in names for kind in type(callback).__mro__)
+
+
+# Attributes that Trainer's constructor sets without an annotation.
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks in their order."""
+    return list(vars(trainer)["callbacks"])
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which must leave the model as it was."""
+    return bool(vars(trainer)["fast_dev_run"])
+
+
+def log_interval(trainer: Trainer) -> int:
+    """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
+    return vars(trainer)["log_every_n_steps"] or 1
+
+
+def total_steps(trainer: Trainer) -> int:
+    """Length of the whole run in the unit of :func:`steps_done`.
+
+    Raises:
+        ValueError: If it is not known, or an optimizer steps more than once for a gradient.
+    """
+    if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
+        raise ValueError("SVDTrainingCallback does not work with LBFGS, which steps more than once for a gradient")
+    steps = trainer.estimated_stepping_batches
+    if not 0 < steps < math.inf:
+        raise ValueError(
+            f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
+            "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
+        )
+    return int(steps)
+
+
+def metric(trainer: Trainer, name: str) -> float:
+    """The last value of a logged metric.
+
+    Raises:
+        ValueError: If there is none of this name.
+    """
+    if name not in trainer.callback_metrics:
+        known = ", ".join(map(repr, trainer.callback_metrics)) or "none"
+        raise ValueError(f"`monitor` must be a metric that is logged by then, got {name!r}; there are: {known}")
+    return float(trainer.callback_metrics[name])
+
+
+def steps_done(trainer: Trainer) -> int:
+    """How much of the run is done: optimizer steps or, in manual optimization, where a batch may have many, batches.
+
+    Where `max_steps` ends a manual run, optimizer steps all the same.
+    """
+    if trainer.lightning_module.automatic_optimization or trainer.estimated_stepping_batches == trainer.max_steps:
+        return trainer.global_step
+    # Not those "ready": the present batch counts when it is done, as a step does.
+    return int(vars(trainer.fit_loop.epoch_loop.batch_progress.total)["processed"])
+
+
+def gradient_scale(trainer: Trainer, optimizer: Optimizer, stepping: bool = True) -> float:
+    """What gradients are multiplied by at present.
+
+    Args:
+        trainer: With a loss scaler or without.
+        optimizer: The one that is going to step.
+        stepping: Whether it is about to, so that gradients are unscaled by now, but for a fused one's, which unscales
+            them itself.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is None or (stepping and not getattr(optimizer, "_step_supports_amp_scaling", False)):
+        return 1.0
+    return float(scaler.get_scale())
+
+
+def batch_size(batch: Any) -> int:
+    """Inputs in a batch; 1 where Lightning cannot tell."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an ambiguous batch only blurs the counts per input
+            return extract_batch_size(batch)
+    except MisconfigurationException:
+        return 1
+
+
+@torch.no_grad()
+def forward_example(pl_module: LightningModule) -> None:
+    """Run ``example_input_array`` through the model as in evaluation, leaving its modes as they were."""
+    example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
+    with evaluating(pl_module):
+        if isinstance(example, dict):
+            pl_module(**example)
+        else:
+            pl_module(*as_arguments(example))

@@ -1,0 +1,460 @@
+"""The calls by which a training step enters a model, kept for a moment so that they can be run again.
+
+The step itself is never changed: hooks note what each network was called with. What a forward pass costs, and whether a
+changed layer still computes the same, is found afterwards by replaying those calls, in evaluation and without a trace.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.parts import InParts
+
+# A loop over time steps calls one module thousands of times: of calls that look alike this many are kept, the others
+# are counted as repetitions of the last; and of all calls together no more than that.
+ALIKE, KEPT = 32, 10_000
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module from outside.
+
+    Attributes:
+        module: What was called.
+        args: Positional arguments. Tensors share the memory of the user's, but hold no graph; whether they required
+            gradients is kept.
+        kwargs: Arguments by keyword.
+        inference: Whether it was in ``torch.inference_mode``.
+        grad: Whether gradients were enabled.
+        times: How many such calls it stands for.
+        differentiates: Whether the module is known to differentiate in its forward pass, so that it fails without
+            gradients.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    inference: bool = False
+    grad: bool = True
+    times: int = 1
+    differentiates: bool = False
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among its arguments."""
+        return [leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+# ------------------------------------------------------------------------------------------------ nested values
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor in tuples, lists, dicts and dataclasses changed; of other objects, the very same."""
+    if isinstance(value, Tensor):
+        return change(value)
+    try:
+        return _rebuilt(value, change)
+    except Exception:  # a class of the user's that is made in another way: as any other object
+        return value
+
+
+def _rebuilt(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return replace(value, **{name: mapped(item, change) for name, item in own.items()})
+    if isinstance(value, Mapping):
+        twin: Any = copy.copy(value)
+        for key, item in value.items():
+            twin[key] = mapped(item, change)
+        return twin
+    return value
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What nested tuples, lists, dicts and dataclasses hold, in order, with a mark for where each of them begins."""
+    if isinstance(value, (tuple, list)):
+        yield f"{len(value)} items"
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, Mapping):
+        yield f"keys {list(value)}"
+        for item in value.values():
+            yield from leaves(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from leaves({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    else:
+        yield value
+
+
+# ------------------------------------------------------------------------------------------------- noting calls
+
+
+class CallRecorder:
+    """Notes by hooks which modules were called from outside, and with what; for one batch at a time.
+
+    Outside means: from no other module that holds a layer. A step may call the whole, a network in it, by a method the
+    parts of a network, several networks, one several times. What runs in a backward pass (activation checkpoints) is no
+    call of its own. Of a compiled module only the call of the whole is seen, and all its layers are taken to be called.
+
+    Memory is bounded: of each module's calls that look alike (shapes, dtypes, flags) :data:`ALIKE` are kept, of all
+    together :data:`KEPT`; tensors are not copied, so that a model that writes into its input is replayed on what it
+    wrote. Start it before a batch, and stop it after.
+
+    Attributes:
+        calls: What was called since it was started, in order.
+        seen: Names of the layers that were called, parts of attention and recurrent modules with their owner.
+        left_out: How many calls were one too many to be kept.
+    """
+
+    def __init__(self, module: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
+        self.module, self.layers = module, layers
+        self.calls: list[Call] = []
+        self.seen: set[str] = set()
+        self.left_out = 0
+        self._handles: list[RemovableHandle] = []
+        self._open: list[nn.Module] = []
+        self._alike: Counter[Any] = Counter()
+        self._last: dict[Any, Call] = {}
+        self._forwards: dict[nn.Module, Any] = {}
+        self._names: dict[nn.Module, list[str]] = {}
+        self._compiled: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def start(self) -> None:
+        """Forget what was noted, and note from now on."""
+        self.stop()
+        self.calls, self.seen, self.left_out = [], set(), 0
+        names = {id(layer): name for name, layer in self.layers.items()}
+        for child in self.module.modules():
+            if any(id(part) in names for part in _all_parts(child)):
+                own = [child, *(child.parts().values() if isinstance(child, InParts) else ())]
+                own = [*_all_parts(child)] if _is_compiled(child) else own
+                self._names[child] = [names[id(part)] for part in own if id(part) in names]
+                self._forwards[child] = vars(child).get("forward")
+                entering, leaving = _Hook(self._enter), _Hook(self._leave)
+                self._handles += [
+                    child.register_forward_pre_hook(entering, prepend=True, with_kwargs=True),
+                    child.register_forward_hook(leaving, always_call=True),
+                ]
+                self._watch_compiled(child)
+
+    def stop(self) -> None:
+        """Note no more; what was noted stays."""
+        for handle in self._handles:
+            handle.remove()
+        for child, (ours, theirs) in self._compiled.items():
+            if vars(child).get("_compiled_call_impl") is ours:
+                vars(child)["_compiled_call_impl"] = theirs
+        noted: list[Any] = [self._handles, self._open, self._alike, self._last]
+        watched: list[Any] = [self._forwards, self._names, self._compiled]
+        for container in (*noted, *watched):
+            container.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self._names:
+            return
+        if vars(module).get("forward") is not self._forwards[module]:
+            return  # a strategy leads `training_step` through the module's call; the step's own calls come inside
+        self.seen.update(self._names[module])
+        self._open.append(module)
+        if len(self._open) == 1 and not _in_backward():
+            self._note(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        if module in self._open:  # else it was never entered: another's hook raised before
+            while self._open.pop() is not module:
+                pass
+
+    def _watch_compiled(self, module: nn.Module) -> None:
+        # What `module.compile()` sets, a private attribute, calls hooks from inside the compiled code only.
+        compiled: Any = vars(module).get("_compiled_call_impl")
+        if compiled is not None:
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self._enter(module, args, kwargs)
+                try:
+                    return compiled(*args, **kwargs)
+                finally:
+                    self._leave(module)
+
+            vars(module)["_compiled_call_impl"] = call
+            self._compiled[module] = call, compiled
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        module = getattr(module, "_orig_mod", module)  # what torch.compile stands for
+        kind = (id(module), *map(_look, leaves((args, kwargs))))
+        full = len(self.calls) >= KEPT
+        if kind in self._last and (full or self._alike[kind] >= ALIKE):
+            self._last[kind].times += 1
+        elif full:
+            self.left_out += 1
+        else:
+            keep = _once_each(_without_graph)
+            inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+            call = Call(module, mapped(args, keep), mapped(dict(kwargs), keep), inference, grad)
+            self.calls.append(call)
+            self._last[kind] = call
+            self._alike[kind] += 1
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
+
+
+class _Hook:
+    """A hook that does nothing in copies and pickles of its module, which would take the recorder along."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.function(*args)
+
+    def __reduce__(self) -> Any:
+        return _nothing_to_do, ()
+
+
+def _nothing_to_do() -> Callable[..., None]:
+    return _ignore
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _all_parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules in ``module``, those that an attention or a recurrent module hides among them."""
+    for child in module.modules():
+        yield child
+        if isinstance(child, InParts):
+            yield from child.parts().values()
+
+
+def _look(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return leaf if isinstance(leaf, (bool, int, float, str)) or leaf is None else type(leaf)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    detached = tensor.detach()
+    return detached.requires_grad_() if tensor.requires_grad else detached
+
+
+def _once_each(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``change`` that gives the same for the same: attention looks whether its query is its key."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor, change(tensor)
+        return known[id(tensor)][1]
+
+    return changed
+
+
+def _in_backward() -> bool:
+    # As torch.utils.checkpoint asks; there is no public way.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+# ------------------------------------------------------------------------------------------------ running again
+
+
+def replay(
+    module: nn.Module,
+    calls: Sequence[Call],
+    watch: Callable[[Call], AbstractContextManager[Any]] | None = None,
+) -> list[Any]:
+    """Run calls again as in evaluation, and leave everything as it was.
+
+    Afterwards each module is in its own mode; buffers, attributes and lists that the model keeps (counters, caches,
+    states), random states and the calls' tensors are as before. Randomness in the model is the same in every replay.
+    Gradients are off, unless the model differentiates in its forward pass. Autocast is as the caller has it. Hooks that
+    the user registered do run. Parameters that a model writes into in evaluation, objects that it was given, and what
+    its hooks do elsewhere are not undone.
+
+    Args:
+        module: The whole tree, whose modules may call each other.
+        calls: Of modules in it.
+        watch: Entered around each attempt at a call: one without gradients that fails is made again with them.
+
+    Returns:
+        What each call returned, detached.
+    """
+    with _untouched(module):
+        return [_again(call, watch or (lambda _: nullcontext())) for call in calls]
+
+
+def _again(call: Call, watch: Callable[[Call], AbstractContextManager[Any]]) -> Any:
+    if not call.differentiates:
+        try:
+            return _attempt(call, watch, grad=False)
+        except RuntimeError as error:
+            if "grad" not in str(error):
+                raise
+    output = _attempt(call, watch, grad=True)
+    call.differentiates = True
+    return output
+
+
+def _attempt(call: Call, watch: Callable[[Call], AbstractContextManager[Any]], grad: bool) -> Any:
+    def fresh(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, nn.Parameter):
+            return tensor
+        return tensor.detach().clone().requires_grad_(grad and tensor.requires_grad)
+
+    # Clones: the model may write into what it gets.
+    args, kwargs = mapped((call.args, call.kwargs), _once_each(fresh))
+    with torch.set_grad_enabled(grad), watch(call):
+        output = call.module(*args, **kwargs)
+    return mapped(output, lambda tensor: tensor.detach())
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation inside, each of its modules in the mode it was in afterwards."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
+
+
+@contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(evaluating(module))
+        stack.enter_context(_keeping_state(module))
+        stack.enter_context(_same_randomness(module))
+        stack.enter_context(_without_shortcuts())
+        yield
+
+
+@contextmanager
+def _without_shortcuts() -> Iterator[None]:
+    """Compute as in training: attention calls its layers, where torch has a fast path, and nothing is compiled."""
+    shortcut = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    try:
+        with stance("force_eager") if stance else nullcontext():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(shortcut)
+
+
+@contextmanager
+def _same_randomness(module: nn.Module) -> Iterator[None]:
+    tensors = [*module.parameters(), *module.buffers()]
+    cuda = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(0)
+        for index in cuda:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _keeping_state(module: nn.Module) -> Iterator[None]:
+    """Buffers, attributes, and what is in lists and dicts among those, as they were afterwards."""
+    attributes = [(vars(child), dict(vars(child))) for child in module.modules()]
+    containers = [
+        (value, list(value) if isinstance(value, list) else dict(value))
+        for _, before in attributes
+        for value in before.values()
+        if isinstance(value, (list, dict))
+    ]
+    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    try:
+        yield
+    finally:
+        for own, before in (*attributes, *containers):
+            _restore(own, before)
+        with torch.no_grad():
+            for buffer, version, values in buffers:
+                if buffer._version != version:
+                    buffer.copy_(values)
+
+
+def _restore(container: Any, before: Any) -> None:
+    if isinstance(before, list):
+        if [*map(id, container)] != [*map(id, before)]:
+            container[:] = before
+    elif [*container] != [*before] or any(container[key] is not value for key, value in before.items()):
+        container.clear()
+        container.update(before)
+
+
+# ------------------------------------------------------------------------------------------------- fewer inputs
+
+
+def inputs_of(calls: Sequence[Call]) -> int:
+    """How many inputs a batch has: the first dimension of the first tensor that the first call got; 1 without one."""
+    sizes = (len(tensor) for call in calls[:1] for tensor in call.tensors() if tensor.ndim)
+    return next(sizes, 1)
+
+
+def cut(module: nn.Module, calls: Sequence[Call], few: int) -> tuple[list[Call], int]:
+    """The calls with a few of the batch's inputs, where that is safe; the same calls otherwise.
+
+    It is safe where all tensors of a call have the same first dimension, the batch or a multiple of it, the calls can
+    be made so, and the first dimension of every output falls with it.
+
+    Args:
+        module: The whole tree.
+        calls: Of one batch.
+        few: How many inputs are enough.
+
+    Returns:
+        Calls, and how many inputs they hold.
+    """
+    whole, batch = list(calls), inputs_of(calls)
+    rows = [{len(tensor) if tensor.ndim else batch for tensor in call.tensors()} for call in whole]
+    if batch <= few or any(len(sizes) != 1 or min(sizes) % batch for sizes in rows):
+        return whole, batch
+    try:
+        before = replay(module, whole)
+        fewer = [_first(call, min(sizes) // batch * few) for call, sizes in zip(whole, rows, strict=True)]
+        after = replay(module, fewer)
+    except Exception:
+        return whole, batch
+    for sizes, *outputs in zip(rows, before, after, strict=True):
+        shapes = [
+            [leaf.shape for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.ndim] for output in outputs
+        ]
+        expected = (min(sizes), min(sizes) // batch * few)
+        if not shapes[0] or len(shapes[0]) != len(shapes[1]):
+            return whole, batch
+        if any((a[0], b[0]) != expected for a, b in zip(*shapes, strict=True)):
+            return whole, batch
+    return fewer, few
+
+
+def _first(call: Call, rows: int) -> Call:
+    def narrow(tensor: Tensor) -> Tensor:
+        kept = tensor.detach()[:rows] if tensor.ndim else tensor
+        return kept.requires_grad_(tensor.requires_grad)
+
+    args, kwargs = mapped((call.args, call.kwargs), _once_each(narrow))
+    return replace(call, args=args, kwargs=kwargs)

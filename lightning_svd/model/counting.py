@@ -1,0 +1,289 @@
+"""What a model costs, counted: its parameters, and the multiply-accumulates of calls that are replayed for it.
+
+MACs are what :class:`torch.utils.flop_counter.FlopCounterMode` counts, halved: everything that multiplies matrices or
+convolves, the products in the kernels of attention and recurrent nets included. They are those of the dense model and
+of each rank, whatever ranks the layers keep meanwhile and in whichever way they compute.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.layers.forms import DenseForm
+from lightning_svd.layers.layer import FactorizedModule, SVDLayer
+from lightning_svd.layers.matrices import exact_products
+from lightning_svd.layers.parts import InParts, TakenApart
+from lightning_svd.layers.recurrent import SplitRecurrent
+from lightning_svd.model.calls import Call, evaluating, inputs_of, mapped, replay
+from lightning_svd.model.surgery import svd_layers
+from lightning_svd.ranks.costs import LayerCost, ModelCost
+
+__all__ = ["as_arguments", "count_calls", "count_costs", "count_params", "evaluating"]
+
+
+def as_arguments(example_input: Any) -> tuple[Any, ...]:
+    """What a module is called with: a tuple holds several arguments, anything else is one."""
+    return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def count_params(module: nn.Module) -> ModelCost:
+    """The cost of ``module`` in parameters only."""
+    return _params(module, svd_layers(module))
+
+
+def _params(module: nn.Module, layers: Mapping[str, SVDLayer]) -> ModelCost:
+    left = {id(p): p.numel() for p in module.parameters()}
+    other = 0
+    for layer in layers.values():
+        trained = [] if isinstance(layer.form, DenseForm) else [id(p) for p in layer.trained_parameters()]
+        if trained and all(each in left for each in trained):  # it shows its factors
+            for each in trained:
+                del left[each]
+        else:  # the dense weight, or a part of a larger one
+            other -= layer.dense_params
+    costs = {name: LayerCost(layer.dense_params, layer.params_per_rank) for name, layer in layers.items()}
+    return ModelCost(costs, other + sum(left.values()))
+
+
+def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
+    """The cost of ``module`` in MACs and parameters.
+
+    Args:
+        module: With factorized layers or without; called once, as in evaluation and without gradients.
+        example_input: What it is called with: a tuple for several arguments, a dict for arguments by keyword. The
+            first tensor's first dimension is the batch.
+    """
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = (as_arguments(example_input), {})
+    if isinstance(example_input, dict) and _takes(module, example_input):
+        arguments = ((), example_input)
+    return count_calls(module, svd_layers(module), [Call(module, *arguments)])
+
+
+def _takes(module: nn.Module, keywords: dict[Any, Any]) -> bool:
+    """Whether these are the module's arguments by keyword, and not one argument that is a dict."""
+    try:
+        inspect.signature(module.forward).bind(**keywords)
+    except TypeError:
+        return False
+    return True
+
+
+def count_calls(
+    module: nn.Module, layers: Mapping[str, SVDLayer], calls: Sequence[Call], inputs: int | None = None
+) -> ModelCost:
+    """The cost of calls that a :class:`~lightning_svd.model.calls.CallRecorder` noted, found by replaying them.
+
+    While they run, the layers have their dense weights, which takes as much memory as those do.
+
+    Args:
+        module: The whole tree.
+        layers: Its factorized layers by name.
+        calls: Of modules in it.
+        inputs: How many inputs the calls hold; None for the first dimension of the first call's first tensor.
+    """
+    notes = _Notes(module, layers)
+    with _whole_weights(module), notes:
+        replay(module, calls, notes.during)
+    params = _params(module, layers)
+    costs = {}
+    for name, layer in layers.items():
+        shapes = notes.shapes[name]
+        dense = sum(layer.view.dense_macs(shape) for shape in shapes)
+        per_rank = sum(layer.view.macs_per_rank(shape) for shape in shapes)
+        known = params.layers[name]
+        costs[name] = LayerCost(known.dense_params, known.params_per_rank, dense, per_rank, tuple(shapes))
+    other = notes.macs - sum(cost.dense_macs for cost in costs.values())
+    return ModelCost(costs, params.other_params, max(0, other), inputs_of(calls) if inputs is None else inputs)
+
+
+class _Notes:
+    """What is noted in a replay: all MACs, and the shapes of what the layers get.
+
+    Attributes:
+        macs: Of everything.
+        shapes: Of each layer's inputs, by its name.
+    """
+
+    def __init__(self, module: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
+        self.module = module
+        self.macs = 0
+        self.shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
+        self._names = {id(layer): name for name, layer in layers.items()}
+        self._now: list[tuple[str, tuple[int, ...]]] = []
+        self._meter = _Meter()
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        owners = [child for child in self.module.modules() if isinstance(child, InParts)]
+        for owner in owners:
+            self._handles.append(owner.register_forward_pre_hook(self._enter_owner, with_kwargs=True))
+            if _computes_merged(owner):
+                self._handles.append(owner.register_forward_hook(self._leave_merged, always_call=True))
+        of_owners = {id(part) for owner in owners for part in owner.parts().values()}
+        for child in self.module.modules():
+            if id(child) in self._names and id(child) not in of_owners:
+                self._handles.append(child.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @contextmanager
+    def during(self, call: Call) -> Iterator[None]:
+        """What is noted inside counts, if it goes well."""
+        self._now, self._meter.macs, self._meter.paused = [], 0, 0
+        with self._meter:
+            yield
+        self.macs += call.times * self._meter.macs
+        for name, shape in self._now:
+            self.shapes[name] += [shape] * call.times
+
+    def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        first = (*args, *kwargs.values())[0]
+        self._now.append((self._names[id(layer)], tuple(first.shape)))
+
+    def _enter_owner(self, owner: InParts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        parts = owner.parts()
+        for name, shape in owner.input_shapes(*args, **kwargs).items():
+            if id(parts[name]) in self._names:
+                self._now.append((self._names[id(parts[name])], shape))
+            elif _computes_merged(owner):
+                self._meter.macs += shape[0] * sum(p.numel() for p in parts[name].parameters() if p.ndim == 2)
+        self._meter.paused += _computes_merged(owner)
+
+    def _leave_merged(self, *_: Any) -> None:
+        self._meter.paused -= 1
+
+
+def _computes_merged(owner: nn.Module) -> bool:
+    # A recurrent net of pairs may merge them, once for all steps, and hand them to torch's kernel. It costs what the
+    # pairs do wherever it runs otherwise.
+    return isinstance(owner, SplitRecurrent) and not isinstance(owner, TakenApart)
+
+
+@contextmanager
+def _whole_weights(module: nn.Module) -> Iterator[None]:
+    """Have plain dense weights where factors stand for them, so that nothing but the model's own products are made.
+
+    Here nn.Module's private containers are touched, as by ``torch.func.functional_call``, which cannot take a whole
+    tree of networks, and knows nothing of factors that are shown.
+    """
+    changed: list[tuple[FactorizedModule, dict[str, Any], dict[str, Any]]] = []
+    try:
+        for child in module.modules():
+            if isinstance(child, FactorizedModule):
+                own = vars(child)
+                hung = {name: face for name, face in own.items() if type(face) is DenseWeight and name != "_face"}
+                held = own["_parameters"]
+                faces = {name: face for name, face in (held | hung).items() if type(face) is DenseWeight}
+                if faces:
+                    values = {name: _computed(face) for name, face in faces.items()}
+                    changed.append((child, held, hung))
+                    own["_parameters"] = held | values
+                    for name in hung:
+                        del own[name]
+                    _relink(child)
+        yield
+    finally:
+        for child, held, hung in changed:
+            vars(child)["_parameters"] = held
+            vars(child).update(hung)
+            _relink(child)
+
+
+def _computed(face: DenseWeight) -> nn.Parameter:
+    with torch.no_grad(), exact_products(face.device):
+        trained = any(p.requires_grad for p in face.source.trained_parameters())
+        return nn.Parameter(face.source.rebuilt().detach(), trained)
+
+
+def _relink(module: nn.Module) -> None:
+    if isinstance(module, InParts):
+        module._relink()
+
+
+# ---------------------------------------------------------------------------------------------------- operators
+
+
+class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the products that run inside it.
+
+    Not FlopCounterMode, which also follows modules by hooks in the backward pass, and fails where a model
+    differentiates in its forward pass.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs = self.paused = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = getattr(func, "_overloadpacket", func)
+        if getattr(func, "_opname", "") in _ABOUT:
+            return NotImplemented
+        formula = flop_registry.get(packet) or _MORE_FORMULAS.get(packet)
+        if formula is None and isinstance(func, torch._ops.OpOverload) and func is not torch.ops.prim.device.default:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        if formula is not None and not self.paused:
+            self.macs += int(formula(*args, **kwargs, out_val=result)) // 2
+        return result
+
+
+# What tensors of several parts answer themselves.
+_ABOUT = {
+    *("is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "dim", "layout"),
+    *("size", "sym_size", "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel"),
+}
+
+
+def _of_shapes(formula: Callable[..., int]) -> Callable[..., int]:
+    """A formula of shapes as one of tensors, as torch keeps them."""
+
+    def of_tensors(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        return formula(*mapped(args, _shape))
+
+    return of_tensors
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any) -> int:
+    """Both products of scaled dot-product attention, shapes (batch, heads, positions, width)."""
+    batch, heads, queries, width = query
+    return int(2 * batch * heads * queries * key[-2] * (width + value[-1]))
+
+
+def _recurrent_flops(data: Any, *weights: Any) -> int:
+    """Products of an LSTM's kernel on the CPU: one layer in one direction, data (steps, rows, width)."""
+    return int(2 * prod(data[:-1]) * sum(prod(weight) for weight in weights[:2]))
+
+
+def _cudnn_recurrent_flops(data: Any, weights: Any, *_: Any) -> int:
+    """Products of a recurrent net's kernel on CUDA, all layers: data (..., width)."""
+    return int(2 * prod(data[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2))
+
+
+# What torch's own counter leaves out. It knows attention's kernels on CUDA and plain products.
+_MORE_FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_shapes(_attention_flops),
+    torch.ops.aten.mkldnn_rnn_layer: _of_shapes(_recurrent_flops),
+    torch.ops.aten._cudnn_rnn: _of_shapes(_cudnn_recurrent_flops),
+}

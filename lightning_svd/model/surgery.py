@@ -1,0 +1,285 @@
+"""A tree of modules: factorize its layers in place, and turn them into plain ones again.
+
+Layers are changed in place, class and parameters, as ``torch.nn.utils.parametrize`` does: every other reference to a
+layer (a Python list of layers, a second name, a bound method, a hook) stays valid.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split
+from lightning_svd.layers.forms import SVDForm
+from lightning_svd.layers.layer import (
+    FactorizedModule,
+    Replaced,
+    SVDLayer,
+    factorize,
+    plain_pair,
+    release,
+)
+from lightning_svd.layers.matrices import Factors
+from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged
+from lightning_svd.layers.parts import attributes_of
+from lightning_svd.layers.views import View
+from lightning_svd.model.plan import LayerPlan, Targets, plan
+from lightning_svd.ranks.costs import ModelCost
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def svd_layers(module: nn.Module) -> dict[str, SVDLayer]:
+    """The factorized layers in ``module`` by name, parts of attention and recurrent modules among them."""
+    return {name: layer for name, layer in named_layers(module) if isinstance(layer, SVDLayer)}
+
+
+def decompose(
+    module: nn.Module,
+    target_modules: Targets = None,
+    exclude_modules: Targets = (),
+    conv_mode: str = "channel",
+    *,
+    layer_plans: Sequence[LayerPlan] | None = None,
+) -> list[LayerPlan]:
+    """Factorize the layers of ``module`` in place: ``parameters()`` gives U, s and V in the place of each ``weight``.
+
+    Either every layer of the plan is factorized or, if anything is refused, none is. Build the optimizer afterwards:
+    one that was built before holds the old weights. State dicts have the dense weights, under their own names.
+
+    Args:
+        module: Any module; a layer itself too.
+        target_modules: Layers to factorize, each item a layer's name, the end of one after a dot, a type of layer
+            ("Conv2d"), "all-linear", or a regular expression for whole names; None for every supported layer.
+        exclude_modules: Layers to leave alone, in the same form.
+        conv_mode: "channel", "spatial", or "auto", for each layer the one that has less to remove before it pays.
+        layer_plans: A plan to follow instead, from :func:`~lightning_svd.plan` or :func:`~lightning_svd.read_plan`.
+
+    Returns:
+        The plan in effect, skipped layers with their reason.
+
+    Raises:
+        ValueError: If nothing can be factorized, a pattern matches no layer, or a weight holds NaN or infinity.
+    """
+    if layer_plans is None:
+        layer_plans = plan(module, target_modules, exclude_modules, conv_mode)
+    layers = begin(module, layer_plans)
+    weights = {name: layer.rebuilt().detach() for name, layer in layers.items()}  # the very values, not copies of them
+    try:
+        for layer in layers.values():
+            layer.to_svd()
+    except BaseException:
+        undo(module, weights)
+        raise
+    show_factors(module)
+    return list(layer_plans)
+
+
+def show_factors(module: nn.Module) -> None:
+    """Have ``parameters()`` give what is trained in all factorized layers, from now on and in whichever form."""
+    for layer in svd_layers(module).values():
+        layer.show_factors()
+    for owner in owners_of(module):
+        owner.show_factors()
+
+
+def begin(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> dict[str, SVDLayer]:
+    """Make the chosen layers factorized ones that train their dense weight still; nothing is computed yet.
+
+    Raises:
+        ValueError: If no layer is chosen.
+    """
+    chosen = {layer.name: layer for layer in layer_plans if not layer.skipped}
+    if not chosen:
+        raise ValueError(_nothing_to_do(module, layer_plans))
+    split(module, chosen)
+    found = dict(named_layers(module))
+    return {
+        name: factorize(found[name], View.of(found[name], of.conv_mode or "channel"), name, form="dense")
+        for name, of in chosen.items()
+    }
+
+
+@contextmanager
+def showing_factors(module: nn.Module) -> Iterator[None]:
+    """Have ``parameters()`` of the whole module give what is trained inside."""
+    with ExitStack() as stack:
+        for child in [*module.modules()]:
+            if isinstance(child, FactorizedModule):
+                stack.enter_context(child.showing_factors())
+        yield
+
+
+def undo(module: nn.Module, weights: Mapping[str, Any] | None = None) -> list[Replaced]:
+    """Make every factorized layer a plain one of its own class again.
+
+    Args:
+        module: Changed in place.
+        weights: By name what layers' weights are to be; otherwise what their parameters multiply to.
+    """
+    replaced = [release(layer, (weights or {}).get(name)) for name, layer in svd_layers(module).items()]
+    return replaced + join(module)
+
+
+def finish(module: nn.Module, forms: Mapping[str, str]) -> list[Replaced]:
+    """Give factorized layers the form in which they stay, in place.
+
+    Args:
+        module: With factorized layers; those that are not named stay as they are.
+        forms: Name -> "pair" (two plain torch layers in sequence), "dense" (a plain layer of its own class), or
+            "decomposed" (U, s and V at the rank in use, shown as its parameters).
+
+    Returns:
+        Which parameters took the place of which.
+    """
+    layers, replaced = svd_layers(module), []
+    for name, form in forms.items():
+        layer = layers[name]
+        if form == "pair":
+            old, pair = layer.form.trained, plain_pair(layer)
+            become_pair(layer, pair)
+            replaced.append((old, [pair[0].weight, pair[1].weight]))
+        elif form == "decomposed":
+            replaced += [layer.shrink() if isinstance(layer.form, SVDForm) else layer.to_svd()]
+            layer.show_factors()
+        else:
+            replaced.append(release(layer))
+    for owner in owners_of(module):
+        if any(isinstance(part, SVDLayer) and part.shows_factors for _, part in named_layers(owner)):
+            owner.show_factors()
+    replaced += join(module) + open_up(module)
+    settle(module)
+    return replaced  # type: ignore[return-value]
+
+
+def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
+    """Drop what is pruned, in place: storage shrinks, and layers that factors do not help become plain again.
+
+    Args:
+        module: With factorized layers; not while an optimizer holds them.
+        cost: Of the module with MACs, from :func:`~lightning_svd.model.counting.count_costs`; without it a layer is
+            dense again when its factors have no fewer parameters.
+
+    Returns:
+        ``module``.
+    """
+    finish(module, _by_what_pays(module, cost, "decomposed"))
+    return module
+
+
+def make_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
+    """Each factorized layer becomes two plain torch layers in sequence, in place, or plain where those do not help."""
+    finish(module, _by_what_pays(module, cost, "pair"))
+    return module
+
+
+def _by_what_pays(module: nn.Module, cost: ModelCost | None, form: str) -> dict[str, str]:
+    def pays(name: str, layer: SVDLayer) -> bool:
+        by_params = layer.rank * layer.params_per_rank < layer.dense_params
+        return cost.layers[name].pays(layer.rank) if cost else by_params
+
+    return {name: form if pays(name, layer) else "dense" for name, layer in svd_layers(module).items()}
+
+
+def make_dense(module: ModuleT) -> ModuleT:
+    """Each factorized layer becomes a plain layer with the weight its ranks stand for, in place."""
+    undo(module)
+    return settle(module)
+
+
+def to_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
+    """A copy of ``module`` in plain torch layers, two in sequence for each factorized one that is worth it.
+
+    Arguments as for :func:`compact`.
+    """
+    return make_factored(factorized_copy(module), cost)
+
+
+def to_dense(module: ModuleT) -> ModuleT:
+    """A copy of ``module`` in plain torch layers of the original shapes, with the original parameter names.
+
+    Factorized layers and pairs of low-rank layers become what they stand for.
+    """
+    dense = make_dense(copy.deepcopy(module))
+    for pair in low_rank_pairs(dense).values():
+        become(pair, merged(pair))
+    join(dense)
+    return settle(dense)
+
+
+def factorized_copy(module: ModuleT) -> ModuleT:
+    """A copy whose layers are factorized as those of ``module`` are, where ``copy.deepcopy`` gives dense ones."""
+    twin, layers = copy.deepcopy(module), svd_layers(module)
+    missing = {name: layer for name, layer in layers.items() if name not in svd_layers(twin)}
+    split(twin, missing)
+    found = dict(named_layers(twin))
+    for name, layer in missing.items():
+        form = "dense" if layer.form.name == "dense" else "svd"
+        factors = None if form == "dense" else Factors(*(f.detach() for f in layer.factors()))
+        factorize(found[name], layer.view, name, form, factors)
+    return twin
+
+
+def _nothing_to_do(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> str:
+    reasons = "; ".join(f"{layer.name or 'the module itself'}: {layer.skipped}" for layer in [*layer_plans][:8])
+    return f"{type(module).__name__} has no layer to factorize ({reasons or 'no linear layer or convolution in it'})"
+
+
+# What turns off the ways in which torch's encoders compute in evaluation without calling their layers.
+_FAST_PATHS: dict[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_USERS = "lightning_svd_fast_path"  # where the attribute's own value waits meanwhile
+
+
+def settle(module: ModuleT) -> ModuleT:
+    """Have torch's transformer encoders fit the layers that are now in them.
+
+    Their fast paths, which read the weights of linear layers and compute what the layers would, are off where one is
+    low-rank, and as they were where none is.
+
+    Args:
+        module: Changed in place, after its layers were.
+
+    Returns:
+        ``module``.
+    """
+    for parent in module.modules():
+        for kind, (attribute, off) in _FAST_PATHS.items():
+            if isinstance(parent, kind):
+                low_rank = any(isinstance(child, FactorizedModule) or is_pair(child) for child in parent.modules())
+                if low_rank and _USERS not in vars(parent):
+                    vars(parent)[_USERS] = getattr(parent, attribute)
+                    setattr(parent, attribute, off)
+                elif not low_rank and _USERS in vars(parent):
+                    setattr(parent, attribute, vars(parent).pop(_USERS))
+    return module
+
+
+def become_pair(layer: SVDLayer, pair: nn.Sequential) -> nn.Sequential:
+    """Make a factorized layer itself this pair; its hooks and the user's own attributes, parameters and buffers stay."""
+    release(layer)
+    become(layer, pair)
+    return layer  # type: ignore[return-value]
+
+
+def become(module: nn.Module, twin: nn.Module) -> None:
+    """Change ``module`` into ``twin`` in place; what the twin's class does not know stays as it was.
+
+    Here nn.Module's private containers are touched: torch has no public way to change a module's class.
+    """
+    theirs = {"weight", "bias"}
+    for container in ("_parameters", "_buffers", "_modules"):
+        own = {key: value for key, value in vars(module)[container].items() if key not in theirs}
+        own = {} if is_pair(module) and container == "_modules" else own
+        vars(module)[container].clear()
+        vars(module)[container].update(vars(twin)[container] | own)
+    for attribute in ("low_rank_view",):
+        vars(module).pop(attribute, None)
+    vars(module).update(attributes_of(twin))
+    module.__class__ = type(twin)

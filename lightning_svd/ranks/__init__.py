@@ -1,0 +1,1 @@
+"""What ranks carry and cost, and which to keep: numbers in, numbers out."""

@@ -1,0 +1,170 @@
+"""Which ranks to keep: by energy in each layer, or by a budget over the whole model.
+
+Everything here decides and nothing acts: numbers in, numbers out.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_svd.layers.matrices import energy_rank
+from lightning_svd.ranks.costs import Cost
+
+
+def keep_by_energy(
+    energies: Mapping[str, Tensor],
+    cost: Cost,
+    threshold: float,
+    min_rank: int = 1,
+    round_to: int = 1,
+    max_ranks: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Ranks that hold ``threshold`` of each layer's energy (Yang et al. 2020, section 3.3).
+
+    A layer whose factors would then cost as much as the dense one keeps every rank.
+
+    Args:
+        energies: For each layer what each of its candidate ranks carries, (k,).
+        cost: Of the model, for the break-even ranks.
+        threshold: Share of the energy to keep, in (0, 1].
+        min_rank: Fewest ranks of a layer.
+        round_to: Ranks are rounded up to a multiple of this.
+        max_ranks: The most ranks of some layers.
+    """
+    ranks = {}
+    for name, energy in energies.items():
+        wanted = max(min_rank, energy_rank(energy.sqrt(), threshold))
+        ranks[name] = next(cost.ladder(name, _most(name, len(energy), max_ranks), wanted, round_to))
+    return ranks
+
+
+def smallest_cost(
+    cost: Cost,
+    full_ranks: Mapping[str, int],
+    min_rank: int = 1,
+    round_to: int = 1,
+    max_ranks: Mapping[str, int] | None = None,
+) -> float:
+    """What the model costs when every layer keeps as little as it may."""
+    least = {
+        name: next(cost.ladder(name, _most(name, full, max_ranks), min_rank, round_to))
+        for name, full in full_ranks.items()
+    }
+    return cost.total(least)
+
+
+def share_above(share: float) -> float:
+    """A short number not below ``share``, to be named in a message and used in its place."""
+    return math.ceil(share * 1e4) / 1e4
+
+
+def keep_by_budget(
+    energies: Mapping[str, Tensor],
+    cost: Cost,
+    budget: float,
+    min_rank: int = 1,
+    round_to: int = 1,
+    max_ranks: Mapping[str, int] | None = None,
+) -> dict[str, int]:
+    """Ranks whose cost fits a budget over the whole model and which carry the most.
+
+    Each layer's energy counts as a share of the layer's own, since normalization layers make a layer's scale
+    arbitrary; and what passes through all layers is about the product of these shares, so the sum of their logarithms
+    is what is maximized (the plain sum would starve some layers for others where spectra are flat). This is a
+    knapsack. It is filled greedily along each layer's upper concave hull of (cost, log share), whose last point is
+    the dense layer with every rank, and what is then left over goes to the single ranks that still fit.
+
+    Args:
+        energies: For each layer what each of its candidate ranks carries, (k,).
+        cost: Of the model.
+        budget: Largest allowed cost of the model, in the unit of ``cost``.
+        min_rank: Fewest ranks of a layer.
+        round_to: Ranks below the break-even are multiples of this.
+        max_ranks: The most ranks of some layers.
+
+    Returns:
+        For each layer how many of its strongest candidates to keep; as many as it may where it is better left dense.
+
+    Raises:
+        ValueError: If the smallest reachable cost is above the budget.
+    """
+    ladders = {
+        name: list(cost.ladder(name, _most(name, len(energy), max_ranks), min_rank, round_to))
+        for name, energy in energies.items()
+    }
+    ranks = {name: ladder[0] for name, ladder in ladders.items()}
+    spent = cost.total(ranks)
+    if spent > budget:
+        dense = cost.dense()
+        least = share_above(spent / dense)
+        raise ValueError(f"the budget must be at least {least} of the dense model's cost, got {budget / dense:.6g}")
+    curves = {name: _curve(cost, name, energies[name], ladders[name]) for name in ladders}
+    for only_hull in (True, False):
+        spent = _fill(ranks, curves, spent, budget, only_hull)
+    return ranks
+
+
+def _most(name: str, candidates: int, max_ranks: Mapping[str, int] | None) -> int:
+    """How many of its candidates a layer may keep."""
+    return min(candidates, (max_ranks or {}).get(name, candidates))
+
+
+Curve = list[tuple[int, float, float]]  # rank, cost, logarithm of the share of the layer's energy; all ascending
+
+
+def _curve(cost: Cost, name: str, energy: Tensor, ladder: list[int]) -> Curve:
+    carried = energy.double().sort(descending=True).values.cumsum(0)
+    shares = carried / carried[-1] if carried[-1] > 0 else torch.ones_like(carried)
+    # One list of numbers: a tensor read entry by entry costs microseconds each, and there are many ranks.
+    logs = torch.cat([shares.new_zeros(1), shares]).log().tolist()
+    return [(rank, cost.at(name, rank), logs[rank]) for rank in ladder]
+
+
+def _hull(curve: Curve) -> Curve:
+    """The points of the upper concave hull, the first and the last among them."""
+    hull: Curve = []
+    for point in curve:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[int, float, float], b: tuple[int, float, float]) -> float:
+    return (b[2] - a[2]) / max(b[1] - a[1], 1e-9)
+
+
+def _fill(ranks: dict[str, int], curves: Mapping[str, Curve], spent: float, budget: float, only_hull: bool) -> float:
+    """Raise ``ranks`` in place, best gain for its cost first, while the budget lasts; returns what is then spent."""
+    steps: dict[str, Curve] = {}
+    heap: list[tuple[float, str, int]] = []
+
+    def offer(name: str, index: int) -> None:
+        if index < len(steps[name]):
+            heapq.heappush(heap, (-_slope(steps[name][index - 1], steps[name][index]), name, index))
+
+    for name, curve in curves.items():
+        steps[name] = [point for point in (_hull(curve) if only_hull else curve) if point[0] >= ranks[name]]
+        offer(name, 1)
+    while heap:
+        _, name, index = heapq.heappop(heap)
+        price = steps[name][index][1] - steps[name][index - 1][1]
+        if spent + price <= budget:
+            spent += price
+            ranks[name] = steps[name][index][0]
+            offer(name, index + 1)
+    return spent
+
+
+def interpolate(full: Mapping[str, int], final: Mapping[str, int], removed: float) -> dict[str, int]:
+    """Ranks on their way from ``full`` to ``final`` when ``removed`` of the difference, in [0, 1], is gone.
+
+    Ranks fall, not the cost: between full rank and break-even a layer costs what the dense one does, so a falling
+    cost would tear all of those ranks off at once.
+    """
+    return {name: rank - round((rank - final[name]) * removed) for name, rank in full.items()}

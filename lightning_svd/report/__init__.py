@@ -1,0 +1,1 @@
+"""What happened to a model, as data, text and pages."""

@@ -1,0 +1,437 @@
+"""What happened to a model: frozen data, and the same as text, Markdown and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.model.counting import count_costs, count_params
+from lightning_svd.model.plan import LayerPlan
+from lightning_svd.model.surgery import svd_layers
+from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.report.tables import is_wide, markdown_code, markdown_table, markdown_text, screen_table
+
+LAYER_HEADINGS = ("layer", "kind", "matrix", "full rank", "break-even", "rank", "MACs", "parameters", "form")
+PLAN_HEADINGS = ("layer", "kind", "weight", "matrix", "full rank", "break-even", "skipped, because")
+SKIPPED_HEADINGS = ("layer", "kind", "because")
+ARGUMENT_HEADINGS = ("argument", "value")
+TIME_HEADING = "time"  # only where it was measured
+TEXT_HEADINGS = ("layer", "kind", "form", "skipped, because", "because", "argument", "value")
+WIDE_ONLY = ("kind", "weight", "break-even")
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """Ranks after a cut.
+
+    Attributes:
+        step: Optimizer steps before it.
+        epoch: Epoch in which it happened.
+        ranks: Name of each factorized layer -> its rank.
+        macs_ratio: Share of the dense model's MACs.
+        params_ratio: Share of the dense model's parameters.
+    """
+
+    step: int
+    epoch: int
+    ranks: Mapping[str, int]
+    macs_ratio: float
+    params_ratio: float
+
+    def __str__(self) -> str:
+        macs = "" if math.isnan(self.macs_ratio) else f"MACs {self.macs_ratio:.1%}, "
+        ranks = f"{sum(self.ranks.values())} ranks"
+        return f"step {self.step} (epoch {self.epoch}): {ranks}, {macs}parameters {self.params_ratio:.1%}"
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A time in which ranks did not fall because the metric had.
+
+    Attributes:
+        start: Step at which the metric was found fallen.
+        end: Step at which it had recovered; None if it did not.
+        value: The metric at ``start``.
+        best: Its best until then.
+    """
+
+    start: int
+    end: int | None
+    value: float
+    best: float
+
+    def __str__(self) -> str:
+        until = f"step {self.end}" if self.end is not None else "the end"
+        return f"paused from step {self.start} to {until}: {self.value:.4g} against {self.best:.4g} at best"
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One factorized layer.
+
+    Attributes:
+        name: As in ``named_modules``.
+        kind: Class of the dense layer.
+        matrix_shape: (m, n) of its weight seen as a matrix.
+        conv_mode: "channel" or "spatial" for a convolution, else None.
+        full_rank: min(m, n).
+        break_even: The largest rank whose factors cost less than the dense layer.
+        rank: The rank it has now.
+        form: "factored" or "dense", whichever costs less at this rank.
+        dense_macs: MACs of the dense layer for one input.
+        macs: MACs now, for one input.
+        dense_params: Parameters of the dense weight.
+        params: Parameters now.
+        spectrum_before: Singular values when the layer was factorized, descending.
+        spectrum_after: Kept singular values now, descending.
+        dense_seconds: Measured time of the dense layer for the inputs that were counted; None if it was not measured.
+        seconds: The same of the layer as it is now.
+    """
+
+    name: str
+    kind: str
+    matrix_shape: tuple[int, int]
+    conv_mode: str | None
+    full_rank: int
+    break_even: int
+    rank: int
+    form: str
+    dense_macs: int
+    macs: int
+    dense_params: int
+    params: int
+    spectrum_before: tuple[float, ...]
+    spectrum_after: tuple[float, ...]
+    dense_seconds: float | None = None
+    seconds: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The name as it is shown."""
+        return label(self.name)
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table under ``LAYER_HEADINGS``."""
+        return (
+            self.label,
+            kind_and_mode(self.kind, self.conv_mode),
+            "{} x {}".format(*self.matrix_shape),
+            str(self.full_rank),
+            str(self.break_even),
+            str(self.rank),
+            share(self.macs, self.dense_macs),
+            share(self.params, self.dense_params),
+            self.form,
+        )
+
+
+@dataclass(frozen=True)
+class SVDReport:
+    """A whole model.
+
+    Attributes:
+        layers: Every factorized layer.
+        skipped: (name, class, reason) of every layer with a weight matrix that was left alone.
+        dense_macs: MACs of the dense model for one input, everything included.
+        macs: MACs now.
+        dense_params: Parameters of the dense model.
+        params: Parameters now.
+        timeline: Every rank change.
+        warnings: What went otherwise than asked for.
+        strengths: (optimizer step, sparsity weight) from the first step to the last; empty if not known.
+        metric: Name of the metric that was watched; None if none was.
+        metric_values: (optimizer step, its value) of every validation.
+        pauses: When ranks did not fall because the metric had.
+        arguments: What the run was asked for, by the names of the callback's arguments; empty if not known.
+    """
+
+    layers: tuple[LayerReport, ...]
+    skipped: tuple[tuple[str, str, str], ...]
+    dense_macs: int
+    macs: int
+    dense_params: int
+    params: int
+    timeline: tuple[RankChange, ...] = ()
+    warnings: tuple[str, ...] = ()
+    strengths: tuple[tuple[int, float], ...] = ()
+    metric: str | None = None
+    metric_values: tuple[tuple[int, float], ...] = ()
+    pauses: tuple[Pause, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def macs_ratio(self) -> float:
+        """Share of the dense model's MACs; NaN if they are not known."""
+        return self.macs / self.dense_macs if self.dense_macs else math.nan
+
+    @property
+    def params_ratio(self) -> float:
+        """Share of the dense model's parameters."""
+        return self.params / max(1, self.dense_params)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether how long layers take was measured."""
+        return any(layer.dense_seconds is not None for layer in self.layers)
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Of :meth:`rows`."""
+        return (*LAYER_HEADINGS, TIME_HEADING) if self.is_timed else LAYER_HEADINGS
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of layers."""
+        rows = [layer.cells() for layer in self.layers]
+        if self.is_timed:
+            times = [share(layer.seconds or 0.0, layer.dense_seconds or 0.0) for layer in self.layers]
+            rows = [(*row, time) for row, time in zip(rows, times, strict=True)]
+        return rows
+
+    @property
+    def rank_ratio(self) -> float:
+        """Share of all ranks that is kept."""
+        return sum(layer.rank for layer in self.layers) / max(1, sum(layer.full_rank for layer in self.layers))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain dicts, lists, strings and numbers."""
+        return dataclasses.asdict(self) | {
+            "macs_ratio": self.macs_ratio,
+            "params_ratio": self.params_ratio,
+            "rank_ratio": self.rank_ratio,
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """As JSON; also written to ``path`` if given. A number that is not finite becomes null."""
+        return _written(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False, default=str), path)
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> SVDReport:
+        """The report that :meth:`to_json` wrote.
+
+        Args:
+            source: The file's path, or the text itself.
+
+        Raises:
+            ValueError: If ``source`` holds something else.
+        """
+        is_text = isinstance(source, str) and source.lstrip().startswith("{")
+        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text)
+            layers = tuple(_read_layer(layer) for layer in data.pop("layers"))
+            timeline = tuple(RankChange(**_with_nan(change)) for change in data.pop("timeline"))
+            pauses = tuple(Pause(**pause) for pause in data.pop("pauses", ()))
+            arguments = data.pop("arguments", {})
+            fields = {name: _tuples(value) for name, value in data.items() if name not in _RATIOS}
+            return cls(layers=layers, timeline=timeline, pauses=pauses, arguments=arguments, **fields)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"`source` must be a report that `to_json` wrote: {error}") from error
+
+    def to_markdown(self, path: str | Path | None = None) -> str:
+        """As Markdown: a summary, warnings, and tables of all layers; also written to ``path`` if given."""
+        layers = [(markdown_code(name), *map(markdown_text, rest)) for name, *rest in self.rows()]
+        skipped = [(markdown_code(label(name)), *map(markdown_text, rest)) for name, *rest in self.skipped]
+        arguments = [
+            (markdown_code(name), markdown_code(json.dumps(value, default=str)))
+            for name, value in self.arguments.items()
+        ]
+        parts = [self._summary(), *(f"**Warning:** {markdown_text(warning)}" for warning in self.warnings)]
+        for title, headings, rows in (
+            ("Layers", self.headings, layers),
+            ("Left alone", SKIPPED_HEADINGS, skipped),
+            ("Asked for", ARGUMENT_HEADINGS, arguments),
+        ):
+            if rows:
+                parts += [f"**{title}**", markdown_table(headings, rows, TEXT_HEADINGS)]
+        return _written("\n\n".join(parts) + "\n", path)
+
+    def to_html(self, path: str | Path, comparison: Mapping[str, tuple[str, str]] | None = None) -> Path:
+        """One self-contained page with rank curves and spectra, for screens of any width and for print.
+
+        Args:
+            path: File to write.
+            comparison: Further rows of the summary: name -> (dense, low-rank), for instance the accuracies.
+
+        Returns:
+            The path.
+        """
+        from lightning_svd.report.page import render_page  # knows this module
+
+        path = Path(path)
+        _written(render_page(self, comparison or {}), path)
+        return path
+
+    def __str__(self) -> str:
+        table = [screen_table(self.headings, self.rows(), TEXT_HEADINGS, WIDE_ONLY)] if self.layers else []
+        separator = ", " if is_wide() else ",\n"
+        return "\n".join([*table, self._summary(separator), *(f"warning: {warning}" for warning in self.warnings)])
+
+    def _summary(self, separator: str = ", ") -> str:
+        parts = [
+            f"{self.params_ratio:.1%} of the parameters ({quantity(self.dense_params)} -> {quantity(self.params)})"
+        ]
+        if self.dense_macs:
+            macs = f"({quantity(self.dense_macs)} -> {quantity(self.macs)} per input)"
+            parts.insert(0, f"{self.macs_ratio:.1%} of the MACs {macs}")
+        if self.layers:
+            parts.append(f"{self.rank_ratio:.1%} of the ranks")
+        return f"Low-rank model: {separator.join(parts)}"
+
+
+def report_on(
+    plan: Sequence[LayerPlan],
+    layers: Mapping[str, SVDLayer],
+    cost: ModelCost,
+    spectra_before: Mapping[str, Sequence[float]],
+    all_dense: bool = False,
+) -> SVDReport:
+    """The report on factorized layers as they are now, without what happened on the way.
+
+    Args:
+        plan: What :func:`~lightning_svd.model.surgery.decompose` returned, for the layers it skipped.
+        layers: The factorized layers by name.
+        cost: Of their model.
+        spectra_before: Name -> singular values when the layer was factorized.
+        all_dense: The layers are going to be dense whatever their rank.
+    """
+    inputs = max(1, cost.batch_size)
+    rows = []
+    for name, layer in layers.items():
+        price = cost.layers[name]
+        factored = price.pays(layer.rank) and not all_dense
+        macs, params = (price.at(layer.rank, "macs"), price.at(layer.rank, "params"))
+        rows.append(
+            LayerReport(
+                name=name,
+                kind=layer.view.layer_type.__name__,
+                matrix_shape=layer.matrix_shape,
+                conv_mode=layer.conv_mode,
+                full_rank=len(spectra_before[name]),
+                break_even=price.break_even,
+                rank=layer.rank,
+                form="factored" if factored else "dense",
+                dense_macs=price.dense_macs // inputs,
+                macs=(macs if factored else price.dense_macs) // inputs,
+                dense_params=price.dense_params,
+                params=params if factored else price.dense_params,
+                spectrum_before=tuple(spectra_before[name]),
+                spectrum_after=tuple(layer.spectrum()),
+                dense_seconds=price.latency.dense if price.latency else None,
+                seconds=(price.latency.factored if factored else price.latency.dense) if price.latency else None,
+            )
+        )
+    other_macs = cost.other_macs // inputs
+    return SVDReport(
+        layers=tuple(rows),
+        skipped=tuple((layer.name, layer.kind, layer.skipped) for layer in plan if layer.skipped),
+        dense_macs=other_macs + sum(row.dense_macs for row in rows),
+        macs=other_macs + sum(row.macs for row in rows),
+        dense_params=cost.dense("params"),
+        params=cost.other_params + sum(row.params for row in rows),
+    )
+
+
+def summarize(module: nn.Module, example_input: Any = None) -> SVDReport:
+    """The report on a model as it is now.
+
+    Args:
+        module: With factorized layers or without.
+        example_input: What ``module`` is called with, a tuple for several arguments, its first dimension the batch;
+                without it MACs are not known: they are 0, and their ratio is NaN.
+    """
+    layers = svd_layers(module)
+    cost = count_params(module) if example_input is None else count_costs(module, example_input)
+    return report_on((), layers, cost, {name: _stored_spectrum(layer) for name, layer in layers.items()})
+
+
+def _stored_spectrum(layer: SVDLayer) -> list[float]:
+    """The singular values of all ranks that there is storage for, those that are not in use as they were then."""
+    spectrum: list[float] = layer.energies().sqrt().sort(descending=True).values.tolist()
+    return spectrum
+
+
+def plan_table(plan: Sequence[LayerPlan]) -> str:
+    """The plan as a table for the terminal: what is factorized, and why the rest is not."""
+    chosen = sum(not layer.skipped for layer in plan)
+    table = screen_table(PLAN_HEADINGS, [_plan_cells(layer) for layer in plan], TEXT_HEADINGS, WIDE_ONLY)
+    return f"{table}\nSVD training: {chosen} of {len(plan)} layers with a weight matrix are factorized"
+
+
+def _plan_cells(layer: LayerPlan) -> tuple[str, ...]:
+    numbers = ("", "", "")
+    if layer.matrix_shape:
+        numbers = ("{} x {}".format(*layer.matrix_shape), str(layer.full_rank), str(layer.break_even))
+    shape = " x ".join(map(str, layer.weight_shape))
+    return (label(layer.name), kind_and_mode(layer.kind, layer.conv_mode), shape, *numbers, layer.skipped or "")
+
+
+def label(name: str) -> str:
+    """A layer's name as it is shown; a model that is itself a layer has none."""
+    return name or "(model)"
+
+
+def kind_and_mode(kind: str, conv_mode: str | None) -> str:
+    """ "Conv2d, channel", or the kind alone."""
+    return f"{kind}, {conv_mode}" if conv_mode else kind
+
+
+def quantity(count: float) -> str:
+    """A count with three digits and its prefix: 41.2 M."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= 0.9995 * size:  # what three digits round up to it
+            return f"{count / size:#.3g}".rstrip(".") + f" {prefix}"
+    return f"{count:.3g}"
+
+
+def percentage(ratio: float) -> str:
+    """A share with a decimal, "35.0%"; "-" if it is not known."""
+    return "-" if math.isnan(ratio) else f"{ratio:.1%}"
+
+
+def share(now: float, dense: float) -> str:
+    """ "35%" of what was there; "-" if that is not known."""
+    return f"{now / dense:.0%}" if dense else "-"
+
+
+# In files
+
+_RATIOS = ("macs_ratio", "params_ratio", "rank_ratio")
+
+
+def _written(text: str, path: str | Path | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _with_nan(change: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in change.items()}
+
+
+def _read_layer(data: Mapping[str, Any]) -> LayerReport:
+    spectra = {
+        name: tuple(math.nan if value is None else value for value in data[name])
+        for name in ("spectrum_before", "spectrum_after")
+    }
+    return LayerReport(**{name: _tuples(value) for name, value in data.items()} | spectra)

@@ -1,0 +1,1 @@
+"""One fit, in plain PyTorch."""

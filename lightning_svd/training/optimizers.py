@@ -1,0 +1,298 @@
+"""What factorized layers ask of the user's optimizers.
+
+A layer's factors are trained in the very group that its weight was in. Weight decay must act on s and never on U and V,
+which it would pull off orthonormality; on s it is exactly decay of the layer's Frobenius norm. And what an optimizer
+remembers of a column goes where the column goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.layers.forms import SVDForm
+from lightning_svd.layers.layer import Replaced, SVDLayer
+
+Group = dict[str, Any]
+# Entries of an optimizer's state that are momentum or second moments, element by element: their columns can be moved
+# with those of the parameter. Preconditioners of the same shape, and quantized moments, cannot.
+MOMENTS = {
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "acc_delta"),
+    *("sum", "ax", "prev", "step_size", "exp_avg_diff", "previous_grad", "z"),
+}
+
+
+class OptimizerOfFactors:
+    """A user's optimizer that trains factors in the place of weights.
+
+    Schedulers, hooks, checkpoints and wrapping optimizers rely on the groups as they were made. So the factors of a
+    layer stand in the group of its weight, in its place; and where a group's weight decay is not meant for all of its
+    parameters, the group is split for the update itself only, by hooks of the optimizer's own step: after the closure
+    that Lightning passes to it, in which the user's own hooks run.
+
+    Attributes:
+        optimizer: The user's.
+        enforced: Whether a step that was not announced is an error; off at first, since a learning rate finder steps
+            the optimizer for its trials.
+        announced: Whether the step that comes was announced.
+        gradients_added: Whether the regularizers' gradient is in ``.grad`` already, ahead of the step.
+    """
+
+    def __init__(self, optimizer: Optimizer, layers: Iterable[SVDLayer]) -> None:
+        """Adopt ``optimizer``.
+
+        Args:
+            optimizer: Any but those that cannot work.
+            layers: Those of the model that are factorized.
+
+        Raises:
+            ValueError: If it steps more than once for a gradient, trains matrices only, or keeps a list of the
+                parameters of its own.
+        """
+        self.optimizer = optimizer
+        self.enforced = self.announced = self.gradients_added = False
+        self._layers = list(layers)
+        self._all = [optimizer, *_inner(optimizer)]
+        self._check()
+        self._whole: list[tuple[list[Group], list[Group], list[list[Group]]]] = []
+        self._held: tuple[Any, frozenset[nn.Parameter]] = (None, frozenset())
+        self._factors: tuple[int, frozenset[nn.Parameter]] = (-1, frozenset())
+        self._forms = 0
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+
+    def _check(self) -> None:
+        kind = type(self.optimizer).__name__
+        if any(isinstance(each, LBFGS) for each in self._all):
+            raise ValueError(f"SVD training does not work with {kind}, which steps more than once for a gradient")
+        if any(type(each).__name__ == "Muon" for each in self._all):
+            raise ValueError(f"SVD training does not work with {kind}, which trains matrices only, and s is a vector")
+        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        for each in self._all:
+            for name, value in vars(each).items():
+                if name not in ("param_groups", "state", "defaults") and _tensors_in(value) >= max(1, count):
+                    raise ValueError(
+                        f"SVD training does not work with {kind}, which keeps a list of its own, `{name}`, of the "
+                        "parameters that it was built with"
+                    )
+
+    def know(self, layers: Iterable[SVDLayer]) -> None:
+        """Train the factors of these layers from now on."""
+        self._layers, self._forms = list(layers), self._forms + 1
+
+    def adopt_faces(self) -> None:
+        """Train the factors of weights that were given to the optimizer meanwhile, by a finetuning schedule for one."""
+        faces = [p for group in self._groups() for p in group["params"] if isinstance(p, DenseWeight)]
+        if faces:
+            self.replace([([face], [*face.source.trained_parameters()]) for face in faces])
+
+    def held(self) -> frozenset[nn.Parameter]:
+        """The parameters that the optimizer trains at present: a finetuning schedule may add some."""
+        key = [(id(group), len(group["params"])) for group in self._groups()], self._forms
+        if self._held[0] != key:
+            parameters = frozenset(p for group in self._groups() for p in group["params"])
+            self._held = (key, parameters)
+        return self._held[1]
+
+    @property
+    def layers(self) -> list[SVDLayer]:
+        """The factorized layers of which it trains a factor."""
+        held = self.held()
+        return [layer for layer in self._layers if not held.isdisjoint(layer.form.trained)]
+
+    @property
+    def regularized(self) -> list[SVDLayer]:
+        """Those of them that are trained as an SVD, for which alone the regularizers are meant."""
+        return [layer for layer in self.layers if isinstance(layer.form, SVDForm)]
+
+    def _groups(self) -> list[Group]:
+        return self._whole[0][1] if self._whole else self.optimizer.param_groups
+
+    # The place of a weight is its factors'
+
+    def replace(self, replaced: Iterable[Replaced]) -> None:
+        """Train other parameters in the place of some, of which nothing is remembered.
+
+        Args:
+            replaced: What is no longer trained, and what is in its place.
+        """
+        self._forms += 1
+        lists = {id(each.param_groups): each.param_groups for each in self._all}
+        for old, new in replaced:
+            for groups in lists.values():
+                self._replace_in({id(group): group for group in groups}.values(), old, new)
+            for each in self._all:
+                remembered = [each.state.pop(p) for p in old if p in each.state]
+                if any(remembered) and any(new_p in self.held() for new_p in new):
+                    for parameter in new:
+                        state = _initial_state(each, parameter)
+                        if state:
+                            each.state[parameter] = state
+
+    def _replace_in(self, groups: Iterable[Group], old: Sequence[nn.Parameter], new: Sequence[nn.Parameter]) -> None:
+        gone = {id(p) for p in old}
+        there = {id(p) for group in groups for p in group["params"]}
+        pending = [p for p in new if id(p) not in there]
+        for group in groups:
+            parameters: list[nn.Parameter] = group["params"]
+            names: list[str] | None = group.get("param_names")
+            places = [place for place, p in enumerate(parameters) if id(p) in gone]
+            for place in reversed(places):
+                here = pending if place == places[0] else []
+                parameters[place : place + 1] = here
+                if names is not None:
+                    names[place : place + 1] = [f"{names[place]}.{number}" for number, _ in enumerate(here)]
+            if places:
+                pending = []
+
+    def move_columns(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter], move: Callable[[Tensor], Tensor]) -> None:
+        """Have what is remembered of parameters follow their columns; what is not understood is forgotten.
+
+        Args:
+            before: The parameters as the optimizer knows them.
+            after: Those in their places from now on; the same ones where only their columns moved.
+            move: From a tensor of the shape of a parameter to the one of the new shape.
+        """
+        for each in self._all:
+            for old, new in zip(before, after, strict=True):
+                state = each.state.pop(old, None)
+                if not state:
+                    continue
+                if _is_understood(state, old):
+                    each.state[new] = {
+                        key: move(value) if _is_moment(key, value) else value for key, value in state.items()
+                    }
+                elif initial := _initial_state(each, new):
+                    each.state[new] = initial
+        changed = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
+        for groups in {id(each.param_groups): each.param_groups for each in self._all}.values():
+            for old, new in changed:
+                for group in groups:
+                    group["params"][:] = [new if p is old else p for p in group["params"]]
+        self._forms += 1
+
+    # A step
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._split()
+            return None
+
+        def then_split() -> Any:
+            self.merge()
+            with torch.enable_grad():
+                result = closure()
+            self._split()
+            return result
+
+        return args[:1], {**kwargs, "closure": then_split}
+
+    def _after_step(self, *_: Any) -> None:
+        announced, self.announced = self.announced, False
+        self.merge()
+        if self.enforced and not announced and self.regularized:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__}.step() was called on the optimizer itself, so the factors "
+                "missed their regularizers: in `training_step` call it on what `self.optimizers()` "
+                "returns, not on what it returns with `use_pl_optimizer=False`"
+            )
+
+    def _split(self) -> None:
+        """Give U and V, which must not decay, groups of their own."""
+        self.merge()
+        factors = self._undecayed()
+        for each in self._all:
+            groups = each.param_groups
+            if any(groups is done[0] for done in self._whole):
+                continue
+            parts = [_parts(group, factors) for group in groups]
+            if any(len(of_group) > 1 or of_group[0] is not group for of_group, group in zip(parts, groups, strict=True)):
+                self._whole.append((groups, list(groups), parts))
+                groups[:] = [part for of_group in parts for part in of_group]
+
+    def _undecayed(self) -> frozenset[nn.Parameter]:
+        if self._factors[0] != self._forms:
+            svd = [layer.form.parameters for layer in self._layers if isinstance(layer.form, SVDForm)]
+            self._factors = (self._forms, frozenset(p for of in svd for p in (of["U"], of["V"])))
+        return self._factors[1]
+
+    def merge(self) -> None:
+        """Restore the user's groups; harmless when they are whole."""
+        for groups, whole, parts in self._whole:
+            for group, of_group in zip(whole, parts, strict=True):
+                # What the optimizer noted in its group during the step stays.
+                noted = {key: value for key, value in of_group[0].items() if key not in _OF_A_PART}
+                group.update(noted)
+            groups[:] = whole
+        self._whole = []
+
+    def remove(self) -> None:
+        """Let go of the optimizer."""
+        self.merge()
+        for hook in self._hooks:
+            hook.remove()
+
+
+_OF_A_PART = ("params", "weight_decay", "param_names")
+
+
+def _parts(group: Group, undecayed: frozenset[nn.Parameter]) -> list[Group]:
+    """The group itself, or it split by the decay its parameters should have."""
+    if not group.get("weight_decay"):
+        return [group]
+    without = [p for p in group["params"] if p in undecayed]
+    if not without:
+        return [group]
+    rest = [p for p in group["params"] if p not in undecayed]
+    own = {key: value for key, value in group.items() if key != "param_names"}
+    parts = [{**own, "params": rest}] if rest else []
+    return [*parts, {**own, "params": without, "weight_decay": 0.0}]
+
+
+def _inner(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that one wraps, as Lookahead and SAM do."""
+    found: list[Optimizer] = []
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer) and value is not optimizer and value not in found:
+            found += [value, *(each for each in _inner(value) if each not in found)]
+    return found
+
+
+def _tensors_in(value: Any, depth: int = 2) -> int:
+    if isinstance(value, Tensor):
+        return 1
+    if isinstance(value, (list, tuple)) and depth:
+        return sum(_tensors_in(item, depth - 1) for item in value)
+    return 0
+
+
+def _is_moment(key: Any, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and key in MOMENTS
+
+
+def _is_understood(state: dict[Any, Any], parameter: nn.Parameter) -> bool:
+    """Whether all that is remembered of a parameter is element by element, or numbers."""
+    return all(
+        type(value) is Tensor and value.shape == parameter.shape if _is_moment(key, value) else _is_number(value)
+        for key, value in state.items()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or (type(value) is Tensor and value.numel() == 1)
+
+
+def _initial_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[Any, Any]:
+    """What an optimizer remembers of a parameter before its first step, as Adagrad does; {} for most."""
+    try:
+        return dict(type(optimizer)([parameter], **optimizer.defaults).state.get(parameter, {}))
+    except Exception:  # it is built in another way; then it begins at its first step, as nearly all do
+        return {}

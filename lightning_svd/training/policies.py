@@ -1,0 +1,119 @@
+"""Which ranks when: what is to change in a run after a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_svd.ranks.allocation import interpolate
+from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.training.schedules import cut_steps, removal, strength
+
+ChooseRanks = Callable[[dict[str, Tensor], ModelCost], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to change.
+
+    Attributes:
+        ranks: The rank that each layer is to use.
+        final: Whether ranks are final, so that layers can train as what they are going to be.
+    """
+
+    ranks: Mapping[str, int]
+    final: bool
+
+
+class RankPolicy(ABC):
+    """When ranks change in a run, and to what."""
+
+    @abstractmethod
+    def begin(self, total_steps: int) -> None:
+        """Plan a run of this many optimizer steps."""
+
+    @abstractmethod
+    def resume(self, last_change: int) -> None:
+        """Go on after the change that was made at this step; 0 if none was."""
+
+    @abstractmethod
+    def is_due(self, step: int) -> bool:
+        """Whether something is to change after this many steps."""
+
+    @abstractmethod
+    def change(
+        self,
+        step: int,
+        full: Mapping[str, int],
+        now: Mapping[str, int],
+        choose: Callable[[], Mapping[str, int]],
+    ) -> Change:
+        """What is to change after this many steps.
+
+        Args:
+            step: How many were taken.
+            full: The ranks at the start.
+            now: The ranks in use.
+            choose: Gives the ranks to end with, judged by the model as it is now.
+        """
+
+    @abstractmethod
+    def strength(self, step: int) -> float:
+        """The sparsity strength in the step after this many, as a share of its full weight."""
+
+    @property
+    @abstractmethod
+    def pending(self) -> int | None:
+        """The step of the last change that is still to come; None if all were made."""
+
+
+class FallToBudget(RankPolicy):
+    """Ranks are full, then fall to the budget in cuts along a curve, then stay.
+
+    Args:
+        start: Share of the run before they begin to fall.
+        end: Share of the run after which they stay.
+        shape: Of the fall, see :mod:`~lightning_svd.training.schedules`.
+        cuts: In how many they fall.
+        ramp: Shape in which the sparsity strength ramps up until ``start``.
+    """
+
+    def __init__(self, start: float, end: float, shape: str, cuts: int, ramp: str) -> None:
+        self.start, self.end, self.shape, self.cuts, self.ramp = start, end, shape, cuts, ramp
+        self.total_steps, self._steps = 1, [1]
+
+    def begin(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self._steps = cut_steps(total_steps, self.start, self.end, self.cuts)
+
+    def resume(self, last_change: int) -> None:
+        planned = cut_steps(self.total_steps, self.start, self.end, self.cuts)
+        self._steps = [step for step in planned if step > last_change]
+
+    def is_due(self, step: int) -> bool:
+        return bool(self._steps) and step >= self._steps[0]
+
+    def change(
+        self,
+        step: int,
+        full: Mapping[str, int],
+        now: Mapping[str, int],
+        choose: Callable[[], Mapping[str, int]],
+    ) -> Change:
+        final = step >= self._steps[-1]
+        progress = step / self.total_steps
+        removed = 1.0 if final else removal(progress, self.start, self.end, self.shape)
+        wanted = interpolate(full, choose(), removed)
+        self._steps = [later for later in self._steps if later > step]
+        # Ranks only fall: what was cut has been let go of.
+        return Change({name: min(rank, now[name]) for name, rank in wanted.items()}, final)
+
+    def strength(self, step: int) -> float:
+        return strength(step / self.total_steps, self.start, self.end, self.ramp)
+
+    @property
+    def pending(self) -> int | None:
+        return self._steps[-1] if self._steps else None

@@ -1,0 +1,209 @@
+"""Regularizers of the factors, each as its value and its gradient in closed form.
+
+Nothing here builds an autograd graph: a value and its gradient share their intermediate products, and the gradient is
+added to ``.grad`` after the backward pass, so the user's loss stays what it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_svd.layers.forms import SVDForm
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.matrices import exact_products, gram_defect
+
+ValueAndGradient = tuple[Tensor, Tensor]
+LARGE = 1 << 16  # entries of a factor from which copying it beside its like costs more than a kernel's launch
+ALL = slice(None)
+COLUMNS = 64  # of a Gram matrix that are computed in one step, where a step's number is given
+
+
+def orthogonality(factor: Tensor, columns: slice = ALL) -> ValueAndGradient:
+    """``|A^T A - I|_F^2 / r^2`` for factors A (..., n, r) and its gradient ``4 A (A^T A - I) / r^2``.
+
+    The penalty of Yang et al. 2020 (equation 3) for one of the two factors, r being the ranks A has. Leading
+    dimensions hold factors of several layers; the value has one entry for each.
+
+    Args:
+        factor: A (..., n, r).
+        columns: Those b columns of the Gram matrix that the value sums over; the gradient (..., n, b) is exactly that
+            of the whole penalty for these columns of A, at b / r of the cost.
+    """
+    scale = 1.0 / max(1, factor.shape[-1]) ** 2
+    # Products in half precision or TF32 would drown the defect.
+    with exact_products(factor.device):
+        defect = gram_defect(factor, columns)
+        return defect.square().sum((-2, -1)) * scale, (factor @ defect).mul_(4.0 * scale)
+
+
+def l1(s: Tensor) -> ValueAndGradient:
+    """``sum |s|`` for singular values s (..., r) and its gradient ``sign(s)``."""
+    return s.abs().sum(-1), s.sign()
+
+
+def hoyer(s: Tensor) -> ValueAndGradient:
+    """``|s|_1 / |s|_2`` for s (..., r), between 1 and sqrt(r), and its gradient; both 0 for s = 0.
+
+    The gradient is ``sign(s) / |s|_2 - s |s|_1 / |s|_2^3`` (Yang et al. 2020, equation 4): it pulls small singular
+    values down and lets large ones grow, and does not depend on the scale of the layer but through 1 / |s|_2.
+    """
+    unit, length = _normalized(s)
+    ratio = unit.abs().sum(-1, keepdim=True)
+    return ratio.squeeze(-1), (unit.sign() - unit * ratio) / length
+
+
+def hoyer_square(s: Tensor) -> ValueAndGradient:
+    """``|s|_1^2 / |s|_2^2`` for s (..., r), between 1 and r, and its gradient; both 0 for s = 0."""
+    ratio, gradient = hoyer(s)
+    return ratio.square(), 2.0 * ratio.unsqueeze(-1) * gradient
+
+
+def _normalized(s: Tensor) -> tuple[Tensor, Tensor]:
+    """``s / |s|_2`` and ``|s|_2`` (..., 1), safe from overflow and underflow; 0 and 1 for s = 0."""
+    largest = s.abs().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
+    scaled = s / torch.where(largest > 0, largest, 1.0)
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    unit = scaled / torch.where(length > 0, length, 1.0)
+    return unit, torch.where(length > 0, length * largest, 1.0)
+
+
+SPARSITY: dict[str, Callable[[Tensor], ValueAndGradient]] = {"hoyer": hoyer, "hoyer_square": hoyer_square, "l1": l1}
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What the regularizers came to in one step, 0-d tensors on the layers' device.
+
+    Attributes:
+        orthogonality: Sum over layers of both factors' :func:`orthogonality`, without its weight.
+        sparsity: Sum over layers of the sparsity penalty, without its strength.
+        orthogonality_error: Root mean square of ``|A^T A - I|_F`` per rank, over all factors; 0 when orthonormal.
+    """
+
+    orthogonality: Tensor
+    sparsity: Tensor
+    orthogonality_error: Tensor
+
+
+@torch.no_grad()
+def add_gradients(
+    layers: Iterable[SVDLayer],
+    orthogonality_weight: float = 1.0,
+    sparsity: str | None = "hoyer",
+    sparsity_weight: float = 0.0,
+    scale: float = 1.0,
+    only: Collection[nn.Parameter] | None = None,
+    step: int | None = None,
+) -> Penalties:
+    """Add the weighted regularizers' gradient to ``.grad`` of the kept ranks; call it between backward and step.
+
+    Parameters that do not require a gradient are left alone, and one whose gradient is None gets one, as with
+    ``(loss + penalty).backward()``.
+
+    Args:
+        layers: Factorized layers; those that are trained as something else than an SVD have no penalty.
+        orthogonality_weight: Factor of the orthogonality penalty.
+        sparsity: A key of ``SPARSITY``, or None.
+        sparsity_weight: Factor of the sparsity penalty.
+        scale: Of the gradients that are there, a loss scaler's for instance.
+        only: Those factors that get a gradient, where an optimizer holds some of them; None for all.
+        step: Number of the training step. Given, each step computes up to ``COLUMNS`` columns of each Gram matrix, the
+            next ones each time and weighted up, so that all are pulled as strongly over a few steps while the
+            products of a wide layer stay a small share of its own. None: all columns.
+
+    Returns:
+        The penalties, each without its weight; estimated from the columns whose turn it is.
+    """
+    only = None if only is None else frozenset(only)  # in a list they would be looked for by their values
+    factors, values = [], []
+    for layer in layers:
+        if isinstance(layer.form, SVDForm):
+            (U, s, V), kept = layer.form.stored(), layer.form.factors()
+            factors += [_Part(U, kept.U), _Part(V, kept.V)]  # type: ignore[arg-type]
+            values.append(_Part(s, kept.s))  # type: ignore[arg-type]
+    if not values:
+        return Penalties(*(torch.zeros(()) for _ in range(3)))
+    defects, ranks, orthogonalities, sparsities = [], 0, [], []
+    for group in _alike(factors):
+        rank = group[0].value.shape[-1]
+        columns, turns = _turn(rank, step)
+        penalty = functools.partial(orthogonality, columns=columns)
+        penalties = turns * _add(group, penalty, turns * scale * orthogonality_weight, only, columns)
+        orthogonalities.append(penalties.sum())
+        defects.append(penalties.sum() * rank**2)
+        ranks += rank * penalties.numel()
+    if sparsity is not None:
+        for group in _alike(values):
+            sparsities.append(_add(group, SPARSITY[sparsity], scale * sparsity_weight, only).sum())
+    return Penalties(
+        torch.stack(orthogonalities).sum(),
+        torch.stack(sparsities).sum() if sparsities else torch.zeros_like(orthogonalities[0]),
+        (torch.stack(defects).sum() / max(1, ranks)).sqrt(),
+    )
+
+
+class _Part(NamedTuple):
+    """What a penalty is computed for: a parameter, and those of its first columns that are in use."""
+
+    parameter: nn.Parameter
+    value: Tensor
+
+
+def _turn(rank: int, step: int | None) -> tuple[slice, int]:
+    """The columns whose turn it is in this step, and in how many steps each has its turn."""
+    turns = 1 if step is None else max(1, -(-rank // COLUMNS))
+    if step is None or turns == 1:
+        return ALL, 1
+    width = -(-rank // turns)
+    start = step % turns * width
+    return slice(start, start + width), turns
+
+
+def _alike(parts: Iterable[_Part]) -> Iterable[list[_Part]]:
+    """Groups of one shape, so that many small layers cost one kernel and not one each; large ones stay alone."""
+    groups: dict[object, list[_Part]] = {}
+    for number, part in enumerate(parts):
+        shape, dtype, device = part.value.shape, part.value.dtype, part.value.device
+        large = part.value.numel() > LARGE
+        groups.setdefault((number if large else None, shape, dtype, device), []).append(part)
+    return groups.values()
+
+
+def _add(
+    group: Sequence[_Part],
+    penalty: Callable[[Tensor], ValueAndGradient],
+    weight: float,
+    only: Collection[nn.Parameter] | None,
+    columns: slice = ALL,
+) -> Tensor:
+    """Add the weighted gradient of each part's penalty to these columns of its parameter's; returns the penalties."""
+    wide = torch.promote_types(group[0].value.dtype, torch.float32)
+    if len(group) == 1:
+        penalties, gradient = penalty(group[0].value.to(wide))
+        gradients: Sequence[Tensor] = [gradient]
+    else:
+        penalties, stacked = penalty(torch.stack([part.value for part in group]).to(wide))
+        gradients = stacked.unbind()
+    if weight == 0.0:
+        return penalties
+    for (parameter, value), gradient in zip(group, gradients, strict=True):
+        if parameter.requires_grad and (only is None or parameter in only):
+            _accumulate(parameter, gradient, weight, columns.start or 0, value.shape[-1])
+    return penalties
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor, weight: float, start: int, rank: int) -> None:
+    grad = parameter.grad
+    if grad is None:
+        grad = parameter.grad = torch.zeros_like(parameter)
+    if gradient.dtype != grad.dtype:
+        gradient = gradient.to(grad.dtype)
+    if gradient.shape[-1] != grad.shape[-1]:  # a view of all would cost small layers as much as the addition
+        grad = grad.narrow(-1, start, min(gradient.shape[-1], rank - start))
+    grad.add_(gradient, alpha=weight)

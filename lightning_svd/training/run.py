@@ -1,0 +1,672 @@
+"""One run of SVD training in plain PyTorch: what the callback drives, and a training loop of your own can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm
+from lightning_svd.layers.layer import Replaced, SVDLayer
+from lightning_svd.layers.matrices import Factors, numerical_rank, wide
+from lightning_svd.model.calls import CallRecorder, cut
+from lightning_svd.model.checks import FEW, whole_layers
+from lightning_svd.model.counting import count_calls, count_params
+from lightning_svd.model.plan import LayerPlan, weights_of
+from lightning_svd.model.surgery import begin, finish, show_factors, undo
+from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
+from lightning_svd.ranks.latency import time_layers
+from lightning_svd.report.data import Pause, RankChange, SVDReport, report_on
+from lightning_svd.training import processes
+from lightning_svd.training.guard import MetricGuard
+from lightning_svd.training.optimizers import OptimizerOfFactors
+from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
+from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.regularizers import Penalties, add_gradients
+
+
+class SVDTraining:
+    """A run of SVD training: factorizes a model's layers, and cuts their ranks while your loop trains it.
+
+    The optimizers are those that train the model already: in their groups the factors take the places of the weights::
+
+        training = SVDTraining(model, optimizer, total_steps=1000, target_macs=0.35)
+        for x, y in batches:
+            loss_of(model(x), y).backward()
+            training.step()
+            optimizer.zero_grad()
+        report = training.finish()  # model is now small, in plain torch layers
+
+    Args:
+        model: To be trained, on its device.
+        optimizers: One or several that train it.
+        total_steps: Optimizer steps of the whole run.
+        recipe: What is asked for; or its fields as keyword arguments.
+        thaws: Whether layers are meant too that are frozen now, or that no optimizer trains yet. What unfreezes them
+            in the middle of a run looks for what optimizers hold among the model's parameters: these are U, s and V
+            then, and not the dense weights.
+        choose_ranks: The ranks to end with, from what each rank carries and the model's cost, instead of the recipe's.
+        guard: What watches a metric and may pause the fall of ranks.
+        on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does.
+        state: Of a run to go on with, from :meth:`state_dict`.
+        arguments: Fields of :class:`~lightning_svd.training.recipe.Recipe`.
+
+    Attributes:
+        plan: What became of each layer.
+        layers: The factorized layers by name.
+        cost: Of the model; None until a forward pass was counted.
+        penalties: The regularizers' values in the last step; None before.
+        strength: The sparsity weight in the last step.
+        timeline: Every rank change so far.
+        strengths: (step, sparsity weight) about a hundred times in the run.
+        warnings: What the user should know at the end.
+        backwards: Backward passes since the last optimizer step.
+        last_cut: The :meth:`clock` at the last cut.
+
+    Raises:
+        ValueError: If a layer, an optimizer or the budget is refused; the model is then as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Optimizer | Sequence[Optimizer],
+        total_steps: int,
+        *,
+        recipe: Recipe | None = None,
+        thaws: bool = False,
+        choose_ranks: ChooseRanks | None = None,
+        guard: MetricGuard | None = None,
+        on_reshape: Callable[[], None] | None = None,
+        state: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.model, self.total_steps, self.guard = model, total_steps, guard
+        self.recipe = recipe or Recipe(**arguments)
+        self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
+        self.policy.begin(total_steps)
+        self.cost: ModelCost | None = None
+        self.penalties: Penalties | None = None
+        self.strength = 0.0
+        self.timeline: list[RankChange] = []
+        self.strengths: list[tuple[int, float]] = []
+        self.warnings: list[str] = []
+        self.spectra_before: dict[str, list[float]] = {}
+        self.backwards = self.last_cut = self._steps = 0
+        self._refused: dict[str, str] = {}
+        self._are_others = False
+        self._on_reshape = on_reshape or (lambda: None)
+        self._choose_ranks = choose_ranks or self._by_recipe
+        trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
+        self.plan = self.recipe.plan(model, include_frozen=thaws)
+        if not thaws:
+            self.plan = _trained_by(trainers, model, self.plan)
+        self.layers = begin(model, self.plan)
+        if thaws:
+            show_factors(model)
+        self.bounds = self.recipe.bounds(self.plan)
+        # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
+        self._dense = {name: _weight_of(layer) for name, layer in self.layers.items()}
+        self.optimizers: list[OptimizerOfFactors] = []
+        try:
+            self._check_finite()
+            self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
+            if state is None:
+                self._factorize()
+            else:
+                self.load_state_dict(state)
+            if self.recipe.target[0] == "params":
+                self.recipe.check_reachable(count_params(model), self.full_ranks, self.bounds)
+        except BaseException:
+            self.undo()
+            raise
+        if state is None:
+            self.spectra_before = self.spectra()
+        self.recorder = CallRecorder(model, self.layers)
+        if self.cost is None:
+            self.recorder.start()
+        self._tell_of_others()
+
+    # ------------------------------------------------------------------------------------------- for a loop of your own
+
+    def step(self, epoch: int = 0) -> RankChange | None:
+        """Take a step with every optimizer, between your backward pass and ``zero_grad``; cuts ranks where it is time.
+
+        Args:
+            epoch: The current one, for the report.
+
+        Returns:
+            The change of ranks, if there was one.
+        """
+        self.learn_costs()
+        for optimizer in self.optimizers:
+            self.before_step(optimizer, self._steps)
+            optimizer.optimizer.step()
+        self._steps += 1
+        change = self.after_step(self._steps, epoch)
+        self.begin_batch([each.optimizer for each in self.optimizers])
+        return change
+
+    # -------------------------------------------------------------------------------------------------- what a layer is
+
+    @property
+    def full_ranks(self) -> dict[str, int]:
+        """The rank that each layer began with."""
+        return {name: layer.full_rank for name, layer in self.layers.items()}
+
+    def ranks(self) -> dict[str, int]:
+        """The rank that each layer uses."""
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def spectra(self) -> dict[str, list[float]]:
+        """The singular values of each layer, in descending order."""
+        return {name: layer.spectrum() for name, layer in self.layers.items()}
+
+    def ratio(self, unit: Unit) -> float:
+        """Share of the dense model's cost at the present ranks."""
+        return self.cost.ratio(self.ranks(), unit) if self.cost else 1.0
+
+    def rank_ratio(self) -> float:
+        """Share of all ranks that is in use."""
+        return sum(self.ranks().values()) / max(1, sum(self.full_ranks.values()))
+
+    @property
+    def regularized(self) -> bool:
+        """Whether any layer has penalties now."""
+        return any(isinstance(layer.form, SVDForm) for layer in self.layers.values())
+
+    # ------------------------------------------------------------------------------------------------------------ begin
+
+    def _factorize(self) -> None:
+        if self.recipe.full_rank_as == "dense":
+            return
+        for name, factors in self._exact([*self.layers]):
+            # A layer that begins at zero gives U and V no gradient: it trains as it is until ranks are cut.
+            spectrum = factors.s if factors.s.ndim == 1 else factors.s.amin(0)
+            if numerical_rank(spectrum, self.layers[name].matrix_shape) == spectrum.shape[-1]:
+                self._replace([self.layers[name].to_svd(factors)])
+
+    def _check_finite(self) -> None:
+        for name, weight in self._dense.items():
+            bad = int((~torch.isfinite(weight)).sum())
+            if bad:
+                label = name or type(self.model).__name__
+                raise ValueError(f"`{label}`: expected finite weights, got {bad} NaN or infinite of {weight.numel()}")
+
+    def _exact(self, names: Sequence[str]) -> Iterator[tuple[str, Factors]]:
+        """Exact factors layer by layer, each computed in one process and the same in all."""
+
+        def compute(name: str) -> list[Tensor]:
+            return list(self.importance.factors(self.layers[name]))
+
+        def empty(name: str) -> list[Tensor]:
+            layer = self.layers[name]
+            like, groups = wide(layer.form.trained[0].detach()), layer.view.groups
+            m, n = layer.matrix_shape
+            shapes = ((m, layer.rank), (layer.rank,), (n, layer.rank))
+            return [like.new_empty((groups, *shape) if groups > 1 else shape) for shape in shapes]
+
+        for name, tensors in processes.shared_out(names, compute, empty):
+            yield name, Factors(*tensors)
+
+    def _replace(self, replaced: Sequence[Replaced]) -> None:
+        for optimizer in self.optimizers:
+            optimizer.replace(replaced)
+        self._are_others |= any(new for _, new in replaced)
+
+    def _tell_of_others(self) -> None:
+        """Tell what keeps a list of the parameters if they are others now."""
+        if self._are_others:
+            self._are_others = False
+            self._on_reshape()
+
+    def undo(self) -> None:
+        """Let go of the model and the optimizers; before the first step they are exactly as they were."""
+        self.close()
+        self._replace(undo(self.model, self._dense))
+        self._tell_of_others()
+
+    def abandon(self) -> dict[str, Any]:
+        """Let go of a run that failed; returns what a file that is written because of it needs to resume.
+
+        Before the first step all is as it was. Later the model is a plain one with the weights that it had by then,
+        and the optimizers keep what belongs to the state that is returned.
+        """
+        if self._dense:
+            self.undo()
+            return {}
+        state = self.state_dict()
+        self.close()
+        undo(self.model)
+        return state
+
+    def close(self) -> None:
+        """Let go of what watches the model and the optimizers, whatever state the run is in."""
+        if hasattr(self, "recorder"):
+            self.recorder.stop()
+        for optimizer in self.optimizers:
+            optimizer.remove()
+
+    # ---------------------------------------------------------------------------------------------------- what it costs
+
+    def learn_costs(self, every_layer: bool = False) -> bool:
+        """Count what the recorded forward pass costs, and find the layers that cannot become two; once in a run.
+
+        Args:
+            every_layer: Wait for more if what was recorded so far did not use every layer.
+
+        Returns:
+            Whether costs are known.
+
+        Raises:
+            ValueError: If the budget cannot be met, in every process.
+        """
+        if self.cost is not None:
+            return True
+        learned = processes.decide(lambda: self._learn(every_layer))
+        if learned is None:
+            return False
+        self.cost, self._refused = learned
+        self.recorder.stop()
+        self.recorder.calls.clear()
+        names = ", ".join([*self._refused][:8])
+        if self._refused:
+            reason = next(iter(self._refused.values()))
+            self.warnings.append(f"{len(self._refused)} layers stay dense ({names}): {reason}")
+        return True
+
+    def _learn(self, every_layer: bool) -> tuple[ModelCost, dict[str, str]] | None:
+        calls, seen = self.recorder.calls, self.recorder.seen
+        if not seen or (every_layer and not seen >= self.layers.keys()):
+            return None
+        self.recorder.stop()  # what follows are replays
+        try:
+            few, inputs = cut(self.model, calls, FEW)
+            cost = count_calls(self.model, self.layers, few, inputs)
+            refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
+        except Exception as error:
+            raise ValueError(
+                "the model was run once more in evaluation, to count what it costs and to see which layers can become "
+                f"two, and failed: {type(error).__name__}: {error}"
+            ) from error
+        cost = _without(cost, refused)
+        left = {name: rank for name, rank in self.full_ranks.items() if name not in refused}
+        self.recipe.check_reachable(cost, left, self.bounds)
+        return cost, refused
+
+    def _release_refused(self) -> None:
+        """Train the layers that cannot become two as the dense ones that they stay."""
+        refused, self._refused = self._refused, {}
+        if not refused:
+            return
+        self._replace(finish(self.model, dict.fromkeys(refused, "dense")))
+        self.plan = [replace(of, skipped=refused.get(of.name, of.skipped)) for of in self.plan]
+        self.layers = {name: layer for name, layer in self.layers.items() if name not in refused}
+        self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
+        for optimizer in self.optimizers:
+            optimizer.know(self.layers.values())
+        self._tell_of_others()
+
+    # ----------------------------------------------------------------------------------------------------------- a step
+
+    def optimizer(self, optimizer: Optimizer) -> OptimizerOfFactors:
+        """What an optimizer of this run is to the factors."""
+        return next(each for each in self.optimizers if each.optimizer is optimizer)
+
+    def clock(self, step: int) -> int:
+        """Where the schedule of ranks and strengths stands after this step: it stands still in pauses."""
+        return step - (self.guard.steps_paused(step) if self.guard else 0)
+
+    @property
+    def paused(self) -> bool:
+        """Whether ranks must not fall now."""
+        return self.guard is not None and self.guard.paused
+
+    def before_step(self, optimizer: OptimizerOfFactors, step: int, scale: float = 1.0) -> None:
+        """Announce a step, and add the regularizers' gradient to what the backward pass left; once for each step.
+
+        Args:
+            optimizer: Which one steps.
+            step: How many steps were taken.
+            scale: Of the gradients that are there; 0 for a step whose loss is none.
+        """
+        optimizer.announced = True
+        optimizer.adopt_faces()
+        if optimizer.gradients_added:
+            optimizer.gradients_added = False
+        else:
+            self.add_gradients(optimizer, step, scale)
+
+    def add_gradients(self, optimizer: OptimizerOfFactors, step: int, scale: float = 1.0) -> None:
+        """Add the regularizers' gradient; arguments as for :meth:`before_step`."""
+        assert self.recipe.sparsity_weight is not None
+        off = self.paused or not self.regularized
+        self._note_strength(step, 0.0 if off else self.recipe.sparsity_weight * self.policy.strength(self.clock(step)))
+        layers = optimizer.regularized
+        if layers and scale:
+            orthogonality, sparsity = self.recipe.orthogonality_weight, self.recipe.sparsity
+            self.penalties = add_gradients(
+                layers, orthogonality, sparsity, self.strength, scale, optimizer.held(), step
+            )
+
+    def _note_strength(self, step: int, strength: float) -> None:
+        """Remembered now and then for the report."""
+        self.strength = strength
+        if step % max(1, self.total_steps // 100) == 0 and (not self.strengths or self.strengths[-1][0] < step):
+            self.strengths.append((step, strength))
+
+    def begin_batch(self, optimizers: Sequence[Optimizer]) -> None:
+        """A batch begins, in which every step must be announced.
+
+        Args:
+            optimizers: Those that train the model by now: a schedule may have made new ones.
+        """
+        known = {id(each.optimizer): each for each in self.optimizers}
+        if known.keys() != {id(each) for each in optimizers}:
+            layers = self.layers.values()
+            self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
+        if self.cost is None:
+            self.recorder.start()
+        for layer in self.layers.values():
+            layer.forget_loaded()
+        for optimizer in self.optimizers:
+            optimizer.enforced = True
+            optimizer.adopt_faces()
+
+    def end_batch(self) -> None:
+        """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
+        for optimizer in self.optimizers:
+            optimizer.merge()
+            optimizer.enforced = False
+
+    def see_metric(self, value: float, step: int) -> Pause | None:
+        """Take note of the watched metric, as all processes agree on; returns the pause that begins or ends with it."""
+        assert self.guard is not None
+        guard = self.guard
+        started = not isinstance(self.policy, FallToBudget) or self.clock(step) >= self.policy.start * self.total_steps
+        falling = self.policy.pending is not None and started
+        fallen = processes.decide(lambda: falling and guard.has_fallen(value))
+        return guard.see(step, value, fallen)
+
+    def after_step(self, step: int, epoch: int = 0, due: bool | None = None) -> RankChange | None:
+        """Cut ranks if it is time.
+
+        Args:
+            step: How many steps were taken.
+            epoch: The current one.
+            due: Whether it is; None for what the policy says.
+
+        Returns:
+            The change of ranks, if there was one.
+        """
+        if step:
+            self._dense = {}
+        self._release_refused()
+        if due is None:
+            due = self.policy.is_due(self.clock(step))
+        return self.cut(step, epoch) if due and not self.paused and self.cost is not None else None
+
+    # ------------------------------------------------------------------------------------------------------------ a cut
+
+    def cut(self, step: int, epoch: int) -> RankChange | None:
+        """Refactorize what was trained and keep the ranks that the policy says; None if no rank changes.
+
+        Raises:
+            ValueError: If a layer's factors are not finite; the message names it.
+        """
+        before, clock = self.ranks(), self.clock(step)
+        energies = self._refactorize()
+        change: Change = processes.decide(
+            lambda: self.policy.change(
+                clock, self.full_ranks, before, lambda: self._choose_ranks(self._on_cpu(energies), self._known_cost)
+            )
+        )
+        self.policy.resume(clock)
+        self.last_cut = clock
+        coarse = [n for n, rank in change.ranks.items() if rank < self.layers[n].rank and _is_coarse(self.layers[n])]
+        for name, factors in self._exact(coarse):
+            self._take(self.layers[name], factors)
+        for name, rank in change.ranks.items():
+            self._keep(name, rank)
+        if change.final:
+            self._train_as_final()
+        self._tell_of_others()
+        if self.ranks() == before:
+            return None
+        self.timeline.append(RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params")))
+        return self.timeline[-1]
+
+    @property
+    def _known_cost(self) -> ModelCost:
+        assert self.cost is not None
+        return self.cost
+
+    def _refactorize(self) -> dict[str, Tensor]:
+        """Give every layer its exact factors, the strongest ranks first; returns what each rank carries.
+
+        In half precision taking them rounds: there a layer waits until its rank falls.
+        """
+        trained = {name: layer for name, layer in self.layers.items() if not isinstance(layer.form, PairForm)}
+        energies = {}
+        for name, factors in self._exact([*trained]):
+            energies[name] = self.importance.values(factors)
+            if isinstance(trained[name].form, DenseForm):
+                self._replace([trained[name].to_svd(factors)])
+            elif not _is_coarse(trained[name]):
+                self._take(trained[name], factors)
+        return energies
+
+    def _take(self, layer: SVDLayer, factors: Factors) -> None:
+        """Let a layer take exact factors in the place of those that it trains."""
+        assert isinstance(layer.form, SVDForm)
+        order, parameters = layer.form.set_factors(factors), layer.form.trained
+        self._move(parameters, parameters, partial(_in_order, order=order))
+
+    def _on_cpu(self, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """In one transfer: each would wait for the device."""
+        if not energies:
+            return {}
+        parts = torch.split(torch.cat([*energies.values()]).cpu(), [len(values) for values in energies.values()])
+        return dict(zip(energies, parts, strict=True))
+
+    def _keep(self, name: str, rank: int) -> None:
+        """Use this many ranks of a layer; where they are less than half of what it stores, storage shrinks."""
+        layer = self.layers[name]
+        if not isinstance(layer.form, SVDForm) or rank >= layer.rank:
+            return
+        layer.form.rank = rank
+        if 2 * rank < layer.form.room:
+            old, new = layer.shrink()
+            self._move(old, new, partial(_first_columns, rank=rank))
+            return
+        parameters = layer.form.trained
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.narrow(-1, rank, parameter.shape[-1] - rank).zero_()
+        self._move(parameters, parameters, partial(_without_columns, rank=rank))
+
+    def _move(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], move: Callable[[Tensor], Tensor]) -> None:
+        for optimizer in self.optimizers:
+            optimizer.move_columns(old, new, move)
+        self._are_others |= any(before is not after for before, after in zip(old, new, strict=True))
+
+    def _train_as_final(self) -> None:
+        """From now on layers train as what they are going to be: pairs without s and penalties, or dense."""
+        for name, layer in self.layers.items():
+            if isinstance(layer.form, SVDForm):
+                pays = self._known_cost.layers[name].pays(layer.rank)
+                self._replace([layer.to_pair() if pays else layer.to_dense()])
+        self.penalties = None
+
+    def _by_recipe(self, energies: dict[str, Tensor], cost: ModelCost) -> dict[str, int]:
+        return self.recipe.choose_ranks(energies, cost, self.bounds)
+
+    # ---------------------------------------------------------------------------------------------------------- the end
+
+    def finish(self, arguments: Mapping[str, Any] | None = None) -> SVDReport:
+        """Make the model what was asked for, ``final``, and say what happened.
+
+        Args:
+            arguments: What the run was asked for, for the report; None for the recipe's.
+        """
+        self.close()
+        self._release_refused()
+        for layer in self.layers.values():
+            layer.forget_loaded(goes_on=False)  # an average that was loaded at the end: its nearest of the ranks
+        cost = self.cost or count_params(self.model)
+        if self.recipe.measure_latency:
+            cost = self._with_latency(cost)
+        self._warn_of_what_is_not_finite()
+        report = replace(
+            report_on(self.plan, self.layers, cost, self.spectra_before, all_dense=self.recipe.final == "dense"),
+            **self.history(),
+            arguments=dict(arguments or asdict(self.recipe)),
+        )
+        pays = {name: cost.layers[name].pays(layer.rank) for name, layer in self.layers.items()}
+        form = "pair" if self.recipe.final == "factored" else "decomposed"
+        finals = {name: form if pays[name] and self.recipe.final != "dense" else "dense" for name in self.layers}
+        self._replace(finish(self.model, finals))
+        return report
+
+    def _warn_of_what_is_not_finite(self) -> None:
+        broken = [
+            name
+            for name, layer in self.layers.items()
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.form.trained)
+        ]
+        if broken:
+            self.warnings.append(f"{len(broken)} layers hold NaN or infinity: {', '.join(broken[:8])}")
+
+    def _with_latency(self, cost: ModelCost) -> ModelCost:
+        # One decision for all processes, whose clocks differ.
+        timed = processes.decide(lambda: time_layers(cost, self.layers))
+        ranks = self.ranks()
+        slower = [n for n, rank in ranks.items() if cost.layers[n].pays(rank) > timed.layers[n].pays(rank)]
+        if slower and self.recipe.final != "dense":
+            self.warnings.append(
+                f"{len(slower)} layers are dense because their factors are no faster here ({', '.join(slower[:8])}): "
+                f"{timed.ratio(ranks, 'macs'):.1%} of the MACs, not {cost.ratio(ranks, 'macs'):.1%}"
+            )
+        return timed
+
+    def why_not_reached(self, done: int) -> str | None:
+        """Why the budget was not met after this many steps; None if it was."""
+        last = self.policy.pending
+        if last is None or not self.layers:
+            return None
+        kind, share = self.recipe.target
+        missed = f"the target, {share:g} of the {kind}, was not reached"
+        if self.guard and self.guard.pauses:
+            paused = done - self.clock(done)
+            return f"pruning paused for {paused} steps because `{self.guard.monitor}` had fallen: {missed}"
+        return f"the fit ended at step {done} of {self.total_steps}, before the last rank cut at step {last}: {missed}"
+
+    def history(self) -> dict[str, Any]:
+        """What happened, as fields of a report."""
+        happened: dict[str, Any] = {
+            "timeline": tuple(self.timeline),
+            "warnings": tuple(self.warnings),
+            "strengths": tuple(self.strengths),
+        }
+        if self.guard:
+            happened |= {"metric": self.guard.monitor, "metric_values": tuple(self.guard.values)}
+            happened |= {"pauses": tuple(self.guard.pauses)}
+        return happened
+
+    # ----------------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run needs to go on exactly: tensors, numbers, strings, lists and dicts."""
+        return {
+            "layers": {name: layer.exact_state() for name, layer in self.layers.items()},
+            "refused": {of.name: of.skipped for of in self.plan if of.skipped},
+            "steps": self._steps,
+            "last_cut": self.last_cut,
+            "is_final": self.policy.pending is None,
+            "timeline": [asdict(change) for change in self.timeline],
+            "strengths": list(self.strengths),
+            "warnings": list(self.warnings),
+            "spectra_before": self.spectra_before,
+            "cost": asdict(self.cost) if self.cost else None,
+            "guard": self.guard.state_dict() if self.guard else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned, at the beginning of a run or in the middle of one.
+
+        Raises:
+            ValueError: If other layers are factorized, or the same in another mode.
+        """
+        skipped = {name: reason for name, reason in state["refused"].items() if name in self.layers}
+        saved = state["layers"]
+        here = {(name, layer.conv_mode) for name, layer in self.layers.items() if name not in skipped}
+        there = {(name, entry["conv_mode"]) for name, entry in saved.items()}
+        if here != there:
+            differ = sorted({name for name, _ in here ^ there})
+            raise ValueError(
+                f"the checkpoint was written with other factorized layers, see {', '.join(map(repr, differ[:5]))}: "
+                "resume with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
+            )
+        for name, entry in saved.items():
+            self._replace([self.layers[name].load_exact_state(entry)])
+        self._steps, self.last_cut = state["steps"], state["last_cut"]
+        self.policy.resume(self.total_steps + 1 if state["is_final"] else self.last_cut)
+        self.timeline = [RankChange(**change) for change in state["timeline"]]
+        self.strengths = [(step, strength) for step, strength in state["strengths"]]
+        self.warnings = list(state["warnings"])
+        self.spectra_before = state["spectra_before"]
+        if self.guard and state["guard"]:
+            self.guard.load_state_dict(state["guard"])
+        if state["cost"]:
+            layers = {name: LayerCost(**cost) for name, cost in state["cost"]["layers"].items()}
+            self.cost = ModelCost(**(state["cost"] | {"layers": layers}))
+        self._refused = skipped
+        self._release_refused()
+
+
+def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The plan with layers left alone whose weight no optimizer trains, unless it is frozen and meant all the same."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    weights = weights_of(model)
+    return [
+        replace(of, skipped="no optimizer trains its weight", matrix_shape=None, conv_mode=None)
+        if not of.skipped and weights[of.name].requires_grad and id(weights[of.name]) not in held
+        else of
+        for of in plans
+    ]
+
+
+def _weight_of(layer: SVDLayer) -> Tensor:
+    assert isinstance(layer.form, DenseForm)
+    return layer.form.weight().detach()
+
+
+def _without(cost: ModelCost, names: Mapping[str, Any]) -> ModelCost:
+    """The cost with these layers dense for good."""
+    left = {name: of for name, of in cost.layers.items() if name not in names}
+    macs = sum(cost.layers[name].dense_macs for name in names)
+    params = sum(cost.layers[name].dense_params for name in names)
+    return replace(cost, layers=left, other_macs=cost.other_macs + macs, other_params=cost.other_params + params)
+
+
+def _is_coarse(layer: SVDLayer) -> bool:
+    """Whether to write exact factors into a layer rounds them visibly."""
+    return torch.finfo(layer.form.trained[0].dtype).bits < 32
+
+
+def _in_order(value: Tensor, order: Tensor) -> Tensor:
+    return value.index_select(-1, order)
+
+
+def _first_columns(value: Tensor, rank: int) -> Tensor:
+    return value.narrow(-1, 0, rank).clone()
+
+
+def _without_columns(value: Tensor, rank: int) -> Tensor:
+    value.narrow(-1, rank, value.shape[-1] - rank).zero_()
+    return value

@@ -1,0 +1,481 @@
+"""Calls of a step are noted without a trace in it, and run again without a trace in the model."""
+
+import contextlib
+import copy
+import gc
+import pickle
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_svd.model import calls as module_of_calls
+from lightning_svd.model.calls import CallRecorder, cut, inputs_of, mapped, replay
+from lightning_svd.model.plan import plan
+from lightning_svd.model.surgery import begin
+
+torch.set_num_threads(1)
+
+
+def factorized(module, form="svd"):
+    """The module's layers, that train U, s and V and show dense weights."""
+    layers = begin(module, plan(module))
+    for layer in layers.values() if form == "svd" else ():
+        layer.to_svd()
+    return layers
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def encode(self, x):
+        return self.net[2](torch.relu(self.net[0](x)))
+
+
+class Step(nn.Module):
+    """As a LightningModule: its step calls what it likes."""
+
+    def __init__(self, kind=Net):
+        super().__init__()
+        self.model = kind()
+
+    def forward(self, x):
+        return self.model(x)
+
+
+def recorded(module, step, *args):
+    recorder = CallRecorder(module, factorized(module))
+    recorder.start()
+    try:
+        step(*args)
+    finally:
+        recorder.stop()
+    return recorder
+
+
+def no_hooks(module):
+    return not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+
+
+def test_only_the_outermost_calls_are_noted():
+    step, x = Step(), torch.randn(3, 12)
+    recorder = CallRecorder(step, factorized(step))
+    recorder.start()
+    step(x)
+    assert [call.module for call in recorder.calls] == [step]
+    assert recorder.seen == {"model.net.0", "model.net.2", "model.net.4"}
+    recorder.start()
+    step.model(x), step.model(x)
+    assert [call.module for call in recorder.calls] == [step.model] * 2
+    recorder.start()
+    step.model.encode(x)
+    assert [call.module for call in recorder.calls] == [step.model.net[0], step.model.net[2]]
+    assert recorder.seen == {"model.net.0", "model.net.2"}
+    recorder.stop()
+    recorder.stop()
+    assert no_hooks(step)
+    step(x)
+    assert len(recorder.calls) == 2
+
+
+def test_several_networks_and_keywords():
+    class Gan(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.generator, self.critic = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    gan, z = Gan(), torch.randn(5, 4)
+
+    def step():
+        fake = gan.generator(input=z)
+        gan.critic(fake), gan.critic(fake.detach())
+
+    recorder = recorded(gan, step)
+    assert [call.module for call in recorder.calls] == [gan.generator, gan.critic, gan.critic]
+    assert recorder.calls[0].args == () and recorder.calls[0].kwargs.keys() == {"input"}
+    assert [tensor.requires_grad for call in recorder.calls for tensor in call.tensors()] == [False, True, False]
+    assert all(tensor.grad_fn is None for call in recorder.calls for tensor in call.tensors())
+
+
+def test_no_graph_is_kept_and_no_tensor_copied():
+    step, x = Step(), torch.randn(3, 12)
+    held = []
+
+    def run():
+        hidden = torch.nn.Linear(12, 12)(x)
+        held.append(weakref.ref(hidden))
+        held.append(hidden.data_ptr())
+        step(hidden).sum().backward()
+
+    recorder = recorded(step, run)
+    gc.collect()
+    assert held[0]() is None
+    (tensor,) = recorder.calls[0].tensors()
+    assert tensor.data_ptr() == held[1] and tensor.requires_grad
+
+
+def test_the_step_computes_the_same_bits():
+    torch.manual_seed(0)
+    step, x = Step(), torch.randn(3, 12)
+    layers = factorized(step)
+    expected = step(x)
+    recorder = CallRecorder(step, layers)
+    recorder.start()
+    assert torch.equal(step(x), expected)
+
+
+def test_an_error_inside_leaves_no_depth():
+    class Picky(Net):
+        def forward(self, x):
+            if len(x) == 1:
+                raise ValueError("one")
+            return self.net(x)
+
+    step = Step(Picky)
+    recorder = CallRecorder(step, factorized(step))
+    recorder.start()
+    for x in (torch.randn(1, 12), torch.randn(2, 12)):
+        with contextlib.suppress(ValueError):
+            step(x)
+    with pytest.raises(RuntimeError):
+        step(torch.randn(2, 11))
+    step(torch.randn(2, 12))
+    assert [call.module for call in recorder.calls] == [step] * 4
+
+
+def test_a_hook_of_the_users_that_raises_before_ours():
+    step = Step()
+    layers = factorized(step)
+
+    def refuse(*_):
+        raise ValueError("no")
+
+    recorder = CallRecorder(step, layers)
+    recorder.start()
+    handle = step.model.register_forward_pre_hook(refuse, prepend=True)
+    with pytest.raises(ValueError, match="no"):
+        step(torch.randn(2, 12))
+    handle.remove()
+    step.model(torch.randn(2, 12))
+    assert [call.module for call in recorder.calls] == [step, step.model]
+
+
+def test_what_a_users_pre_hook_makes_of_the_arguments_is_made_again():
+    step, x = Step(), torch.randn(2, 12)
+    step.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    outputs = []
+    recorder = recorded(step, lambda: outputs.append(step(x)))
+    assert torch.equal(recorder.calls[0].args[0], x)
+    torch.testing.assert_close(replay(step, recorder.calls)[0], outputs[0].detach())
+
+
+def test_a_step_led_through_the_modules_call():
+    # As Lightning's strategies do: `training_step` in the place of `forward`, which it restores inside.
+    step, x = Step(), torch.randn(2, 12)
+    recorder = CallRecorder(step, factorized(step))
+    recorder.start()
+
+    def redirected(batch, index):
+        del step.forward
+        return step(batch[0]).sum()
+
+    step.forward = redirected
+    step([x], 0)
+    assert [len(call.args) for call in recorder.calls] == [1]
+    assert torch.equal(recorder.calls[0].args[0], x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_is_no_call(reentrant):
+    class Saving(Net):
+        def forward(self, x):
+            return self.net[4](checkpoint(self.encode, x, use_reentrant=reentrant))
+
+    step, x = Step(Saving), torch.randn(2, 12, requires_grad=True)
+    recorder = recorded(step, lambda: step(x).sum().backward())
+    assert [call.module for call in recorder.calls] == [step]
+
+
+def test_a_derivative_in_the_step():
+    step, x = Step(), torch.randn(3, 12, requires_grad=True)
+
+    def penalty():
+        (gradient,) = torch.autograd.grad(step(x).sum(), x, create_graph=True)
+        (gradient.norm(dim=1) - 1).square().mean().backward()
+
+    recorder = recorded(step, penalty)
+    assert [call.module for call in recorder.calls] == [step]
+    assert replay(step, recorder.calls)[0].shape == (3, 4)
+    assert not recorder.calls[0].differentiates
+
+
+def test_a_loop_over_time_is_bounded(monkeypatch):
+    cell = nn.Sequential(nn.Linear(6, 6))
+    x = torch.randn(2, 6)
+
+    def loop(steps):
+        h = x
+        for _ in range(steps):
+            h = torch.tanh(cell(h))
+
+    recorder = recorded(cell, loop, 100)
+    assert len(recorder.calls) == module_of_calls.ALIKE
+    assert sum(call.times for call in recorder.calls) == 100 and recorder.left_out == 0
+    monkeypatch.setattr(module_of_calls, "KEPT", 5)
+    recorder.start()
+    for length in range(8):
+        cell(torch.randn(length + 1, 6))
+    cell(torch.randn(1, 6))
+    recorder.stop()
+    assert recorder.calls[0].times == 2
+    assert len(recorder.calls) == 5 and recorder.left_out == 3
+
+
+def test_copies_and_pickles_do_not_take_the_recorder_along():
+    step, x = Step(), torch.randn(2, 12)
+    recorder = CallRecorder(step, factorized(step))
+    recorder.start()
+    twin = copy.deepcopy(step)
+    twin(x)
+    assert recorder.calls == []
+    pickle.loads(pickle.dumps(step))(x)
+    assert recorder.calls == []
+
+
+def test_parts_of_attention_and_recurrent_nets_are_seen_with_their_owner():
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.lstm = nn.LSTM(8, 8, batch_first=True)
+            self.unused = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.lstm(self.attention(x, x, x)[0])[0]
+
+    net = Sequences()
+    recorder = recorded(net, lambda: net(torch.randn(2, 3, 8)))
+    parts = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+    assert recorder.seen == parts | {"lstm.ih_l0", "lstm.hh_l0"}
+
+
+# ------------------------------------------------------------------------------------------------------- replays
+
+
+class Moody(nn.Module):
+    """Everything that a replay could leave behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.frozen = nn.BatchNorm1d(8).eval()
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("counter", torch.zeros((), dtype=torch.long))
+        self.register_buffer("state", None)
+        self.register_buffer("cache", torch.zeros(8))
+        self.passes, self.seen, self.memory = 0, [], {"last": 0}
+
+    def forward(self, x):
+        x.mul_(2.0)  # into its input
+        self.counter += 1
+        self.passes += 1
+        self.late = self.passes
+        self.seen.append(len(x))
+        self.memory["last"] = len(x)
+        self.state = x.mean(0)
+        self.cache = self.cache + 1
+        noise = torch.randn_like(x)
+        return self.drop(self.norm(self.frozen(self.fc(x)))) + noise
+
+
+def test_a_replay_leaves_nothing_behind():
+    net, x = Moody().train(), torch.randn(4, 8)
+    net.frozen.eval()
+    recorder = recorded(net, lambda: net(x.clone()))
+    before = copy.deepcopy(net.state_dict())
+    modes = [child.training for child in net.modules()]
+    kept, random = recorder.calls[0].args[0].clone(), torch.get_rng_state()
+    attributes = (net.passes, net.late, [*net.seen], dict(net.memory), net.cache, net.state)
+    first, second = replay(net, recorder.calls), replay(net, recorder.calls)
+    assert torch.equal(first[0], second[0])  # noise in evaluation too
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(recorder.calls[0].args[0], kept)
+    assert [child.training for child in net.modules()] == modes
+    after = net.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert (net.passes, net.late, net.seen, net.memory) == attributes[:4]
+    assert net.cache is attributes[4] and net.state is attributes[5]
+    assert all(p.grad is None for p in net.parameters())
+    assert no_hooks(net)
+
+
+def test_after_an_error_too():
+    class Failing(Moody):
+        def forward(self, x):
+            super().forward(x)
+            raise ValueError("late")
+
+    net = Failing()
+    recorder = CallRecorder(net, factorized(net))
+    recorder.start()
+    with pytest.raises(ValueError, match="late"):
+        net(torch.randn(4, 8))
+    recorder.stop()
+    with pytest.raises(ValueError, match="late"):
+        replay(net, recorder.calls)
+    assert net.training and net.passes == 1 and int(net.counter) == 1 and net.seen == [4]
+    assert torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
+
+
+def test_replays_are_in_evaluation_and_without_gradients():
+    class Telling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.fc(x), torch.tensor([self.training, torch.is_grad_enabled()])
+
+    net = Telling()
+    recorder = recorded(net, lambda: net(torch.randn(2, 4)))
+    with torch.inference_mode():
+        outputs = replay(net, recorder.calls)
+    assert outputs[0][1].tolist() == [False, False]
+
+
+class Forces(nn.Module):
+    """Energy and forces, as of a molecular net: a derivative inside the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        energy = self.second(torch.tanh(self.first(x)))
+        (gradient,) = torch.autograd.grad(energy.sum(), x, create_graph=self.training)
+        return energy, -gradient
+
+
+def test_a_model_that_differentiates_in_its_forward_pass():
+    net, x = Forces(), torch.randn(3, 6, requires_grad=True)
+    outputs = []
+    recorder = recorded(net, lambda: outputs.append(net(x)))
+    again = replay(net, recorder.calls)
+    assert recorder.calls[0].differentiates
+    for actual, expected in zip(again[0], outputs[0], strict=True):
+        assert not actual.requires_grad
+        torch.testing.assert_close(actual, expected.detach())
+    assert x.grad is None and all(p.grad is None for p in net.parameters())
+
+
+def test_the_same_tensor_stays_the_same():
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, query, key):
+            return self.fc(query) if query is key else query
+
+    net, x = Looking(), torch.randn(2, 4)
+    recorder = recorded(net, lambda: net(x, x))
+    assert recorder.calls[0].args[0] is recorder.calls[0].args[1]
+    torch.testing.assert_close(replay(net, recorder.calls)[0], net.fc(x).detach())
+
+
+def test_nested_values_keep_their_kinds():
+    @dataclass
+    class Batch:
+        x: torch.Tensor
+        name: str
+
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(1, 2)])
+    value = {"batch": Batch(torch.ones(2), "a"), "packed": packed, "more": OrderedDict(y=[torch.ones(1), 3])}
+    twin = mapped(value, lambda tensor: tensor + 1)
+    assert twin["batch"].name == "a" and twin["batch"].x.tolist() == [2.0, 2.0]
+    assert type(twin["packed"]) is type(packed) and torch.equal(twin["packed"].data, packed.data + 1)
+    assert type(twin["more"]) is OrderedDict and twin["more"]["y"][1] == 3
+    assert value["batch"].x.tolist() == [1.0, 1.0]
+
+
+# ---------------------------------------------------------------------------------------------------------- cuts
+
+
+def test_a_batch_is_cut_where_outputs_follow():
+    step, x = Step(), torch.randn(32, 12)
+    recorder = recorded(step, lambda: step(x))
+    fewer, inputs = cut(step, recorder.calls, 8)
+    assert inputs == 8 and inputs_of(recorder.calls) == 32
+    torch.testing.assert_close(replay(step, fewer)[0], step(x)[:8].detach())
+    assert cut(step, recorder.calls, 32) == (recorder.calls, 32)
+
+
+def test_multiples_of_the_batch_are_cut_with_it():
+    class Patches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    net, x = Patches(), torch.randn(16, 3, 4)
+
+    def step():
+        y = net.embed(x)
+        net.head(y.flatten(0, 1))
+
+    fewer, inputs = cut(net, recorded(net, step).calls, 2)
+    assert inputs == 2 and [len(call.args[0]) for call in fewer] == [2, 6]
+
+
+def test_a_batch_that_is_not_to_be_cut_stays_whole():
+    class Over(nn.Module):
+        """The batch is in the weights, or in a shape."""
+
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x, other=None):
+            return self.fc(x).view(16, 4) if other is None else self.fc(x) @ other.T
+
+    class Summed(Over):
+        def forward(self, x):
+            return F.mse_loss(self.fc(x), x)
+
+    net, x = Over(), torch.randn(16, 4)
+    recorder = recorded(net, lambda: net(x))
+    assert cut(net, recorder.calls, 4) == (recorder.calls, 16)
+    recorder.start()
+    net(x, torch.randn(5, 4))
+    assert cut(net, recorder.calls, 4)[1] == 16
+    net = Summed()
+    assert cut(net, recorded(net, lambda: net(x)).calls, 4)[1] == 16
+
+
+@pytest.mark.parametrize("way", ["in its place", "beside it"])
+def test_a_compiled_network_is_replayed_in_eager_mode(way):
+    step, x = Step(), torch.randn(3, 12)
+    layers = factorized(step)
+    expected, own = step(x).detach(), step.model
+    if way == "in its place":
+        own.compile(backend="eager")
+    else:
+        step.model = torch.compile(step.model, backend="eager")
+    compiled = step.model._compiled_call_impl
+    recorder = CallRecorder(step, layers)
+    recorder.start()
+    step.model(x)
+    recorder.stop()
+    assert [call.module for call in recorder.calls] == [own] and recorder.seen == set(layers)
+    assert step.model._compiled_call_impl is compiled and no_hooks(own)
+    torch.testing.assert_close(replay(step, recorder.calls)[0], expected)

@@ -1,9 +1,10 @@
-"""Checks of arguments; every message names the argument, what was expected and what came."""
+"""Checks of arguments, and of what is installed; every message names what was expected and what came."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -58,3 +59,17 @@ def check_rank_pattern(value: Any) -> None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import inside what only one feature needs; where it is missing, the error says how to install it.
+
+    Args:
+        extra: Of this package, that brings it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        how = f"pip install 'lightning-svd[{extra}]'"
+        raise ModuleNotFoundError(f"this needs {missing.name}: {how}", name=missing.name) from None

@@ -1,9 +1,9 @@
 """A step on an accelerator that is not there: no fault, and nothing that waits for it, outside cuts.
 
-``FakeTensorMode`` runs every operator on shapes, dtypes and devices alone. An operator on two devices fails, and so does
-whatever asks for a value: ``.item()``, ``bool()``, indices of a mask. On CUDA each of these would wait for the device.
-The device is one of torch's for backends written in Python, since autograd asks for CUDA's library at once. It changes
-the process that it is registered in: ``test_devices.py`` runs this module in one of its own.
+``FakeTensorMode`` runs every operator on shapes, dtypes and devices alone. An operator on two devices fails, and so
+does whatever asks for a value: ``.item()``, ``bool()``, indices of a mask. On CUDA each of these would wait for the
+device. The device is one of torch's for backends written in Python, since autograd asks for CUDA's library at once. It
+changes the process that it is registered in: ``test_devices.py`` runs this module in one of its own.
 """
 
 import pytest
@@ -19,6 +19,7 @@ from lightning_svd.layers.views import View
 from lightning_svd.training.optimizers import OptimizerOfFactors
 
 DEVICE = "absent"
+
 
 class Backend(_DummyBackendModule):
     """What turns autocast off asks for more than torch's own."""

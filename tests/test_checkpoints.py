@@ -526,7 +526,7 @@ DAMAGES = [
     (in_state(layers={"hidden": 3}), f"{DAMAGED}`hidden`: it is 3"),
     (in_state(is_finished=None), f"{DAMAGED}`is_finished` is None"),
     (in_state(timeline=[{"step": 3}]), f"{DAMAGED}`timeline` has an entry of another kind"),
-    (in_state(cost={"layers": {}}), f"{DAMAGED}`cost` is none of these layers"),
+    (in_state(cost={"layers": {}}), f"{DAMAGED}`cost` has other fields"),
     (in_state(last_cut="a"), f"{DAMAGED}`last_cut` is 'a'"),
     (
         in_state(lightning_svd=1),

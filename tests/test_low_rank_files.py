@@ -342,7 +342,7 @@ class Attentive(nn.Module):
 
 def test_a_module_in_one_piece_is_checked_before_it_is_taken_apart(tmp_path):
     model, x = Attentive(), torch.randn(2, 5, 16)
-    decompose(model, target_modules=["q_proj", "out_proj"])
+    decompose(model)
     for layer in svd_layers(model).values():
         layer.keep(3)
     expected = factored(model)

@@ -205,7 +205,7 @@ import sys, torch
 before = set(sys.modules)
 import lightning_svd
 from lightning_svd import SVDLayer, add_gradients, decompose, svd_layers, to_dense, to_factored
-heavy = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "jinja2", "rich", "yaml", "safetensors", "matplotlib"}
+heavy = {"lightning", "pytorch_lightning", "torchmetrics", "wandb", "jinja2", "rich", "yaml", "safetensors"}
 print(sorted(heavy & {name.partition(".")[0] for name in set(sys.modules) - before}))
 """
 
@@ -218,3 +218,22 @@ def test_importing_the_layers_imports_nothing_that_they_do_not_need(tmp_path):
 def test_the_callback_is_lightnings_own_kind():
     assert issubclass(SVDTrainingCallback, lightning.pytorch.Callback)
     assert isinstance(SmallMLP(), lightning.pytorch.LightningModule)
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra", "use"),
+    [
+        ("jinja2", "report", "summarize(net).to_html('report.html')"),
+        ("safetensors", "files", "save_low_rank(net, 'small.safetensors')"),
+        ("yaml", "files", "write_plan(plan(net), 'plan.yaml')"),
+        ("onnxruntime", "export", "to_onnx(net, 'net.onnx', torch.ones(1, 8))"),
+    ],
+)
+def test_what_only_one_feature_needs_is_named_with_its_extra(missing, extra, use, tmp_path):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import torch\nfrom lightning_svd import plan, save_low_rank, summarize, to_onnx, write_plan\n"
+        f"net = torch.nn.Sequential(torch.nn.Linear(8, 8))\n{use}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert f"this needs {missing}: pip install 'lightning-svd[{extra}]'" in done.stderr

@@ -260,7 +260,9 @@ class OfAnySize(SmallNet):
 
 @pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.combination("Strategies", "DDP, {processes} processes with batches of other shapes, full_rank_as={full_rank_as}")
+@pytest.mark.combination(
+    "Strategies", "DDP, {processes} processes with batches of other shapes, full_rank_as={full_rank_as}"
+)
 def test_processes_with_batches_of_other_shapes_decide_as_one(processes, full_rank_as, tmp_path):
     callback = SVDTrainingCallback(target_macs=0.2, rank_updates=4, full_rank_as=full_rank_as)
     options = two_processes() | {"devices": processes}

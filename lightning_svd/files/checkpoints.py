@@ -118,16 +118,16 @@ def check_state(state: Any, who: str) -> None:
                 raise ValueError(f"{damaged}: `{key}` has an entry of another kind")
         if state["layers"].keys() - state["spectra_before"].keys():
             raise ValueError(f"{damaged}: `spectra_before` lacks layers")
-        if not _is_cost(state["cost"], state["layers"]):
-            raise ValueError(f"{damaged}: `cost` is none of these layers")
+        if not _is_cost(state["cost"]):
+            raise ValueError(f"{damaged}: `cost` has other fields")
 
 
-def _is_cost(cost: Any, layers: Mapping[str, Any]) -> bool:
-    """Whether this is a :class:`~lightning_svd.ranks.costs.ModelCost` of at least these layers, as plain data."""
+def _is_cost(cost: Any) -> bool:
+    """Whether this is a :class:`~lightning_svd.ranks.costs.ModelCost` as plain data, or None."""
     if cost is None:
         return True
     of_model, of_layer = ({field.name for field in fields(kind)} for kind in (ModelCost, LayerCost))
-    if cost.keys() != of_model or not isinstance(cost["layers"], dict) or layers.keys() - cost["layers"].keys():
+    if cost.keys() != of_model or not isinstance(cost["layers"], dict):
         return False
     return all(isinstance(layer, dict) and layer.keys() == of_layer for layer in cost["layers"].values())
 

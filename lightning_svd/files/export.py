@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from lightning_svd.arguments import needs
 from lightning_svd.model.counting import as_arguments, count_params, evaluating
 from lightning_svd.model.surgery import svd_layers, to_factored
 
@@ -40,7 +41,8 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
         RuntimeError: If it is more than 1e-4; the file is left for inspection.
         ModuleNotFoundError: If onnx, onnxscript or onnxruntime is missing.
     """
-    import onnxruntime  # noqa: F401 - before the work, not after it
+    with needs("export"):
+        import onnxruntime  # noqa: F401 - before the work, not after it
 
     plain = to_factored(module, count_params(module)) if svd_layers(module) else module
     inputs = as_arguments(example_input)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_svd.arguments import needs
 from lightning_svd.files.checkpoints import (
     KEY,
     State,
@@ -71,8 +72,9 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
 
 def write_weights(module: nn.Module, path: str | Path, header: dict[str, str] | None = None) -> Path:
     """Write the weights of a module as safetensors, whole or not at all; arguments as for :func:`save_low_rank`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_model
+    with needs("files"):
+        from safetensors import SafetensorError
+        from safetensors.torch import save_model
 
     path = Path(path)
     try:
@@ -245,7 +247,8 @@ def _become_low_rank(
 
 def _read_header(path: str) -> tuple[Any, dict[str, _Tensor]]:
     """What a safetensors file says of itself: our part of the header, and its tensors."""
-    from safetensors import safe_open
+    with needs("files"):
+        from safetensors import safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")

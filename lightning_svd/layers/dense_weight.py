@@ -60,7 +60,7 @@ class DenseWeight(nn.Parameter):
         del face.source
         face.__class__ = nn.Parameter
         if values.is_meta != face.is_meta:  # where torch has no way to set the data
-            torch.utils.swap_tensors(face, nn.Parameter(values.detach(), face.requires_grad))
+            torch.utils.swap_tensors(face, nn.Parameter(values.detach(), face.requires_grad))  # type: ignore[no-untyped-call]
         face.data = values.detach()
         return face  # type: ignore[no-any-return]
 
@@ -152,7 +152,7 @@ class DenseGradient(torch.Tensor):
         name = _name_of(func)
         if name in ("data.__get__", "detach"):
             return args[0]
-        if name in ("untyped_storage", "storage_offset", "grad.__get__"):  # torch.compile looks at the gradient of what it is given
+        if name in ("untyped_storage", "storage_offset", "grad.__get__"):  # torch.compile looks at what it is given
             return _by_the_stand_in(func, args, kwargs)
         if name in _ELEMENTWISE and isinstance(args[0], DenseGradient):
             for gradient in args[0].factors():

@@ -59,7 +59,7 @@ class FactorizedModule(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # torch's one place for .to(), .half(), .cuda(): what is moved are the factors.
         with self.showing_factors():
-            return super()._apply(fn, recurse)
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
 class Whole(Protocol):
@@ -94,6 +94,9 @@ class SVDLayer(FactorizedModule):
     layer_name: str
     shows_factors: bool
     layout: torch.memory_format
+    _face: DenseWeight
+    _remembered: tuple[Tensor, list[Tensor], tuple[Any, ...]] | None
+    _loaded: tuple[Tensor, tuple[Any, ...]] | None
     _part_of: Whole | None = None
 
     # What it is
@@ -137,7 +140,7 @@ class SVDLayer(FactorizedModule):
         """The dense layer's output, computed in the cheaper way for this input."""
         (x, *more) = (*args, *kwargs.values())
         if self.form.name == "dense" or any(value is not None for value in more):
-            return super().forward(*args, **kwargs)  # type: ignore[misc,no-any-return]  # of the layer's own class
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]  # of the layer's own class
         given, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if given is not None and type(given) is not DenseWeight:
             return self.view.apply_matrix(x, self.view.unfold(given), bias)  # by torch.func.functional_call
@@ -285,7 +288,7 @@ class SVDLayer(FactorizedModule):
             return self.to_dense(self._just_loaded())
         expected = kind.shapes(self.view, state["rank"]) if kind is not None else {}
         for key, shape in expected.items():
-            tensor = state.get(key)
+            tensor: Any = state.get(key)
             stored = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
             if stored is None or stored[:-1] != shape[:-1] or stored[-1] < shape[-1]:
                 raise ValueError(f"`{self.layer_name}`: expected {key} of shape {shape}, got {stored}")
@@ -382,7 +385,7 @@ class SVDLayer(FactorizedModule):
     def true_parameters(self) -> dict[str, nn.Parameter]:
         if self.shows_factors or isinstance(self.form, DenseForm):
             return self.shown_parameters()
-        return {**self.form.parameters, **{key: p for key, p in self._parameters.items() if key != "weight"}}  # type: ignore[dict-item]
+        return {**self.form.parameters, **{key: p for key, p in self._parameters.items() if key != "weight"}}
 
     def set_true_parameters(self, parameters: dict[str, nn.Parameter]) -> None:
         if isinstance(self.form, DenseForm):
@@ -437,11 +440,11 @@ class SVDLayer(FactorizedModule):
 
     def _save_to_state_dict(self, destination: State, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.form, DenseForm):
-            super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+            super()._save_to_state_dict(destination, prefix, keep_vars)
             return
         weight: Any = self._face if keep_vars else self.rebuilt().detach()
         with self._having({"weight": weight} | self._others()):
-            super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _others(self) -> dict[str, Any]:
         """Its own parameters that stand for themselves."""
@@ -464,13 +467,13 @@ class SVDLayer(FactorizedModule):
         self, state_dict: State, prefix: str, local_metadata: Any, strict: bool, *errors: list[str]
     ) -> None:
         if isinstance(self.form, DenseForm):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *errors)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *errors)
             return
         missing, unexpected, messages = errors
         key = f"{prefix}weight"
         rest = {name: value for name, value in state_dict.items() if name != key}
         with self._having(self._others()):
-            super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, messages)  # type: ignore[no-untyped-call]
+            super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, messages)
         if key in state_dict:
             try:
                 self.load_weight(state_dict[key])
@@ -493,7 +496,7 @@ class SVDLayer(FactorizedModule):
         return new, (kind,), self._state()
 
     def __setstate__(self, state: State) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.form.parameters = self._parameters
         face = vars(self).get("_face")
         if not isinstance(self.form, DenseForm) and type(face) is not DenseWeight:
@@ -514,7 +517,7 @@ _OWN = ("view", "form", "layer_name", "shows_factors", "layout", "_face", "_reme
 
 
 def _new_factorized(kind: type[nn.Module]) -> SVDLayer:
-    factorized = svd_class(kind)
+    factorized = svd_class(kind)  # type: ignore[arg-type]
     return factorized.__new__(factorized)
 
 
@@ -550,7 +553,7 @@ def factorize(
     dense = whole.dense_form(layer, view) if whole else DenseForm(view, layer._parameters)
     if form == "svd" and factors is None:
         factors = dense.exact(name or type(layer).__name__)
-    layer.__class__ = svd_class(type(layer))
+    layer.__class__ = svd_class(type(layer))  # type: ignore[arg-type]
     factorized = cast("SVDLayer", layer)
     own: State = {"view": view, "form": dense, "layer_name": name, "shows_factors": False}
     own |= {"layout": layout_of(dense.weight()), "_remembered": None, "_loaded": None}
@@ -571,7 +574,7 @@ def release(layer: SVDLayer, weight: Tensor | None = None) -> Replaced:
     kind = own_class(layer)
     for attribute in _OWN:
         vars(layer).pop(attribute, None)
-    layer.__class__ = kind
+    layer.__class__ = kind  # type: ignore[assignment]
     return replaced
 
 

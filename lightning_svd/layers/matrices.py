@@ -112,7 +112,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def gram_defect(factor: Tensor, columns: slice = slice(None)) -> Tensor:
-    """``A^T A - I`` for A (..., n, r), zero where its columns are orthonormal; those b ``columns`` of it, (..., r, b)."""
+    """``A^T A - I`` for A (..., n, r), zero where its columns are orthonormal; its b ``columns`` (..., r, b)."""
     defect = factor.mT @ factor[..., columns]
     defect.diagonal(-(columns.start or 0), -2, -1).sub_(1.0)
     return defect

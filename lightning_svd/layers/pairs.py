@@ -101,9 +101,10 @@ def fill(
     """``layer`` with this weight in this layout, trainable as ``like`` is, and where it has a bias this very one."""
     layout = layout if weight.ndim > 3 else torch.contiguous_format
     # Plain storage: some kernels and every saved file want it, not a transposed view.
-    layer.weight = nn.Parameter(weight.detach().clone(memory_format=layout), like.requires_grad)
+    filled: Any = layer
+    filled.weight = nn.Parameter(weight.detach().clone(memory_format=layout), like.requires_grad)
     if getattr(layer, "bias", None) is not None:
-        layer.bias = bias
+        filled.bias = bias
     return layer
 
 

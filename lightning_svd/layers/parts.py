@@ -312,6 +312,9 @@ class TakenApart(FactorizedModule, InParts):
                 continue
             for name in (name for name, (weight, _) in self._slots.items() if weight.key == key):
                 part = vars(self)[name]
+                if is_pair(part):  # on the way to the final model
+                    true |= {f"{name}.{half}.weight": part[half].weight for half in (0, 1)}
+                    continue
                 factorized = isinstance(part, SVDLayer) and not isinstance(part.form, DenseForm)
                 columns = part.form.columns if factorized else ("weight",)
                 of = part.form.parameters if factorized else part._parameters
@@ -333,7 +336,9 @@ class TakenApart(FactorizedModule, InParts):
             if not dot:
                 continue
             if column == "weight":
-                vars(self)[name].weight = parameter
+                part, _, half = name.partition(".")
+                of = vars(self)[part]
+                (of[int(half)] if half else of).weight = parameter
             else:
                 vars(self)[name].form.parameters[column] = parameter
         self.parts_changed()

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import weakref
-from dataclasses import asdict, fields
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_svd.arguments import check_count
-from lightning_svd.files.checkpoints import VERSION, check_state
 from lightning_svd.lightning import loggers, trainers
+from lightning_svd.lightning.callback_with_run import CallbackWithRun, with_recipe_arguments
 from lightning_svd.lightning.checkpoint_io import SVDCheckpointIO
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.data import SVDReport, plan_table
@@ -25,7 +21,8 @@ from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
 
 
-class SVDTrainingCallback(Callback):
+@with_recipe_arguments
+class SVDTrainingCallback(CallbackWithRun):
     """Trains a LightningModule in factorized form down to a budget and leaves a smaller, faster model.
 
     When a fit starts, each linear layer and convolution is factorized into its full-rank SVD, U diag(s) V^T, and the
@@ -76,12 +73,8 @@ class SVDTrainingCallback(Callback):
         self.log_every_n_steps, self.log_spectrum_every_n_epochs = log_every_n_steps, log_spectrum_every_n_epochs
         self.plan: list[Any] = []
         self.report: SVDReport | None = None
-        self._run: SVDTraining | None = None
         self._spectra: loggers.SpectrumHistory | None = None
-        self._to_resume: dict[str, Any] | None = None
-        self._interrupted: dict[str, Any] = {}
         self._before_trial: dict[str, Any] = {}
-        self._finished: weakref.ref[nn.Module] | None = None
 
     # ------------------------------------------------------------------------------------- before the first batch
 
@@ -119,14 +112,10 @@ class SVDTrainingCallback(Callback):
                 trainers.forward_example(pl_module)
             self._learn_costs(trainer, run)
         if trainer.is_global_zero:
-            loggers.log_start(trainer.loggers, self.arguments, self.plan, trainer.global_step)
-            shapes = {name: layer.matrix_shape for name, layer in run.layers.items()}
-            self._spectra = loggers.SpectrumHistory(shapes, run.spectra_before)
+            self._spectra = loggers.log_start(trainer.loggers, self.arguments, run, trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw_spectra(trainer, trainer.current_epoch)
-
-    # ------------------------------------------------------------------------------------------------ in each batch
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._run is not None:
@@ -192,8 +181,6 @@ class SVDTrainingCallback(Callback):
         if done % (self.log_every_n_steps or trainers.log_interval(trainer)) == 0:
             loggers.log_scalars(pl_module, run)
 
-    # ------------------------------------------------------------------------------------------------- in each epoch
-
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None and self._run.guard is not None:
             if trainer.sanity_checking:
@@ -217,8 +204,6 @@ class SVDTrainingCallback(Callback):
         if self._run is not None and self._spectra is not None and trainer.is_global_zero:
             self._spectra.draw(trainer.loggers, self._run.spectra, epoch, trainer.global_step, last)
 
-    # ---------------------------------------------------------------------------------------------------- the end
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
             missed = self._run.why_not_reached(trainers.steps_done(trainer))
@@ -239,50 +224,11 @@ class SVDTrainingCallback(Callback):
             return
         with trainer.precision_plugin.forward_context():  # layers are timed as they run
             self.report = run.finish(self.arguments)
-        self._finished = weakref.ref(pl_module)
+        self.plan = run.plan
+        self._note_finished(pl_module)
         rank_zero_info(str(self.report))
         if trainer.is_global_zero:
             loggers.log_end(trainer.loggers, self.report, trainer.global_step)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._abandon()  # a tuner's early exit comes here past `on_fit_end` and `on_exception`
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._abandon()
-
-    def _abandon(self) -> None:
-        run, self._run = self._run, None
-        if run is not None:
-            self._interrupted = run.abandon()  # for a checkpoint that is written because of the exception
-
-    # ----------------------------------------------------------------------------------------- what is kept of a run
-
-    def state_dict(self) -> dict[str, Any]:
-        state = self._run.state_dict() if self._run is not None else self._interrupted
-        return {"lightning_svd": VERSION, "is_finished": self.report is not None} | state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, type(self).__name__)
-        if self._run is not None and "layers" in state_dict:
-            self._run.load_state_dict(state_dict)  # a fit that restores a checkpoint inside itself
-        else:
-            self._to_resume = state_dict if "layers" in state_dict else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Lightning hangs the model's own logging functions on a callback.
-        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return own | {"_run": None, "_finished": None, "_spectra": None}
-
-    def _is_finished(self, pl_module: LightningModule) -> bool:
-        return self._finished is not None and self._finished() is pl_module
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
-        names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
-        return asdict(self.recipe) | {name: vars(self)[name] for name in names if name in vars(self) and name != "recipe"}
-
-    # -------------------------------------------------------------------------------------------------- decisions
 
     def should_prune(self, step: int) -> bool:
         """Whether ranks are cut after this optimizer step; override it to choose other moments.
@@ -301,17 +247,3 @@ class SVDTrainingCallback(Callback):
         """
         assert self._run is not None
         return self.recipe.choose_ranks(energies, cost, self._run.bounds)
-
-
-def _signature() -> inspect.Signature:
-    """The callback's own arguments and the recipe's, as one list for readers and tools."""
-    own = inspect.signature(SVDTrainingCallback.__init__)
-    mine = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    asked = inspect.signature(Recipe).parameters.values()
-    kinds = {field.name for field in fields(Recipe)}
-    return own.replace(
-        parameters=[mine[0], *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in asked if p.name in kinds), *mine[1:]]
-    )
-
-
-SVDTrainingCallback.__init__.__signature__ = _signature()  # type: ignore[attr-defined]

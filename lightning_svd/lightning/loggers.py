@@ -111,19 +111,24 @@ def metric_name(layer: str) -> str:
 # ---------------------------------------------------------------------------------------------- the start and the end
 
 
-def log_start(loggers: Iterable[Logger], arguments: Mapping[str, Any], plan: Sequence[LayerPlan], step: int) -> None:
+def log_start(loggers: Iterable[Logger], arguments: Mapping[str, Any], run: SVDTraining, step: int) -> SpectrumHistory:
     """On W&B the callback's arguments in the run's config, as ``svd_training``, and the plan as a table.
 
     Other loggers get neither: their hyperparameters are the user's, MLflow lets none change when a run is resumed,
     and TensorBoard adds a metric to them.
+
+    Returns:
+        What draws the run's spectra.
     """
     for logger in _of_kind("WandbLogger", loggers):
         import wandb
 
         columns = ["layer", "kind", "weight", "conv_mode", "m", "n", "full_rank", "break_even", "skipped"]
-        table = wandb.Table(columns=columns, data=[_plan_row(layer) for layer in plan])
+        table = wandb.Table(columns=columns, data=[_plan_row(layer) for layer in run.plan])
         logger.log_hyperparams({"svd_training": dict(arguments)})
         logger.log_metrics({"svd_plan": table}, step=step)
+    shapes = {name: layer.matrix_shape for name, layer in run.layers.items()}
+    return SpectrumHistory(shapes, run.spectra_before)
 
 
 def _plan_row(layer: LayerPlan) -> list[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from lightning_svd.arguments import check_count, check_rank_pattern
+from lightning_svd.arguments import check_count, check_rank_pattern, needs
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
@@ -158,9 +158,7 @@ def _is_called(name: str, target: str) -> bool:
 def _named(layers: Mapping[str, nn.Module], target: str) -> set[str]:
     if target == ALL_LINEAR:
         return {name for name, layer in layers.items() if _is_linear(layer)}
-    hits = {
-        name for name, layer in layers.items() if _is_called(name, target) or own_class(layer).__name__ == target
-    }
+    hits = {name for name, layer in layers.items() if _is_called(name, target) or own_class(layer).__name__ == target}
     if hits:
         return hits
     try:
@@ -192,7 +190,7 @@ def _holds_matrix(module: nn.Module) -> bool:
 def _computes_weight(module: nn.Module) -> bool:
     """Whether a supported layer computes its weight from other parameters, or hides it in a script."""
     if isinstance(module, torch.jit.ScriptModule):
-        return isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim >= 2  # type: ignore[union-attr,operator]
+        return isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim >= 2
     return supported_type(module) is not None and "weight" not in module._parameters
 
 
@@ -275,7 +273,8 @@ class _Reasons:
             yield "its weight is empty"
         if self.owners[id(parameter)] > 1:
             yield "weight tied to another module's"
-        if self.places[_place(parameter)] > 1:
+        place = _place(parameter)
+        if place and self.places[place] > 1:
             yield "weight shares its memory with another parameter"
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             yield "its weight has a hook, which factors would not call"
@@ -332,7 +331,8 @@ _HOW_TO_USE = """\
 
 def write_plan(layer_plans: Sequence[LayerPlan], path: str | Path) -> Path:
     """Write a plan as YAML, for reading, editing and :func:`read_plan`; returns the path."""
-    import yaml
+    with needs("files"):
+        import yaml
 
     entries = {layer.name: _entry(layer) for layer in layer_plans}
     text = yaml.safe_dump({"layers": entries}, sort_keys=False, width=120, default_flow_style=None)
@@ -371,7 +371,8 @@ def read_plan(path: str | Path, module: nn.Module) -> list[LayerPlan]:
 
 
 def _entries(path: str | Path) -> dict[str, dict[str, Any]]:
-    import yaml
+    with needs("files"):
+        import yaml
 
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -136,13 +136,15 @@ def finish(module: nn.Module, forms: Mapping[str, str]) -> list[Replaced]:
     Returns:
         Which parameters took the place of which.
     """
-    layers, replaced = svd_layers(module), []
+    layers = svd_layers(module)
+    replaced: list[Replaced] = []
     for name, form in forms.items():
         layer = layers[name]
         if form == "pair":
             old, pair = layer.form.trained, plain_pair(layer)
+            new = [p for name, p in pair.named_parameters() if name.endswith("weight")]
             become_pair(layer, pair)
-            replaced.append((old, [pair[0].weight, pair[1].weight]))
+            replaced.append((old, new))
         elif form == "decomposed":
             replaced += [layer.shrink() if isinstance(layer.form, SVDForm) else layer.to_svd()]
             layer.show_factors()
@@ -153,7 +155,7 @@ def finish(module: nn.Module, forms: Mapping[str, str]) -> list[Replaced]:
             owner.show_factors()
     replaced += join(module) + open_up(module)
     settle(module)
-    return replaced  # type: ignore[return-value]
+    return replaced
 
 
 def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
@@ -262,7 +264,7 @@ def settle(module: ModuleT) -> ModuleT:
 
 
 def become_pair(layer: SVDLayer, pair: nn.Sequential) -> nn.Sequential:
-    """Make a factorized layer itself this pair; its hooks and the user's own attributes, parameters and buffers stay."""
+    """Make a factorized layer itself this pair; its hooks, and what the user hung on it, stay."""
     release(layer)
     become(layer, pair)
     return layer  # type: ignore[return-value]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_svd.arguments import needs
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import LayerPlan
@@ -263,10 +264,12 @@ class SVDReport:
         Returns:
             The path.
         """
-        from lightning_svd.report.page import render_page  # knows this module
-
         path = Path(path)
-        _written(render_page(self, comparison or {}), path)
+        with needs("report"):
+            from lightning_svd.report.page import render_page  # knows this module
+
+            page = render_page(self, comparison or {})
+        _written(page, path)
         return path
 
     def __str__(self) -> str:

@@ -7,7 +7,7 @@ remembers of a column goes where the column goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,9 @@ class OptimizerOfFactors:
             if places:
                 pending = []
 
-    def move_columns(self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter], move: Callable[[Tensor], Tensor]) -> None:
+    def move_columns(
+        self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter], move: Callable[[Tensor], Tensor]
+    ) -> None:
         """Have what is remembered of parameters follow their columns; what is not understood is forgotten.
 
         Args:
@@ -214,7 +216,7 @@ class OptimizerOfFactors:
             if any(groups is done[0] for done in self._whole):
                 continue
             parts = [_parts(group, factors) for group in groups]
-            if any(len(of_group) > 1 or of_group[0] is not group for of_group, group in zip(parts, groups, strict=True)):
+            if any(part is not group for of_group, group in zip(parts, groups, strict=True) for part in of_group):
                 self._whole.append((groups, list(groups), parts))
                 groups[:] = [part for of_group in parts for part in of_group]
 

@@ -186,9 +186,10 @@ class SVDTraining:
         if self.recipe.full_rank_as == "dense":
             return
         for name, factors in self._exact([*self.layers]):
-            # A layer that begins at zero gives U and V no gradient: it trains as it is until ranks are cut.
+            # Where most singular values are zero, as in a layer that begins at zero, U and V get no gradient: it trains
+            # as it is until ranks are cut.
             spectrum = factors.s if factors.s.ndim == 1 else factors.s.amin(0)
-            if numerical_rank(spectrum, self.layers[name].matrix_shape) == spectrum.shape[-1]:
+            if 2 * numerical_rank(spectrum, self.layers[name].matrix_shape) >= spectrum.shape[-1]:
                 self._replace([self.layers[name].to_svd(factors)])
 
     def _check_finite(self) -> None:

@@ -1,0 +1,90 @@
+"""What a callback keeps of the run that it drives: state to resume from, after a failure too, and its arguments."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_svd.files.checkpoints import VERSION, check_state
+from lightning_svd.ranks.importance import Importance
+from lightning_svd.report.data import SVDReport
+from lightning_svd.training.policies import RankPolicy
+from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.run import SVDTraining
+
+CallbackT = TypeVar("CallbackT", bound=type[Callback])
+
+
+class CallbackWithRun(Callback):
+    """A callback with one run of SVD training in each fit, whose state goes into checkpoints.
+
+    Attributes:
+        recipe: What is asked for.
+        report: On the run that has ended; None before.
+    """
+
+    recipe: Recipe
+    report: SVDReport | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report = None
+        self._run: SVDTraining | None = None
+        self._to_resume: dict[str, Any] | None = None
+        self._interrupted: dict[str, Any] = {}
+        self._finished: weakref.ref[nn.Module] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        state = self._run.state_dict() if self._run is not None else self._interrupted
+        return {"lightning_svd": VERSION, "is_finished": self.report is not None} | state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(state_dict, type(self).__name__)
+        if self._run is not None and "layers" in state_dict:
+            self._run.load_state_dict(state_dict)  # a fit that restores a checkpoint inside itself
+        else:
+            self._to_resume = state_dict if "layers" in state_dict else None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._abandon()  # a tuner's early exit comes here past `on_fit_end` and `on_exception`
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._abandon()
+
+    def _abandon(self) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            self._interrupted = run.abandon()  # for a checkpoint that is written because of the exception
+
+    def _note_finished(self, pl_module: LightningModule) -> None:
+        self._finished = weakref.ref(pl_module)
+
+    def _is_finished(self, pl_module: LightningModule) -> bool:
+        return self._finished is not None and self._finished() is pl_module
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Lightning hangs the model's own logging functions on a callback.
+        own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
+        return own | {"_run": None, "_finished": None}
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
+        asked = {field.name: getattr(self.recipe, field.name) for field in fields(self.recipe)}
+        objects = {name: type(of).__name__ for name, of in asked.items() if isinstance(of, (Importance, RankPolicy))}
+        names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
+        return asked | objects | {name: vars(self)[name] for name in names if name in vars(self) and name != "recipe"}
+
+
+def with_recipe_arguments(callback: CallbackT) -> CallbackT:
+    """Have a callback that takes the recipe's fields as ``**recipe`` show them in its signature, for all to see."""
+    own = inspect.signature(callback.__init__)
+    first, *mine = (p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD)
+    asked = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(Recipe).parameters.values()]
+    callback.__init__.__signature__ = own.replace(parameters=[first, *asked, *mine])  # type: ignore[attr-defined]
+    return callback

@@ -18,7 +18,7 @@ _SEPARATE = tuple(f"{part}_weight" for part in PROJECTIONS)
 
 
 class SplitAttention(InParts):
-    """What an ``nn.MultiheadAttention`` computes, by four linear layers: q_proj, k_proj, v_proj, out_proj.
+    """Multi-head attention computed by four separate linear layers: q_proj, k_proj, v_proj, out_proj.
 
     It takes the same arguments and returns the same.
     """
@@ -144,7 +144,7 @@ class SplitAttention(InParts):
 
 
 def _added(attn_mask: Tensor | None, padding: Tensor | None, heads: int, like: Tensor) -> Tensor | None:
-    """Both masks as what is added to the scores (batch or 1, heads or 1, queries, keys); None for none."""
+    """The attention mask and the padding mask as one that is added to the scores; None if there is neither."""
     masks = []
     if attn_mask is not None:
         masks.append(attn_mask if attn_mask.ndim == 2 else attn_mask.view(-1, heads, *attn_mask.shape[1:]))

@@ -1,4 +1,4 @@
-"""The modules of torch that hold several weight matrices in one piece, and how each kind is taken apart."""
+"""Which torch modules hold several weight matrices in one piece, and what splits and rejoins them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _base_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a module that are not, or not all, its children; {} for any other.
+    """The weight matrices inside an attention or recurrent module as linear layers; {} for any other module.
 
     Of a module in one piece its weight matrices as linear layers, which share its parameters; of one that was taken
     apart the parts that train.
@@ -53,7 +53,7 @@ def why_not_split(module: nn.Module) -> str | None:
 
 
 def owner_of(module: nn.Module, name: str) -> nn.Module | None:
-    """The module in ``module``, in one piece or taken apart, that has a part of this name; None if none has."""
+    """The attention or recurrent module that has the part of this name; None if the name is an ordinary layer's."""
     owner, _, part = name.rpartition(".")
     try:
         found = module.get_submodule(owner)
@@ -63,7 +63,7 @@ def owner_of(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def named_layers(module: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """As ``module.named_modules()``, and after each module that was taken apart its parts, which are out of sight."""
+    """As ``named_modules()``, and the hidden parts of attention and recurrent modules in training."""
     for name, child in module.named_modules(remove_duplicate=remove_duplicate):
         yield name, child
         if isinstance(child, TakenApart):
@@ -103,7 +103,7 @@ def join(module: nn.Module) -> list[Replaced]:
 
 
 def open_up(module: nn.Module) -> list[Replaced]:
-    """Have the modules in ``module`` some of whose parts became pairs of plain layers show their parts as children.
+    """Register the parts as children wherever one of them became two layers.
 
     Returns:
         Which parameters took the place of which, where parts shared one.

@@ -1,4 +1,4 @@
-"""A module of torch that holds several weight matrices in one piece, with each as a layer of its own.
+"""Modules of torch that hold several weight matrices in one piece (attention, LSTM), each matrix as a layer of its own.
 
 Such a module hands its raw weights to a function, so no layer in it could be replaced. It is taken apart in place, in
 one of two ways. While it trains, its parts are out of sight (:class:`TakenApart`): what it shows are torch's own
@@ -29,7 +29,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the weight or the bias of a part stands among the parameters of the whole.
+    """Where the weight or the bias of one part is stored: a parameter of the whole module, or some of its rows.
 
     Attributes:
         key: Name of the parameter.
@@ -48,7 +48,7 @@ Slots = dict[str, tuple[Slot, Slot | None]]  # of each part's weight and bias, i
 
 
 class InParts(nn.Module):
-    """What a module of torch computes, by layers of its own; which they are, and under which names they are saved.
+    """A torch module that computes with a separate layer for each of its weight matrices.
 
     The class of each such module derives from this one, by the kind's own, and from torch's.
     """
@@ -109,11 +109,11 @@ class InParts(nn.Module):
 
     @property
     def is_dense(self) -> bool:
-        """Whether every weight that torch's own module would use is there as it is."""
+        """Whether all weights are plain dense parameters, so that torch's own forward can be used."""
         return False
 
     def function_of(self, name: str) -> Callable[[Tensor], Tensor]:
-        """What a part computes; for many calls, for which it is looked up once."""
+        """The function that a part computes; looked up once before a loop over time steps."""
         return self.parts()[name]
 
     def weight_of(self, name: str) -> Tensor:
@@ -169,7 +169,7 @@ class InParts(nn.Module):
 
 
 class TakenApart(FactorizedModule, InParts):
-    """A module of torch whose parts train, out of sight: it shows torch's own parameters, under torch's own names.
+    """A torch module in training whose matrices are separate hidden layers; outwards it shows torch's own parameters.
 
     Attributes:
         layer_name: How the module is called in the model.
@@ -238,7 +238,7 @@ class TakenApart(FactorizedModule, InParts):
         return DenseForm(view, self._parameters, slot.key, slot.rows)
 
     def own_weight(self, part: Any) -> Replaced:
-        """Have a part that trains its dense weight do so by a parameter of its own.
+        """Give a part a weight parameter of its own, in the place of rows of a shared one.
 
         Where several share one, each of them gets one, and the shared one stands for all of them from then on.
         """
@@ -263,7 +263,7 @@ class TakenApart(FactorizedModule, InParts):
         return f"{self.layer_name}.{self._slots[self._name_of(part)][0].key}".lstrip(".")
 
     def parts_changed(self) -> None:
-        """Have the parts and what the module shows of them fit together."""
+        """Bring the parts and the parameters that are shown into agreement after one of them changed."""
         for name, (weight, bias) in self._slots.items():
             part, held = vars(self)[name], self._held(weight.key)
             if is_pair(part) or held is None:
@@ -461,7 +461,7 @@ class TakenApart(FactorizedModule, InParts):
         return replaced
 
     def open_up(self) -> list[Replaced]:
-        """Have the parts as children, for the final form in which some are pairs; each has a bias of its own.
+        """Register the parts as child modules, for the final model; each gets a bias of its own.
 
         Returns:
             Which parameters took the place of which, where parts shared one.
@@ -510,7 +510,7 @@ _OWN = ("_slots", "_keys", "layer_name", "shows_factors")
 
 
 class PackedWeight:
-    """What a parameter stands for whose rows are the weights of several parts."""
+    """What computes a packed weight (such as ``in_proj_weight``), whose rows belong to several parts."""
 
     def __init__(self, whole: TakenApart, key: str) -> None:
         self._whole, self._key = whole, key
@@ -610,7 +610,7 @@ def _cut(slot: Slot, parameter: nn.Parameter) -> nn.Parameter:
 
 
 def take_apart(whole: nn.Module, kind: Any, name: str = "") -> None:
-    """Have the parts of a module in one piece train, out of sight; whoever holds it or its parameters holds them still.
+    """Turn a torch module, in place, into one whose weight matrices train as separate hidden layers.
 
     Args:
         whole: Changed in place.
@@ -654,7 +654,7 @@ def _new(make: Callable[..., Any], kind: type[InParts], whole: type[nn.Module]) 
 
 
 def prefix_of(name: str) -> str:
-    """How the names begin of what is in the module of this name; "" for the model itself."""
+    """The prefix of state dict keys for the module of this name; "" for the model itself."""
     return f"{name}." if name else ""
 
 

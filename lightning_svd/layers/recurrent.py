@@ -105,7 +105,7 @@ def _renamed(state: Mapping[str, Tensor], prefix: str, old: re.Pattern[str], new
 
 
 class SplitRecurrent(_Split):
-    """What an ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` computes, by linear layers: ih_l0, hh_l0, ih_l0_reverse, ...
+    """An ``nn.LSTM``, ``nn.GRU`` or ``nn.RNN`` computed by separate linear layers: ih_l0, hh_l0, ih_l0_reverse, ...
 
     It takes the same arguments and returns the same. At high ranks, and for small matrices, the dense weights are
     rebuilt, once for all steps of a sequence, and handed to torch's own kernel. Where two factors save more than the
@@ -124,7 +124,7 @@ class SplitRecurrent(_Split):
     proj_size: int
 
     def flatten_parameters(self) -> None:
-        """As in torch's own module, if all weights are there to be brought into one piece."""
+        """Pack the weights for cuDNN as torch does, if they are all dense."""
         if self.is_dense:
             super().flatten_parameters()  # type: ignore[misc]
 
@@ -280,7 +280,7 @@ class SplitRecurrent(_Split):
 
 
 def _saved(part: Any) -> int:
-    """Entries that two factors have less than one weight."""
+    """How many entries two factors save compared with the dense weight."""
     if isinstance(part, SVDLayer):
         return part.dense_params - part.rank * part.params_per_rank
     if is_pair(part):

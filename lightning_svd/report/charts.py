@@ -12,7 +12,7 @@ CLOSEST = 5  # points of a curve that are closer than this in both directions ar
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from ``low`` to ``high`` along one side of a plot.
+    """One axis of a chart, from ``low`` to ``high``.
 
     Attributes:
         title: What the values are, with their unit.

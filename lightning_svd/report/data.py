@@ -55,7 +55,7 @@ class RankChange:
 
 @dataclass(frozen=True)
 class Pause:
-    """A time in which ranks did not fall because the metric had.
+    """A stretch of training in which ranks did not fall, because the watched metric had fallen too far.
 
     Attributes:
         start: Step at which the metric was found fallen.
@@ -76,7 +76,7 @@ class Pause:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One factorized layer.
+    """What became of one factorized layer.
 
     Attributes:
         name: As in ``named_modules``.
@@ -136,7 +136,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SVDReport:
-    """A whole model.
+    """What SVD training did to a model: each layer's rank and cost, totals, and the history of the run.
 
     Attributes:
         layers: Every factorized layer.
@@ -296,7 +296,7 @@ def report_on(
     spectra_before: Mapping[str, Sequence[float]],
     all_dense: bool = False,
 ) -> SVDReport:
-    """The report on factorized layers as they are now, without what happened on the way.
+    """The report on factorized layers as they are now, without the history of a run.
 
     Args:
         plan: What :func:`~lightning_svd.model.surgery.decompose` returned, for the layers it skipped.

@@ -42,7 +42,7 @@ _FIGURE = """<figure><figcaption>{title}</figcaption>
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Numbers over two axes.
+    """A matrix of values between 0 and 1, with the labels of its axes.
 
     Attributes:
         title: What is shown.

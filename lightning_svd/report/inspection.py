@@ -1,4 +1,4 @@
-"""What the spectra of a model say before any training: ranks, and what a budget would keep."""
+"""Spectra and ranks of a model without training, and what a budget would keep."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_svd.report.tables import screen_table
 
 @dataclass(frozen=True)
 class LayerInspection:
-    """One weight of two or more dimensions, seen as a matrix (m, n).
+    """The spectrum and the ranks of one weight matrix (m, n).
 
     Attributes:
         name: Of the layer.

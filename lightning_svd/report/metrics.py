@@ -48,7 +48,7 @@ def singular_values(layer: nn.Module, conv_mode: str = "channel") -> Tensor:
 
 
 class _MeanRank(Metric):
-    """The mean of some notion of rank over layers."""
+    """The mean over layers of one notion of rank."""
 
     is_differentiable = False
     higher_is_better = None
@@ -190,7 +190,7 @@ class OrthogonalityError(Metric):
 
 
 class CompressionRatio(Metric):
-    """Share of a cost that is left: what is kept of all that was given, over what the dense layers cost.
+    """Remaining cost as a share of the dense cost, over all layers or models that were given.
 
     The cost is what you count: multiply-accumulates, parameters, bytes.
 

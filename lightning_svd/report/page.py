@@ -41,7 +41,7 @@ GOLDEN = (5**0.5 - 1) / 2  # lines drawn in steps of it through the model: none 
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: a share that is kept, as a number too, and what of."""
+    """A headline number: the share that is kept, the absolute value, and a note."""
 
     name: str
     ratio: float
@@ -51,7 +51,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Bar:
-    """What a layer costs, in words and as two widths for style; no widths for a sum over many layers."""
+    """A layer's cost as text and as two widths of a bar, dense and now; no widths for totals."""
 
     name: str
     text: str

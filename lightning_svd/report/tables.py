@@ -12,7 +12,7 @@ ROWS_ON_SCREEN = 60
 
 
 def is_wide() -> bool:
-    """Whether the terminal has room for whole tables; where there is none, the log that people read later has."""
+    """Whether the terminal is wide enough for all columns; True where output goes to a log."""
     return _columns() >= WIDTH
 
 

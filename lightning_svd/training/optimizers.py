@@ -1,4 +1,4 @@
-"""What factorized layers ask of the user's optimizers.
+"""Factors in a user's optimizer: in the group of their weight, decay on s only, its state moving with the columns.
 
 A layer's factors are trained in the very group that its weight was in. Weight decay must act on s and never on U and V,
 which it would pull off orthonormality; on s it is exactly decay of the layer's Frobenius norm. And what an optimizer
@@ -28,7 +28,7 @@ MOMENTS = {
 
 
 class OptimizerOfFactors:
-    """A user's optimizer that trains factors in the place of weights.
+    """A user's optimizer while it trains factors in the place of weights.
 
     Schedulers, hooks, checkpoints and wrapping optimizers rely on the groups as they were made. So the factors of a
     layer stand in the group of its weight, in its place; and where a group's weight decay is not meant for all of its
@@ -84,17 +84,17 @@ class OptimizerOfFactors:
                     )
 
     def know(self, layers: Iterable[SVDLayer]) -> None:
-        """Train the factors of these layers from now on."""
+        """Take note of which layers are factorized from now on."""
         self._layers, self._forms = list(layers), self._forms + 1
 
     def adopt_faces(self) -> None:
-        """Train the factors of weights that were given to the optimizer meanwhile, by a finetuning schedule for one."""
+        """Replace dense weights that were added to the optimizer later, by a finetuning schedule say, by factors."""
         faces = [p for group in self._groups() for p in group["params"] if isinstance(p, DenseWeight)]
         if faces:
             self.replace([([face], [*face.source.trained_parameters()]) for face in faces])
 
     def held(self) -> frozenset[nn.Parameter]:
-        """The parameters that the optimizer trains at present: a finetuning schedule may add some."""
+        """The parameters that the optimizer trains at present."""
         key = [(id(group), len(group["params"])) for group in self._groups()], self._forms
         if self._held[0] != key:
             parameters = frozenset(p for group in self._groups() for p in group["params"])
@@ -118,7 +118,7 @@ class OptimizerOfFactors:
     # The place of a weight is its factors'
 
     def replace(self, replaced: Iterable[Replaced]) -> None:
-        """Train other parameters in the place of some, of which nothing is remembered.
+        """Put parameters into the groups in the place of others, whose state is dropped.
 
         Args:
             replaced: What is no longer trained, and what is in its place.
@@ -155,7 +155,7 @@ class OptimizerOfFactors:
     def move_columns(
         self, before: Sequence[nn.Parameter], after: Sequence[nn.Parameter], move: Callable[[Tensor], Tensor]
     ) -> None:
-        """Have what is remembered of parameters follow their columns; what is not understood is forgotten.
+        """Move or shorten the state of parameters with their columns; state that is not entry by entry begins anew.
 
         Args:
             before: The parameters as the optimizer knows them.
@@ -227,7 +227,7 @@ class OptimizerOfFactors:
         return self._factors[1]
 
     def merge(self) -> None:
-        """Restore the user's groups; harmless when they are whole."""
+        """Put the user's parameter groups back together; does nothing where they are whole."""
         for groups, whole, parts in self._whole:
             for group, of_group in zip(whole, parts, strict=True):
                 # What the optimizer noted in its group during the step stays.
@@ -293,7 +293,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _initial_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[Any, Any]:
-    """What an optimizer remembers of a parameter before its first step, as Adagrad does; {} for most."""
+    """State that an optimizer has before its first step, as Adagrad does; {} for most."""
     try:
         return dict(type(optimizer)([parameter], **optimizer.defaults).state.get(parameter, {}))
     except Exception:  # it is built in another way; then it begins at its first step, as nearly all do

@@ -316,11 +316,11 @@ class SVDTraining:
     # ----------------------------------------------------------------------------------------------------------- a step
 
     def optimizer(self, optimizer: Optimizer) -> OptimizerOfFactors:
-        """What an optimizer of this run is to the factors."""
+        """The wrapper of one of this run's optimizers."""
         return next(each for each in self.optimizers if each.optimizer is optimizer)
 
     def clock(self, step: int) -> int:
-        """Where the schedule of ranks and strengths stands after this step: it stands still in pauses."""
+        """The step count of the schedule of ranks, which stands still in pauses."""
         return step - (self.guard.steps_paused(step) if self.guard else 0)
 
     @property

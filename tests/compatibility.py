@@ -16,7 +16,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 HEAD = """# What works with what
 
 Each row is a test of the project; this page is written from their own parametrization (`make compatibility`). What is
-refused is refused before the first step, with the message shown and your model as it was.
+refused is refused before the first step, with the message shown and your model as it was; what your code does to a
+weight later, when it does it.
 """
 
 

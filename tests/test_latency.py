@@ -155,3 +155,24 @@ def test_an_example_input_leaves_modes_and_running_statistics_alone(fails):
         timed(net, torch.randn(1, 12))  # one input, which BatchNorm1d refuses in training
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_layers_are_timed_as_the_model_runs_in_its_layout_and_under_its_precision(monkeypatch):
+    raced = []
+
+    def race(forms, inputs):
+        autocast = torch.is_autocast_enabled("cpu")
+        layouts = [x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous() for x in inputs]
+        weights = [p.is_contiguous(memory_format=torch.channels_last) for p in forms[1].parameters() if p.ndim == 4]
+        raced.append((autocast, layouts, weights))
+        return [1.0, 0.5]
+
+    monkeypatch.setattr("lightning_svd.ranks.latency._race", race)
+    model = SmallNet().to(memory_format=torch.channels_last)
+    callback = SVDTrainingCallback(target_macs=0.4, measure_latency=True)
+    quiet_trainer(callbacks=[callback], precision="bf16-mixed").fit(model, data())
+    assert all(autocast for autocast, *_ in raced)
+    second = raced[1]  # a convolution of several channels: of one channel both layouts are the same
+    assert all(second[1]) and all(second[2])
+    final = [p for p in model.features.parameters() if p.ndim == 4 and p.shape[1] > 1]
+    assert final and all(p.is_contiguous(memory_format=torch.channels_last) for p in final)

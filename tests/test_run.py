@@ -270,3 +270,42 @@ def test_work_is_shared_out_one_by_one_and_fails_at_the_piece_that_fails():
     with pytest.raises(ValueError, match="could not convert"):
         list(processes.shared_out(["1", "x"], compute, empty))
     assert list(processes.shared_out([], compute, empty)) == []
+
+
+# ------------------------------------------------------------------------------------------------ cuts that cut nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_cuts_that_remove_no_rank_do_not_wear_a_weight_down(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)).to(dtype)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+    training = SVDTraining(net, optimizer, 20, target_macs=1.0, sparsify_start=0.0, sparsify_end=1.0, sparsity=None)
+    x = torch.randn(8, 48).to(dtype)
+    for step in range(20):
+        optimizer.zero_grad()
+        net(x).float().square().mean().backward()
+        training.step()
+        now = {name: layer.rebuilt().detach().float() for name, layer in training.layers.items()}
+        if step == 0:
+            first = now
+        elif training.policy.pending is not None:
+            for name, weight in now.items():
+                error = (weight - first[name]).norm() / first[name].norm()
+                assert error == 0 if dtype != torch.float32 else error < 1e-5
+    assert training.timeline == []
+
+
+def test_layers_that_stay_as_wide_as_they_are_stored_are_others_all_the_same_after_the_first_cut():
+    """From dense to U, s, V without shrinking: what lists parameters, as DDP does, must be told."""
+    told = []
+    net = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    arguments = {"target_macs": 0.9, "full_rank_as": "dense", "sparsify_start": 0.2, "sparsify_end": 0.9}
+    training = SVDTraining(net, optimizer, 10, on_reshape=lambda: told.append(training._steps), **arguments)
+    assert told == []  # the dense layers are as they were
+    for _ in range(4):
+        optimizer.zero_grad()
+        net(torch.randn(8, 48)).square().mean().backward()
+        training.step()
+    assert told and all(layer.form.name == "svd" for layer in training.layers.values())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_svd.model.counting import as_arguments, evaluating
 from lightning_svd.model.surgery import showing_factors
+from lightning_svd.training.run import SVDTraining
 
 PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
 
@@ -42,6 +45,28 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
 def thaws_layers(trainer: Trainer) -> bool:
     """Whether a callback is going to train layers that are frozen now."""
     return any(_is_a(other, "BaseFinetuning") for other in callbacks_of(trainer))
+
+
+def show_weights_to_finetuning(trainer: Trainer, run: SVDTraining) -> None:
+    """Have finetuning callbacks find in the optimizers what ``named_parameters()`` shows, until the run is over.
+
+    They note the name of each parameter that an optimizer holds, look there for those that they add, and restore the
+    groups by these names.
+    """
+    for callback in callbacks_of(trainer):
+        if _is_a(callback, "BaseFinetuning"):
+            for hook in ("on_fit_start", "on_train_epoch_start"):
+                setattr(callback, hook, _showing_weights(run, getattr(callback, hook)))
+                run.until_closed.callback(vars(callback).pop, hook)
+
+
+def _showing_weights(run: SVDTraining, hook: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(hook)
+    def showing(*args: Any) -> None:
+        with run.showing_weights():
+            hook(*args)
+
+    return showing
 
 
 def wrap_again(trainer: Trainer) -> None:

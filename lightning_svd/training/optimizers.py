@@ -7,7 +7,8 @@ remembers of a column goes where the column goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -92,6 +93,27 @@ class OptimizerOfFactors:
         faces = [p for group in self._groups() for p in group["params"] if isinstance(p, DenseWeight)]
         if faces:
             self.replace([([face], [*face.source.trained_parameters()]) for face in faces])
+
+    @contextmanager
+    def showing_weights(self, faces: Iterable[DenseWeight]) -> Iterator[None]:
+        """Have the groups hold dense weights in the place of their factors, as they were before; state is untouched.
+
+        Args:
+            faces: Those of the model.
+        """
+        face_of = {id(p): face for face in faces for p in face.source.trained_parameters()}
+        lists = {id(each.param_groups): each.param_groups for each in self._all}
+        for group in {id(group): group for groups in lists.values() for group in groups}.values():
+            shown = [(face_of.get(id(p), p), place) for place, p in enumerate(group["params"])]
+            first = {id(p): place for p, place in reversed(shown)}
+            if "param_names" in group:
+                names = [name.rpartition(".")[0] if p is not old else name for name, (p, _), old in zip(group["param_names"], shown, group["params"])]
+                group["param_names"][:] = [names[place] for place in sorted(first.values())]
+            group["params"][:] = [shown[place][0] for place in sorted(first.values())]
+        try:
+            yield
+        finally:
+            self.adopt_faces()
 
     def held(self) -> frozenset[nn.Parameter]:
         """The parameters that the optimizer trains at present."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm
 from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.matrices import Factors, numerical_rank, wide
@@ -18,7 +20,7 @@ from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
-from lightning_svd.model.surgery import begin, finish, show_factors, undo
+from lightning_svd.model.surgery import begin, finish, undo
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.latency import time_layers
 from lightning_svd.report.data import Pause, RankChange, SVDReport, report_on
@@ -47,9 +49,8 @@ class SVDTraining:
         optimizers: One or several that train it.
         total_steps: Optimizer steps of the whole run.
         recipe: What is asked for; or its fields as keyword arguments.
-        thaws: Whether layers are meant too that are frozen now, or that no optimizer trains yet. What unfreezes them
-            in the middle of a run looks for what optimizers hold among the model's parameters: these are U, s and V
-            then, and not the dense weights.
+        thaws: Whether layers are meant too that are frozen now, or that no optimizer trains yet; what unfreezes them
+            in the middle of a run, does so in :meth:`showing_weights` if it looks at what optimizers hold.
         choose_ranks: The ranks to end with, from what each rank carries and the model's cost, instead of the recipe's.
         guard: What watches a metric and may pause the fall of ranks.
         on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does.
@@ -67,6 +68,7 @@ class SVDTraining:
         warnings: What the user should know at the end.
         backwards: Backward passes since the last optimizer step.
         last_cut: The :meth:`clock` at the last cut.
+        until_closed: What is undone when the run is over, or given up.
 
     Raises:
         ValueError: If a layer, an optimizer or the budget is refused; the model is then as it was.
@@ -107,12 +109,11 @@ class SVDTraining:
         if not thaws:
             self.plan = _trained_by(trainers, model, self.plan)
         self.layers = begin(model, self.plan)
-        if thaws:
-            show_factors(model)
         self.bounds = self.recipe.bounds(self.plan)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
         self._dense = {name: _weight_of(layer) for name, layer in self.layers.items()}
         self.optimizers: list[OptimizerOfFactors] = []
+        self.until_closed = ExitStack()
         try:
             self._check_finite()
             self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
@@ -127,6 +128,8 @@ class SVDTraining:
             raise
         if state is None:
             self.spectra_before = self.spectra()
+        else:
+            self._dense = {}  # it has stepped before
         self.recorder = CallRecorder(model, self.layers)
         if self.cost is None:
             self.recorder.start()
@@ -252,6 +255,7 @@ class SVDTraining:
             self.recorder.stop()
         for optimizer in self.optimizers:
             optimizer.remove()
+        self.until_closed.close()
 
     # ---------------------------------------------------------------------------------------------------- what it costs
 
@@ -378,6 +382,15 @@ class SVDTraining:
         for optimizer in self.optimizers:
             optimizer.enforced = True
             optimizer.adopt_faces()
+
+    @contextmanager
+    def showing_weights(self) -> Iterator[None]:
+        """Have optimizers hold the weights that ``model.parameters()`` shows; those that are added to them are trained."""
+        faces = [p for p in self.model.parameters() if isinstance(p, DenseWeight)]
+        with ExitStack() as stack:
+            for optimizer in self.optimizers:
+                stack.enter_context(optimizer.showing_weights(faces))
+            yield
 
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""

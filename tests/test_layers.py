@@ -650,7 +650,7 @@ def test_files_hold_the_dense_weight_under_its_own_name(kind, ranks, form, shown
     assert all(torch.equal(now, then) for now, then in zip(layer.form.trained, before, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*what was loaded is .* off, since its layer keeps")
+@pytest.mark.filterwarnings("ignore:.*what was loaded into it is kept .* off")
 @pytest.mark.parametrize("form", ["svd", "pair"])
 @pytest.mark.parametrize("ranks", KEPT)
 @pytest.mark.parametrize("kind", DENSE)
@@ -690,7 +690,7 @@ def test_after_loading_it_is_saved_as_it_was_trained(kind, ranks, shown):
     assert not torch.equal(saved, loaded)
 
 
-@pytest.mark.filterwarnings("ignore:.*what was loaded is .* off, since its layer keeps")
+@pytest.mark.filterwarnings("ignore:.*what was loaded into it is kept .* off")
 @pytest.mark.parametrize("then", ["keep", "shrink", "pair"])
 def test_swapped_in_and_out_the_very_factors_are_back_unless_the_form_changed(then):
     _, layer, _ = factorized("linear")
@@ -711,7 +711,9 @@ def test_swapped_in_and_out_the_very_factors_are_back_unless_the_form_changed(th
 def test_a_loss_by_loading_is_warned_of_and_a_wrong_weight_is_refused():
     layer = svd_of(nn.Linear(6, 5), name="fc")
     layer.keep(2)
-    with pytest.warns(UserWarning, match=r"`fc\.weight`: what was loaded is \d+\.\d% off, since .* 2 of 5 ranks"):
+    with pytest.warns(
+        UserWarning, match=r"`fc\.weight`: what was loaded into it is kept \d+\.\d% off, .* 2 out of 5 ranks"
+    ):
         layer.load_state_dict({"weight": torch.randn(5, 6), "bias": torch.zeros(5)})
     for wrong, why in ((torch.ones(6, 5), r"must be of shape \(5, 6\)"), (torch.full((5, 6), torch.nan), "finite")):
         before = values(layer)

@@ -17,12 +17,13 @@ from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
     LearningRateFinder,
     LearningRateMonitor,
+    ModelCheckpoint,
     ModelPruning,
     ModelSummary,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer
+from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader
@@ -72,27 +73,35 @@ class OwnAverage(Callback):
             self.forms = {name: layer.form.name for name, layer in svd_layers(pl_module).items()}
 
 
+class ValidatedMLP(SmallMLP, ValidatedNet):
+    """Under EMA the average is swapped into the model and out again for each validation."""
+
+
+AVERAGES = {
+    "EMA": (
+        lambda: EMAWeightAveraging(decay=0.9, update_starting_at_step=24),
+        lambda: OwnAverage(lambda average, p, count: 0.9 * average + 0.1 * p, "on_train_batch_end", 3),
+    ),
+    "SWA": (
+        lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=3),
+        lambda: OwnAverage(lambda average, p, count: average + (p - average) / count, "on_train_epoch_start", 2),
+    ),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Swapping scheduler")
-@pytest.mark.parametrize(
-    ("averaging", "own"),
-    [
-        (
-            lambda: EMAWeightAveraging(decay=0.9, update_starting_at_step=24),
-            lambda: OwnAverage(lambda average, p, count: 0.9 * average + 0.1 * p, "on_train_batch_end", 3),
-        ),
-        (
-            lambda: StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=3),
-            lambda: OwnAverage(lambda average, p, count: average + (p - average) / count, "on_train_epoch_start", 2),
-        ),
-    ],
-    ids=["EMA", "SWA"],
-)
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.combination("Other callbacks", "{id} beside this one")
-def test_the_final_model_is_the_average_at_the_ranks_that_were_kept(averaging, own, first):
-    model, own = SmallMLP().double(), own()
-    both = [ours(final="dense", sparsify_end=0.5), own]
-    fit(model, *([averaging(), *both] if first else [*both, averaging()]), max_epochs=6)
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
+@pytest.mark.parametrize("where", ["after", "before"])
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.combination("Other callbacks", "{average} {where} this one")
+@pytest.mark.combination("Other callbacks", '{average} with `full_rank_as="{full_rank_as}"`')
+def test_the_final_model_is_the_average_at_the_ranks_that_were_kept(average, where, full_rank_as):
+    averaging, own = (make() for make in AVERAGES[average])
+    model, callback = ValidatedMLP().double(), ours(final="dense", sparsify_end=0.5, full_rank_as=full_rank_as)
+    # The own average is taken where the other is: before the ranks are cut after a step, or then.
+    callbacks = [own, averaging, callback] if where == "before" else [callback, own, averaging]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=6, val_check_interval=3)
+    trainer.fit(model, data(dtype=torch.float64), data(dtype=torch.float64))
     assert own.count > 1 and own.ranks["features.1"] < 48 and "pair" in own.forms.values()
     for name, rank in own.ranks.items():
         U, s, Vh = torch.linalg.svd(own.average[f"{name}.weight"], full_matrices=False)
@@ -228,6 +237,9 @@ def test_layers_frozen_at_first_are_regularized_once_they_train(first):
             self.moved = {}
 
         def on_train_epoch_start(self, trainer, pl_module):
+            assert [name for name, _ in pl_module.named_parameters()] == [
+                name for name, _ in SmallNet().named_parameters()
+            ]
             self.before = pl_module.features[2].weight.detach().clone()
 
         def on_train_epoch_end(self, trainer, pl_module):
@@ -239,6 +251,50 @@ def test_layers_frozen_at_first_are_regularized_once_they_train(first):
     fit(model, *(both if first else reversed(both)), watching)
     assert watching.moved == {0: False, 1: False, 2: True, 3: True}
     assert_budget_met(model)
+    assert all("on_train_epoch_start" not in vars(callback) for callback in both)
+
+
+class FinetuneOn(FinetuneLater):
+    """Thaws again what was trained already when a fit is resumed, which Lightning's leaves frozen."""
+
+    def on_fit_start(self, trainer, pl_module):
+        resumed = self._restarting
+        super().on_fit_start(trainer, pl_module)
+        if resumed and len(trainer.optimizers[0].param_groups) > 1:
+            self.make_trainable(pl_module.features)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.combination("Other callbacks", "BaseFinetuning, resumed, before this one: {first}")
+def test_a_finetuning_schedule_resumes_exactly(first, tmp_path):
+    def run(**resume):
+        torch.manual_seed(3)
+        model = OnlyTrainable()
+        both = [FinetuneOn(), ours(sparsify_start=0.3, sparsify_end=0.7)]
+        save = [] if resume else [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        callbacks = [*(both if first else reversed(both)), *save]
+        quiet_trainer(callbacks=callbacks, max_epochs=5, enable_checkpointing=not resume).fit(model, data(), **resume)
+        return model.state_dict()
+
+    straight = run()
+    for epoch in range(4):  # at full rank, while ranks fall, after layers were thawed, at the final ranks
+        assert same_state(run(ckpt_path=tmp_path / f"epoch={epoch}.ckpt"), straight)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.combination("Other callbacks", "BaseFinetuning and averaging, before this one: {first}")
+def test_finetuning_beside_averaging_ends_with_the_average(first):
+    model, (averaging, own) = OnlyTrainable().double(), (make() for make in AVERAGES["EMA"])
+    others = [FinetuneLater(), own, averaging]
+    callback = ours(final="dense")
+    fit(model, *([*others, callback] if first else [callback, *others]), max_epochs=6)
+    for name, rank in own.ranks.items():
+        weight = model.get_submodule(name).weight.detach().flatten(1)
+        U, s, Vh = torch.linalg.svd(own.average[f"{name}.weight"].flatten(1), full_matrices=False)
+        if own.forms[name] == "pair":
+            s[rank:] = 0.0
+        assert (weight - (U * s) @ Vh).abs().max() <= roundoff((24, 108), torch.float64) * weight.abs().max()
 
 
 # --------------------------------------------------------------------------------------------------- Trainer options

@@ -285,7 +285,7 @@ def test_states_load_in_the_middle():
     state = copy.deepcopy(module.state_dict())
     module.load_state_dict(state)
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
-    with pytest.warns(UserWarning, match="`weight_.h_l0`: what was loaded is"):
+    with pytest.warns(UserWarning, match="`weight_.h_l0`: what was loaded into it is"):
         module.load_state_dict(other.state_dict())
     with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "weight_hh_l0"'):
         module.load_state_dict({name: value for name, value in state.items() if name != "weight_hh_l0"})

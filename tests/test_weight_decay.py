@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from models import SmallMLP, data, quiet_trainer, trained_parameters
 from torch.optim import lr_scheduler
 
-from lightning_svd import SVDTrainingCallback, decompose
+from lightning_svd import SVDTrainingCallback, decompose, svd_layers
 
 DECAY = 0.3
 
@@ -107,6 +107,29 @@ def test_decay_acts_on_singular_values_and_plain_parameters_only(optimizer):
     # The dense layers' groups, with U, s, V for each of the 3 weights.
     dense = [group["params"] for group in type(model)().configure_optimizers().param_groups]
     assert sum(group["params"] for group in keep.groups[0]) == sum(map(len, dense)) + 2 * 3
+
+
+@pytest.mark.parametrize("final", ["dense", "factored"])
+def test_names_in_the_users_groups_follow_their_parameters(final):
+    class Named(SmallMLP):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.named_parameters(), lr=0.05)
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            group = trainer.optimizers[0].param_groups[0]
+            of_weights = [name.rpartition(".weight")[0] or name for name in group["param_names"]]
+            layers = {id(p): name for name, layer in svd_layers(pl_module).items() for p in layer.form.trained}
+            names = {id(p): name for name, p in pl_module.named_parameters()}
+            assert of_weights == [layers.get(id(p)) or names[id(p)] for p in group["params"]]
+
+    model = Named()
+    names = [name for name, _ in model.named_parameters()]
+    trainer = quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4, final=final), Look()])
+    trainer.fit(model, data())
+    group = trainer.optimizers[0].param_groups[0]
+    assert len(group["param_names"]) == len(group["params"])
+    assert (group["param_names"] == names) == (final == "dense")
 
 
 # ------------------------------------------------------------------------------------------------------ learning rates

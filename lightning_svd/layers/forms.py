@@ -187,6 +187,8 @@ class SVDForm(Form):
         flipped = (U * before).sum(-2, keepdim=True) < 0
         values = (U.where(~flipped, -U), s, V.where(~flipped, -V))
         for parameter, value in zip(self.trained, values, strict=True):
+            if rank < self.room:
+                parameter.copy_(parameter.index_select(-1, order))
             parameter.narrow(-1, 0, rank).copy_(value)
         return order
 

@@ -104,12 +104,14 @@ class OptimizerOfFactors:
         face_of = {id(p): face for face in faces for p in face.source.trained_parameters()}
         lists = {id(each.param_groups): each.param_groups for each in self._all}
         for group in {id(group): group for groups in lists.values() for group in groups}.values():
-            shown = [(face_of.get(id(p), p), place) for place, p in enumerate(group["params"])]
-            first = {id(p): place for p, place in reversed(shown)}
+            shown: dict[int, tuple[nn.Parameter, str]] = {}
+            for p, name in zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True):
+                face = face_of.get(id(p))
+                one = (p, name) if face is None else (face, name.rpartition(".")[0])
+                shown.setdefault(id(one[0]), one)
+            group["params"][:] = [p for p, _ in shown.values()]
             if "param_names" in group:
-                names = [name.rpartition(".")[0] if p is not old else name for name, (p, _), old in zip(group["param_names"], shown, group["params"])]
-                group["param_names"][:] = [names[place] for place in sorted(first.values())]
-            group["params"][:] = [shown[place][0] for place in sorted(first.values())]
+                group["param_names"][:] = [name for _, name in shown.values()]
         try:
             yield
         finally:
@@ -166,11 +168,14 @@ class OptimizerOfFactors:
             parameters: list[nn.Parameter] = group["params"]
             names: list[str] | None = group.get("param_names")
             places = [place for place, p in enumerate(parameters) if id(p) in gone]
+            if names is not None and places:
+                name = names[places[0]] if len(old) == 1 else names[places[0]].rpartition(".")[0]
+                new_names = [name] if len(pending) == 1 else [f"{name}.{number}" for number, _ in enumerate(pending)]
             for place in reversed(places):
-                here = pending if place == places[0] else []
-                parameters[place : place + 1] = here
+                first = place == places[0]
+                parameters[place : place + 1] = pending if first else []
                 if names is not None:
-                    names[place : place + 1] = [f"{names[place]}.{number}" for number, _ in enumerate(here)]
+                    names[place : place + 1] = new_names if first else []
             if places:
                 pending = []
 

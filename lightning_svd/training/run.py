@@ -385,7 +385,7 @@ class SVDTraining:
 
     @contextmanager
     def showing_weights(self) -> Iterator[None]:
-        """Have optimizers hold the weights that ``model.parameters()`` shows; those that are added to them are trained."""
+        """Have optimizers hold the weights that ``model.parameters()`` shows; what is added to them is trained too."""
         faces = [p for p in self.model.parameters() if isinstance(p, DenseWeight)]
         with ExitStack() as stack:
             for optimizer in self.optimizers:

@@ -388,7 +388,7 @@ def test_learning_rates_are_the_dense_runs():
 # ------------------------------------------------------------------------------------------------------- what it costs
 
 
-def test_costs_are_counted_the_same_from_example_sanity_check_or_first_batch():
+def test_costs_are_counted_the_same_from_example_or_first_batch_with_a_sanity_check_or_without():
     class WithExample(SmallNet):
         @property
         def example_input_array(self):

@@ -50,7 +50,7 @@ class SVDTraining:
         total_steps: Optimizer steps of the whole run.
         recipe: What is asked for; or its fields as keyword arguments.
         thaws: Whether layers are meant too that are frozen now, or that no optimizer trains yet; what unfreezes them
-            in the middle of a run, does so in :meth:`showing_weights` if it looks at what optimizers hold.
+            in the middle of a run, does so in ``showing_weights`` if it looks at what optimizers hold.
         choose_ranks: The ranks to end with, from what each rank carries and the model's cost, instead of the recipe's.
         guard: What watches a metric and may pause the fall of ranks.
         on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does.

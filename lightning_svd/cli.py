@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except ModuleNotFoundError as missing:
         if "pip install" in str(missing):
-            raise SystemExit(f"{options.command}: {missing}") from None
+            raise SystemExit(f"{options.command} {str(missing).removeprefix('this ')}") from None
         extra = _EXTRAS.get(options.command, options.command)
         raise SystemExit(f"{options.command} needs {missing.name}: pip install 'lightning-svd[{extra}]'") from None
     except (ValueError, OSError, RuntimeError) as error:

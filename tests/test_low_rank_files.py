@@ -343,8 +343,8 @@ class Attentive(nn.Module):
 def test_a_module_in_one_piece_is_checked_before_it_is_taken_apart(tmp_path):
     model, x = Attentive(), torch.randn(2, 5, 16)
     decompose(model)
-    for layer in svd_layers(model).values():
-        layer.keep(3)
+    for name, layer in svd_layers(model).items():
+        layer.keep(3 if "q_proj" in name or "out_proj" in name else 16)  # the others are dense again
     expected = factored(model)
     path = save_low_rank(model, tmp_path / "model.safetensors")
     assert torch.equal(load_low_rank(Attentive(), path)(x), expected(x))

@@ -802,6 +802,20 @@ def test_an_optimizer_that_keeps_its_own_list_is_refused():
     assert all(type(layer) in (nn.Linear, nn.ReLU) for layer in model.net)
 
 
+@combination("The user's network", "a weight in two optimizers", refused="must be in one optimizer, found it in 2")
+def test_a_weight_in_two_optimizers_is_refused():
+    class Two(Net):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.parameters(), lr=0.1), torch.optim.SGD(self.net[0].parameters(), lr=0.1)]
+
+    model = Two()
+    with pytest.raises(ValueError, match=r"`net\.0\.weight` must be in one optimizer, found it in 2"):
+        fit(model, svd())
+    assert type(model.net[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}])
 def test_forms_of_adam_go_through_cuts_and_shrinking(options):
     model = Net(lambda net: torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1, **options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -644,9 +645,19 @@ class SVDTraining:
 
 
 def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The plan with layers left alone whose weight no optimizer trains, unless it is frozen and meant all the same."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    """The plan with layers left alone whose weight no optimizer trains, unless it is frozen and meant all the same.
+
+    Raises:
+        ValueError: If two optimizers train the weight of a layer, whose regularizers' gradient would be added twice.
+    """
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     weights = weights_of(model)
+    for of in plans:
+        if not of.skipped and held[id(weights[of.name])] > 1:
+            raise ValueError(
+                f"`{of.name}.weight` must be in one optimizer, found it in {held[id(weights[of.name])]}: leave the "
+                f"layer out, `exclude_modules=['{of.name}']`"
+            )
     return [
         replace(of, skipped="no optimizer trains its weight", matrix_shape=None, conv_mode=None)
         if not of.skipped and weights[of.name].requires_grad and id(weights[of.name]) not in held

@@ -102,8 +102,7 @@ class OptimizerOfFactors:
             faces: Those of the model.
         """
         face_of = {id(p): face for face in faces for p in face.source.trained_parameters()}
-        lists = {id(each.param_groups): each.param_groups for each in self._all}
-        for group in {id(group): group for groups in lists.values() for group in groups}.values():
+        for group in {id(group): group for groups in self._lists() for group in groups}.values():
             shown: dict[int, tuple[nn.Parameter, str]] = {}
             for p, name in zip(group["params"], group.get("param_names") or [""] * len(group["params"]), strict=True):
                 face = face_of.get(id(p))
@@ -139,6 +138,10 @@ class OptimizerOfFactors:
     def _groups(self) -> list[Group]:
         return self._whole[0][1] if self._whole else self.optimizer.param_groups
 
+    def _lists(self) -> list[list[Group]]:
+        """The lists of groups, of which an optimizer and one that wraps it may share one."""
+        return list({id(each.param_groups): each.param_groups for each in self._all}.values())
+
     # The place of a weight is its factors'
 
     def replace(self, replaced: Iterable[Replaced]) -> None:
@@ -148,9 +151,8 @@ class OptimizerOfFactors:
             replaced: What is no longer trained, and what is in its place.
         """
         self._forms += 1
-        lists = {id(each.param_groups): each.param_groups for each in self._all}
         for old, new in replaced:
-            for groups in lists.values():
+            for groups in self._lists():
                 self._replace_in({id(group): group for group in groups}.values(), old, new)
             for each in self._all:
                 remembered = [each.state.pop(p) for p in old if p in each.state]
@@ -201,7 +203,7 @@ class OptimizerOfFactors:
                 elif initial := _initial_state(each, new):
                     each.state[new] = initial
         changed = [(old, new) for old, new in zip(before, after, strict=True) if old is not new]
-        for groups in {id(each.param_groups): each.param_groups for each in self._all}.values():
+        for groups in self._lists():
             for old, new in changed:
                 for group in groups:
                     group["params"][:] = [new if p is old else p for p in group["params"]]

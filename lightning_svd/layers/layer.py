@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -78,6 +78,19 @@ class Whole(Protocol):
         """A part trains other parameters by now."""
 
 
+@contextmanager
+def watching(layers: Iterable[SVDLayer], watch: Watch) -> Iterator[None]:
+    """Have layers tell of what goes through them inside."""
+    watched = list(layers)
+    for layer in watched:
+        vars(layer)["watch"] = watch
+    try:
+        yield
+    finally:
+        for layer in watched:
+            vars(layer)["watch"] = None
+
+
 class SVDLayer(FactorizedModule):
     """What all factorized layers share; the class of each derives from this one and from the layer's own.
 
@@ -87,6 +100,7 @@ class SVDLayer(FactorizedModule):
         layer_name: How the layer is called in errors and reports.
         shows_factors: Whether ``parameters()`` gives U, s and V instead of the dense ``weight``.
         layout: How the dense weight lies in memory.
+        watch: What is told of each input and output, and gives the output that goes on; for a few batches only.
     """
 
     view: View
@@ -94,6 +108,7 @@ class SVDLayer(FactorizedModule):
     layer_name: str
     shows_factors: bool
     layout: torch.memory_format
+    watch: Watch | None
     _face: DenseWeight
     _remembered: tuple[Tensor, list[Tensor], tuple[Any, ...]] | None
     _loaded: tuple[Tensor, tuple[Any, ...]] | None
@@ -139,16 +154,21 @@ class SVDLayer(FactorizedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The dense layer's output, computed in the cheaper way for this input."""
         (x, *more) = (*args, *kwargs.values())
-        if self.form.name == "dense" or any(value is not None for value in more):
+        if any(value is not None for value in more) or (self.form.name == "dense" and self.watch is None):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]  # of the layer's own class
         given, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if given is not None and type(given) is not DenseWeight:
+        if self.form.name != "dense" and given is not None and type(given) is not DenseWeight:
             return self.view.apply_matrix(x, self.view.unfold(given), bias)  # by torch.func.functional_call
         return self.output_with(x, bias)
 
     def output_with(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What :meth:`forward` computes of what is trained in the place of the weight, with this bias."""
-        if self.rebuilding_is_cheaper(x.shape):
+        out = self.computed(x, bias)
+        return out if self.watch is None else self.watch(self, x, out, bias)
+
+    def computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """:meth:`output_with` without anybody being told of it."""
+        if self.form.name == "dense" or self.rebuilding_is_cheaper(x.shape):
             return self.view.apply_matrix(x, self.form.matrix(), bias)
         return self.view.apply_factors(x, *self.form.left_right(), bias)
 
@@ -512,8 +532,9 @@ class SVDLayer(FactorizedModule):
         return {key: value for key, value in own.items() if key not in _OWN}
 
 
+Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output
 PART_OF = "_part_of"  # set on what is, or was, a part: a plain layer too
-_OWN = ("view", "form", "layer_name", "shows_factors", "layout", "_face", "_remembered", "_loaded")
+_OWN = ("view", "form", "layer_name", "shows_factors", "layout", "watch", "_face", "_remembered", "_loaded")
 
 
 def _new_factorized(kind: type[nn.Module]) -> SVDLayer:
@@ -556,7 +577,7 @@ def factorize(
     layer.__class__ = svd_class(type(layer))  # type: ignore[arg-type]
     factorized = cast("SVDLayer", layer)
     own: State = {"view": view, "form": dense, "layer_name": name, "shows_factors": False}
-    own |= {"layout": layout_of(dense.weight()), "_remembered": None, "_loaded": None}
+    own |= {"layout": layout_of(dense.weight()), "watch": None, "_remembered": None, "_loaded": None}
     vars(factorized).update(own)  # past nn.Module, whose way of setting attributes the layer has no use for here
     if form == "svd":
         factorized.to_svd(factors)

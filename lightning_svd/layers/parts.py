@@ -112,6 +112,11 @@ class InParts(nn.Module):
         """Whether all weights are plain dense parameters, so that torch's own forward can be used."""
         return False
 
+    @property
+    def watched(self) -> bool:
+        """Whether what goes through one of its parts is looked at, so that each must be called."""
+        return any(getattr(part, "watch", None) is not None for part in self.parts().values())
+
     def function_of(self, name: str) -> Callable[[Tensor], Tensor]:
         """The function that a part computes; looked up once before a loop over time steps."""
         return self.parts()[name]
@@ -192,12 +197,16 @@ class TakenApart(FactorizedModule, InParts):
 
     @property
     def is_dense(self) -> bool:
+        if self.watched:
+            return False
         own = (self._held(weight.key) for weight, _ in self._slots.values())
         others = (getattr(child, "weight", None) for child in self.children())
         return not any(type(weight) is DenseWeight for weight in (*own, *others))
 
     def _given(self, name: str) -> Tensor | None:
-        """The dense weight to compute with; None where a part has other parameters."""
+        """The dense weight to compute with; None where a part has other parameters, or is to be called."""
+        if getattr(vars(self)[name], "watch", None) is not None:
+            return None
         slot = self._slots[name][0]
         held, part = self._held(slot.key), vars(self)[name]
         if type(held) is not DenseWeight:

@@ -137,6 +137,8 @@ class SplitRecurrent(_Split):
 
         It does not depend on the input, whose sizes an exported model is to leave open.
         """
+        if self.watched:
+            return False
         recurrent = (part for name, part in self.parts().items() if name.startswith("hh"))
         return next(self.parameters()).is_cuda or all(_saved(part) <= SAVED_BY_KERNEL for part in recurrent)
 
@@ -259,7 +261,11 @@ class SplitRecurrent(_Split):
         """
         of_inputs, of_states = (self.function_of(f"{name}{suffix}") for name in ("ih", "hh"))
         project = self.function_of(f"hr{suffix}") if self.proj_size else nn.Identity()
-        inputs = torch.split(of_inputs(data), list(rows))
+        if self.watched and rows[0] == rows[-1]:  # so that inputs can be told apart from steps
+            by_input = data.unflatten(0, (len(rows), rows[0])).transpose(0, 1)
+            inputs = of_inputs(by_input).transpose(0, 1).unbind()
+        else:
+            inputs = torch.split(of_inputs(data), list(rows))
         if reverse:
             inputs = inputs[::-1]
         states = [state[: len(inputs[0])] for state in start]

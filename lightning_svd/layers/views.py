@@ -264,16 +264,35 @@ class View:
 
     def apply_factors(self, x: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
         """The output for the weight ``left @ right.T``, by two layers: left (m, k), right (n, k)."""
-        if not self.kernel:
-            between = F.linear(x, right.mT) if self.layer_type is not nn.Embedding else None
-            if between is None:
-                between = F.embedding(x, right, self.geometry["padding_idx"])
-            return F.linear(between, left, bias)
-        if left.shape[-1] == 0:
+        if self.kernel and left.shape[-1] == 0:
             return self.apply_matrix(x, left @ right.mT, bias)  # there is no convolution to no maps
-        first, second = self.halves
-        maps = _convolve(x, self.first_weight(right), None, first)
-        return _convolve(maps, self.second_weight(left), bias, second)
+        return self.apply_second(self.apply_first(x, right), left, bias)
+
+    def apply_first(self, x: Tensor, right: Tensor) -> Tensor:
+        """What the first of two layers puts out, the rank's features or maps: right (n, k)."""
+        if self.layer_type is nn.Embedding:
+            return F.embedding(x, right, self.geometry["padding_idx"])
+        if not self.kernel:
+            return F.linear(x, right.mT)
+        return _convolve(x, self.first_weight(right), None, self.halves[0])
+
+    def apply_second(self, between: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+        """What the second of two layers makes of them: left (m, k)."""
+        if not self.kernel:
+            return F.linear(between, left, bias)
+        return _convolve(between, self.second_weight(left), bias, self.halves[1])
+
+    @property
+    def output_is_product(self) -> bool:
+        """Whether the layer's output is the product of its matrix itself, and no sum of shifted ones."""
+        return not self.kernel or (self.conv_mode == "channel" and not self.transposed)
+
+    def by_input(self, between: Tensor) -> Tensor:
+        """The rank's features of each input, (inputs, positions, k), those of groups one after the other."""
+        if not self.kernel:
+            return between.reshape(len(between) if between.ndim > 1 else 1, -1, between.shape[-1])
+        batched = between if between.ndim == len(self.kernel) + 2 else between.unsqueeze(0)
+        return batched.unflatten(1, (self.groups, -1)).movedim(2, -1).flatten(1, -2)
 
     # What it costs: multiply-accumulates for an input of (..., channels, *sizes), of (..., features) without a kernel,
     # and of (...) for a lookup

@@ -298,7 +298,7 @@ def replay(
     Returns:
         What each call returned, detached.
     """
-    with _untouched(module):
+    with untouched(module):
         return [_again(call, watch or (lambda _: nullcontext())) for call in calls]
 
 
@@ -340,7 +340,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _untouched(module: nn.Module) -> Iterator[None]:
+def untouched(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation inside, with nothing that it remembers changed afterwards, as in :func:`replay`."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(evaluating(module))

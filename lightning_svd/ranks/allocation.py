@@ -70,13 +70,14 @@ def keep_by_budget(
     min_rank: int = 1,
     round_to: int = 1,
     max_ranks: Mapping[str, int] | None = None,
+    adds_up: bool = False,
 ) -> dict[str, int]:
     """Ranks whose cost fits a budget over the whole model and which carry the most.
 
     Each layer's energy counts as a share of the layer's own, since normalization layers make a layer's scale
     arbitrary; and what passes through all layers is about the product of these shares, so the sum of their logarithms
-    is what is maximized (the plain sum would starve some layers for others where spectra are flat). This is a
-    knapsack. It is filled greedily along each layer's upper concave hull of (cost, log share), whose last point is
+    is what is maximized (the plain sum would starve some layers for others where spectra are flat). Where what ranks
+    carry is measured in what the loss feels, the plain sum is. This is a knapsack. It is filled greedily along each layer's upper concave hull of (cost, log share), whose last point is
     the dense layer with every rank, and what is then left over goes to the single ranks that still fit.
 
     Args:
@@ -86,6 +87,7 @@ def keep_by_budget(
         min_rank: Fewest ranks of a layer.
         round_to: Ranks below the break-even are multiples of this.
         max_ranks: The most ranks of some layers.
+        adds_up: Whether what ranks of different layers carry is in one unit, and is maximized as it is.
 
     Returns:
         For each layer how many of its strongest candidates to keep; as many as it may where it is better left dense.
@@ -103,7 +105,7 @@ def keep_by_budget(
         dense = cost.dense()
         least = share_above(spent / dense)
         raise ValueError(f"the budget must be at least {least} of the dense model's cost, got {budget / dense:.6g}")
-    curves = {name: _curve(cost, name, energies[name], ladders[name]) for name in ladders}
+    curves = {name: _curve(cost, name, energies[name], ladders[name], adds_up) for name in ladders}
     for only_hull in (True, False):
         spent = _fill(ranks, curves, spent, budget, only_hull)
     return ranks
@@ -117,12 +119,14 @@ def _most(name: str, candidates: int, max_ranks: Mapping[str, int] | None) -> in
 Curve = list[tuple[int, float, float]]  # rank, cost, logarithm of the share of the layer's energy; all ascending
 
 
-def _curve(cost: Cost, name: str, energy: Tensor, ladder: list[int]) -> Curve:
-    carried = energy.double().sort(descending=True).values.cumsum(0)
-    shares = carried / carried[-1] if carried[-1] > 0 else torch.ones_like(carried)
+def _curve(cost: Cost, name: str, energy: Tensor, ladder: list[int], adds_up: bool) -> Curve:
+    carried = energy.double().cumsum(0)
+    carried = torch.cat([carried.new_zeros(1), carried])
+    if not adds_up:
+        carried = (carried / carried[-1] if carried[-1] > 0 else torch.ones_like(carried)).log()
     # One list of numbers: a tensor read entry by entry costs microseconds each, and there are many ranks.
-    logs = torch.cat([shares.new_zeros(1), shares]).log().tolist()
-    return [(rank, cost.at(name, rank), logs[rank]) for rank in ladder]
+    values = carried.tolist()
+    return [(rank, cost.at(name, rank), values[rank]) for rank in ladder]
 
 
 def _hull(curve: Curve) -> Curve:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Unit = Literal["macs", "params"]
@@ -129,6 +129,13 @@ class ModelCost:
 
     def _other(self, unit: Unit) -> int:
         return self.other_macs if unit == "macs" else self.other_params
+
+    def without(self, names: Collection[str]) -> ModelCost:
+        """The cost with these layers dense for good."""
+        left = {name: of for name, of in self.layers.items() if name not in names}
+        macs = sum(self.layers[name].dense_macs for name in names)
+        params = sum(self.layers[name].dense_params for name in names)
+        return replace(self, layers=left, other_macs=self.other_macs + macs, other_params=self.other_params + params)
 
     def by(self, unit: Unit) -> CountedCost:
         """The cost in one unit."""

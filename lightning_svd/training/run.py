@@ -300,7 +300,7 @@ class SVDTraining:
                 "the model was run once more in evaluation, to count what it costs and to see which layers can become "
                 f"two, and failed: {type(error).__name__}: {error}"
             ) from error
-        cost = _without(cost, refused)
+        cost = cost.without(refused)
         left = {name: rank for name, rank in self.full_ranks.items() if name not in refused}
         self.recipe.check_reachable(cost, left, self.bounds)
         return cost, refused
@@ -669,14 +669,6 @@ def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequen
 def _weight_of(layer: SVDLayer) -> Tensor:
     assert isinstance(layer.form, DenseForm)
     return layer.form.weight().detach()
-
-
-def _without(cost: ModelCost, names: Mapping[str, Any]) -> ModelCost:
-    """The cost with these layers dense for good."""
-    left = {name: of for name, of in cost.layers.items() if name not in names}
-    macs = sum(cost.layers[name].dense_macs for name in names)
-    params = sum(cost.layers[name].dense_params for name in names)
-    return replace(cost, layers=left, other_macs=cost.other_macs + macs, other_params=cost.other_params + params)
 
 
 def _is_coarse(layer: SVDLayer) -> bool:

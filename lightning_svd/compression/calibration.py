@@ -1,0 +1,107 @@
+"""Passes of a few batches through a model with factorized layers, to collect statistics of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_svd.compression.data import CalibrationData, inputs_in, is_distribution, numbers_in
+from lightning_svd.layers.layer import SVDLayer, watching
+from lightning_svd.layers.matrices import wide
+from lightning_svd.model.calls import untouched
+from lightning_svd.ranks.statistics import Statistics
+
+class NoGradientError(ValueError):
+    """A model's output has no gradient."""
+
+
+Track = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def collect(
+    data: CalibrationData, layers: Mapping[str, SVDLayer], with_gradients: bool, track: Track, seed: int = 0
+) -> dict[str, Statistics]:
+    """Statistics of layers over the batches, of those that were called.
+
+    Without a loss the gradients are those of the model's own uncertainty: for an output that is logits of a class drawn
+    from them, for any other of a squared error with normal noise of the output's own size. Their second moments are
+    the Fisher information (true, not empirical: no labels are needed).
+
+    Args:
+        data: The batches, of a model that the layers are in.
+        layers: In a factorized form, by name.
+        with_gradients: Whether to run backward passes too.
+        track: Shows progress.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: If the model fails, or a layer meets NaN or infinity.
+    """
+    seen: dict[str, Statistics] = {}
+    inputs = 0
+
+    def of(layer: SVDLayer) -> Statistics:
+        return seen.setdefault(layer.layer_name, Statistics(layer, with_gradients))
+
+    def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+        if not with_gradients:
+            of(layer).see_input(layer, x)
+            return out
+        out = out + out.new_zeros(()).requires_grad_()  # so that gradients come here, whatever is frozen before
+        out.register_hook(lambda gradient: of(layer).see(layer, x, gradient, inputs))
+        return out
+
+    generator = torch.Generator().manual_seed(seed)
+    with untouched(data.model), torch.set_grad_enabled(with_gradients), watching(layers.values(), watch):
+        with _frozen(data.model):
+            for batch in track(data.batches, "calibrating"):
+                inputs = inputs_in(batch)
+                output = data.call(batch)
+                if with_gradients:
+                    _backward(output, inputs if data.loss else None, generator)
+                for each in seen.values():
+                    each.end_batch(inputs)
+    return seen
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Parameters without gradients inside, which nobody needs here and which take time and memory."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _backward(output: Any, of_loss: int | None, generator: torch.Generator) -> None:
+    found = numbers_in(output)
+    tensors = [tensor for tensor in found if tensor.requires_grad]
+    if not tensors:
+        raise NoGradientError("the model's output has no gradient: give `importance='outputs'`, which needs none")
+    if of_loss is not None:
+        (tensors[0].sum() * of_loss).backward()
+        return
+    draw = _from_logits if is_distribution(output) else _noise
+    torch.autograd.backward(tensors, [draw(tensor.detach(), generator) for tensor in tensors])
+
+
+def _from_logits(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the log likelihood of classes drawn from the logits (..., classes)."""
+    shares = wide(logits).softmax(-1)
+    rows = shares.flatten(0, -2) if shares.ndim > 1 else shares.unsqueeze(0)
+    drawn = torch.multinomial(rows.cpu(), 1, generator=generator).to(rows.device)
+    ones = torch.ones_like(drawn, dtype=rows.dtype)
+    return rows.scatter_add(-1, drawn, -ones).reshape(logits.shape).to(logits)
+
+
+def _noise(values: Tensor, generator: torch.Generator) -> Tensor:
+    size = wide(values).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.randn(values.shape, generator=generator).to(values) / size.to(values)

@@ -1,0 +1,74 @@
+"""What compressing a trained model did to it, and what it cost its outputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lightning_svd.report.data import SVDReport
+
+# A relative error of outputs, or a divergence, from which a model is another one.
+LARGE = {"relative squared error": 0.1, "Kullback-Leibler divergence": 0.5}
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What :func:`~lightning_svd.compress` did.
+
+    Attributes:
+        ranks: Each layer's rank and cost.
+        target: "macs" or "params".
+        share: Of it, that was asked for.
+        choice: Which way to decide was taken.
+        tried: Each way that was tried -> how far it moved held-out outputs.
+        distance: How far they are moved in the end.
+        measure: What distances are.
+        shifts: Name of each layer -> the squared change of its output on what the dense model gives it, as a share of
+            its size.
+        carried: Name of each layer -> what each of its ranks carries, in the order in which they are kept.
+        curve: Other shares of the cost -> how far outputs would be moved.
+        bias_corrected: Whether biases make up for the mean of what was dropped.
+        batch_norm_recalibrated: Whether running statistics of batch normalization were taken anew.
+        inputs: How many inputs statistics were collected on.
+        seconds: How long it took.
+    """
+
+    ranks: SVDReport
+    target: str
+    share: float
+    choice: str
+    tried: Mapping[str, float]
+    distance: float
+    measure: str
+    shifts: Mapping[str, float]
+    carried: Mapping[str, Sequence[float]]
+    curve: Mapping[float, float]
+    bias_corrected: bool
+    batch_norm_recalibrated: bool
+    inputs: int
+    seconds: float
+
+    @property
+    def warning(self) -> str | None:
+        """What to know before the model is used; None if outputs are near what they were."""
+        if self.distance > LARGE.get(self.measure, float("inf")):
+            return (
+                f"outputs moved far ({self.measure} {self.distance:.3g}): ask for less, finetune, or calibrate with "
+                "more inputs"
+            )
+        return None
+
+    def __str__(self) -> str:
+        lines = [str(self.ranks), f"{self.measure} of held-out outputs: {self.distance:.4g} ({self.choice})"]
+        if self.warning:
+            lines.append(f"Warning: {self.warning}")
+        return "\n".join(lines)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """All of it as JSON, written to ``path`` if one is given."""
+        text = json.dumps({**asdict(self), "ranks": self.ranks.to_dict()}, indent=2)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text

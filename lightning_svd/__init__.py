@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_svd.compression.compress import compress
+    from lightning_svd.compression.report import CompressionReport
     from lightning_svd.files.export import to_onnx
     from lightning_svd.files.low_rank import load_low_rank, save_low_rank
     from lightning_svd.layers.layer import SVDLayer
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "CompressionReport",
     "LayerPlan",
     "LayerReport",
     "RankChange",
@@ -28,6 +31,7 @@ __all__ = [
     "SpectrumMonitor",
     "add_gradients",
     "compact",
+    "compress",
     "decompose",
     "load_low_rank",
     "plan",
@@ -47,6 +51,8 @@ _HOMES = {
     "SpectrumMonitor": "lightning.spectrum_monitor",
     "SVDTraining": "training.run",
     "add_gradients": "training.regularizers",
+    "compress": "compression.compress",
+    "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
     "to_onnx": "files.export",

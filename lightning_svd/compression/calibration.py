@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import untouched
 from lightning_svd.ranks.statistics import Statistics
+
 
 class NoGradientError(ValueError):
     """A model's output has no gradient."""
@@ -52,19 +53,22 @@ def collect(
             of(layer).see_input(layer, x)
             return out
         out = out + out.new_zeros(()).requires_grad_()  # so that gradients come here, whatever is frozen before
-        out.register_hook(lambda gradient: of(layer).see(layer, x, gradient, inputs))
+        note: Any = out.register_hook
+        note(lambda gradient: of(layer).see(layer, x, gradient, inputs))
         return out
 
     generator = torch.Generator().manual_seed(seed)
-    with untouched(data.model), torch.set_grad_enabled(with_gradients), watching(layers.values(), watch):
-        with _frozen(data.model):
-            for batch in track(data.batches, "calibrating"):
-                inputs = inputs_in(batch)
-                output = data.call(batch)
-                if with_gradients:
-                    _backward(output, inputs if data.loss else None, generator)
-                for each in seen.values():
-                    each.end_batch(inputs)
+    with ExitStack() as stack:
+        for context in (untouched(data.model), torch.set_grad_enabled(with_gradients), _frozen(data.model)):
+            stack.enter_context(context)
+        stack.enter_context(watching(layers.values(), watch))
+        for batch in track(data.batches, "calibrating"):
+            inputs = inputs_in(batch)
+            output = data.call(batch)
+            if with_gradients:
+                _backward(output, inputs if data.loss else None, generator)
+            for each in seen.values():
+                each.end_batch(inputs)
     return seen
 
 
@@ -87,7 +91,7 @@ def _backward(output: Any, of_loss: int | None, generator: torch.Generator) -> N
     if not tensors:
         raise NoGradientError("the model's output has no gradient: give `importance='outputs'`, which needs none")
     if of_loss is not None:
-        (tensors[0].sum() * of_loss).backward()
+        torch.autograd.backward(tensors[0].sum() * of_loss)
         return
     draw = _from_logits if is_distribution(output) else _noise
     torch.autograd.backward(tensors, [draw(tensor.detach(), generator) for tensor in tensors])

@@ -124,7 +124,7 @@ class _Compression:
         self.choice, self.values = "", dict[str, Tensor]()
         try:
             self.cost = self._learn_costs()
-            for name, layer in self.track(self.layers.items(), "decomposing"):
+            for layer in self.track(self.layers.values(), "decomposing"):
                 layer.to_svd()
             self.spectra = {name: layer.spectrum() for name, layer in self.layers.items()}
         except BaseException:
@@ -210,7 +210,8 @@ class _Compression:
         """Give every layer the factors of a metric; returns what their ranks carry in it."""
         carried = {}
         for name, layer in self.track(self.layers.items(), "ordering ranks"):
-            basis = in_metric_of_data(*layer.form.left_right(), seen[name], of_loss)
+            left, right = layer.form.left_right()
+            basis = in_metric_of_data(left, right, seen[name], of_loss)
             seen[name].move(basis)
             layer.to_svd(basis.factors)
             carried[name] = basis.carried
@@ -278,8 +279,8 @@ class _Compression:
 
     def _shifts(self) -> dict[str, float]:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""
-        moved = {name: 0.0 for name in self.layers}
-        sizes = {name: 0.0 for name in self.layers}
+        moved = dict.fromkeys(self.layers, 0.0)
+        sizes = dict.fromkeys(self.layers, 0.0)
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
             name = layer.layer_name

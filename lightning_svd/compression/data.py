@@ -14,6 +14,12 @@ from lightning_svd.model.calls import leaves, mapped, untouched
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
+_A_BATCH = (
+    "A batch is a tensor, a tuple of arguments or a dict of arguments by keyword: of a loader of inputs and labels "
+    "give the inputs, `(x for x, _ in loader)`, or a `loss`"
+)
+
+
 class CalibrationData:
     """A few batches for a model, the last ones held out to judge by.
 
@@ -69,10 +75,7 @@ class CalibrationData:
             return self.model(*copied) if isinstance(copied, (tuple, list)) else self.model(copied)
         except Exception as error:
             what = "`loss(model, batch)`" if self.loss is not None else "the model"
-            hint = "" if self.loss is not None else (
-                ". A batch is a tensor, a tuple of arguments or a dict of arguments by keyword; of a loader of inputs "
-                "and labels give the inputs, `(x for x, _ in loader)`, or a `loss`"
-            )
+            hint = "" if self.loss else f". {_A_BATCH}"
             raise ValueError(f"{what} fails for a batch of `batches`: {type(error).__name__}: {error}{hint}") from error
 
     def outputs(self, batches: Sequence[Any]) -> list[list[Tensor]]:
@@ -93,16 +96,17 @@ class CalibrationData:
         if self.loss is not None:
             return sum(float(other.sum() - one.sum()) for one, other in pairs) / len(pairs)
         if self.measure.startswith("Kullback"):
-            sums = [(float(_divergence(one, other).sum()), one[..., 0].numel()) for one, other in pairs]
+            sums = [(float(_divergence(one, other).sum()), float(one[..., 0].numel())) for one, other in pairs]
         else:
             sums = [(float((other - one).square().sum()), float(one.square().sum())) for one, other in pairs]
-        total, size = (sum(each) for each in zip(*sums, strict=True))
+        total, size = sum(each for each, _ in sums), sum(each for _, each in sums)
         return total / size if size else total
 
 
 def _divergence(logits: Tensor, other: Tensor) -> Tensor:
     one = logits.log_softmax(-1)
-    return (one.exp() * (one - other.log_softmax(-1))).sum(-1)
+    divergence: Tensor = (one.exp() * (one - other.log_softmax(-1))).sum(-1)
+    return divergence
 
 
 def inputs_in(batch: Any) -> int:

@@ -262,7 +262,7 @@ class SplitRecurrent(_Split):
         of_inputs, of_states = (self.function_of(f"{name}{suffix}") for name in ("ih", "hh"))
         project = self.function_of(f"hr{suffix}") if self.proj_size else nn.Identity()
         if self.watched and rows[0] == rows[-1]:  # so that inputs can be told apart from steps
-            by_input = data.unflatten(0, (len(rows), rows[0])).transpose(0, 1)
+            by_input = data.view(len(rows), rows[0], -1).transpose(0, 1)
             inputs = of_inputs(by_input).transpose(0, 1).unbind()
         else:
             inputs = torch.split(of_inputs(data), list(rows))

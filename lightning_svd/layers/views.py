@@ -288,11 +288,11 @@ class View:
         return not self.kernel or (self.conv_mode == "channel" and not self.transposed)
 
     def by_input(self, between: Tensor) -> Tensor:
-        """The rank's features of each input, (inputs, positions, k), those of groups one after the other."""
+        """The rank's features of each input, (inputs, positions, groups * k)."""
         if not self.kernel:
             return between.reshape(len(between) if between.ndim > 1 else 1, -1, between.shape[-1])
         batched = between if between.ndim == len(self.kernel) + 2 else between.unsqueeze(0)
-        return batched.unflatten(1, (self.groups, -1)).movedim(2, -1).flatten(1, -2)
+        return batched.movedim(1, -1).flatten(1, -2)
 
     # What it costs: multiply-accumulates for an input of (..., channels, *sizes), of (..., features) without a kernel,
     # and of (...) for a lookup

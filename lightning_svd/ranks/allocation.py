@@ -77,8 +77,9 @@ def keep_by_budget(
     Each layer's energy counts as a share of the layer's own, since normalization layers make a layer's scale
     arbitrary; and what passes through all layers is about the product of these shares, so the sum of their logarithms
     is what is maximized (the plain sum would starve some layers for others where spectra are flat). Where what ranks
-    carry is measured in what the loss feels, the plain sum is. This is a knapsack. It is filled greedily along each layer's upper concave hull of (cost, log share), whose last point is
-    the dense layer with every rank, and what is then left over goes to the single ranks that still fit.
+    carry is measured in what the loss feels, the plain sum is. This is a knapsack. It is filled greedily along each
+    layer's upper concave hull of (cost, value), whose last point is the dense layer with every rank, and what is then
+    left over goes to the single ranks that still fit.
 
     Args:
         energies: For each layer what each of its candidate ranks carries, (k,).
@@ -116,7 +117,7 @@ def _most(name: str, candidates: int, max_ranks: Mapping[str, int] | None) -> in
     return min(candidates, (max_ranks or {}).get(name, candidates))
 
 
-Curve = list[tuple[int, float, float]]  # rank, cost, logarithm of the share of the layer's energy; all ascending
+Curve = list[tuple[int, float, float]]  # rank, cost, value: the logarithm of a share, or what adds up; ascending
 
 
 def _curve(cost: Cost, name: str, energy: Tensor, ladder: list[int], adds_up: bool) -> Curve:

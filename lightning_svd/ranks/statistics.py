@@ -33,8 +33,8 @@ class Statistics:
         gradients: Sum of b b^T, (groups, r, r); None without a backward pass.
         squares: Sum over inputs of (z_i b_i)^2, each z_i b_i summed over its positions, (r,): what the loss feels of
             scaling a rank, s_i dL/ds_i.
-        tails: Sum over inputs of the square of the sum of z_j b_j over all j >= i, (r,): what it feels of the ranks from
-            i on together.
+        tails: Sum over inputs of the square of the sum of z_j b_j over all j >= i, (r,): what it feels of these ranks
+            together.
     """
 
     def __init__(self, layer: SVDLayer, with_gradients: bool) -> None:
@@ -110,7 +110,6 @@ class Statistics:
         alone = falling - torch.cat([falling[1:], falling.new_zeros(1)])
         return (self.squares + alone) / (2 * max(1, self.inputs))
 
-
     @torch.no_grad()
     def move(self, basis: DataBasis) -> None:
         """Go on as if the layer had had these factors all the while; what the loss feels of ranks begins anew."""
@@ -146,7 +145,8 @@ def _first(layer: SVDLayer, x: Tensor, right: Tensor) -> Tensor:
 
 def _by_position(layer: SVDLayer, between: Tensor) -> Tensor:
     """Features as (groups, positions, r)."""
-    return layer.view.by_input(between).flatten(0, 1).unflatten(-1, (layer.view.groups, -1)).movedim(1, 0)
+    by_input, groups = layer.view.by_input(between), layer.view.groups
+    return by_input.reshape(-1, groups, by_input.shape[-1] // groups).movedim(1, 0)
 
 
 def _by_input(scores: Tensor, inputs: int, rank: int) -> Tensor:
@@ -155,14 +155,14 @@ def _by_input(scores: Tensor, inputs: int, rank: int) -> Tensor:
     Which of the first two dimensions counts inputs, or whether the first one holds several for each, is seen by their
     sizes; where none fits all are one.
     """
-    scores = scores.unflatten(-1, (-1, rank)).sum(-2)
     first, positions, _ = scores.shape
+    scores = scores.reshape(first, positions, -1, rank).sum(-2)
     if first == inputs:
         return scores.sum(1)
     if positions == inputs:
         return scores.sum(0)
     if first % inputs == 0:
-        return scores.sum(1).unflatten(0, (inputs, -1)).sum(1)
+        return scores.reshape(inputs, -1, rank).sum(1)
     return scores.sum((0, 1)).unsqueeze(0)
 
 

@@ -121,7 +121,8 @@ Curve = list[tuple[int, float, float]]  # rank, cost, value: the logarithm of a 
 
 
 def _curve(cost: Cost, name: str, energy: Tensor, ladder: list[int], adds_up: bool) -> Curve:
-    carried = energy.double().cumsum(0)
+    energy = energy.double() if adds_up else energy.double().sort(descending=True).values
+    carried = energy.cumsum(0)
     carried = torch.cat([carried.new_zeros(1), carried])
     if not adds_up:
         carried = (carried / carried[-1] if carried[-1] > 0 else torch.ones_like(carried)).log()

@@ -119,6 +119,12 @@ class DenseForm(Form):
     def matrix(self) -> Tensor:
         return self.view.unfold(self.weight())
 
+    def left_right(self) -> tuple[Tensor, Tensor]:
+        matrix = self.matrix()
+        m, n = self.view.matrix_shape
+        identity = torch.eye(self.rank, dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+        return (identity, matrix.mT) if m <= n else (matrix, identity)
+
     def exact(self, name: str = "weight") -> Factors:
         return svd(self.matrix(), name)
 

@@ -178,6 +178,14 @@ def test_pairs_in_place_of_layers_in_any_form(form):
     assert_unchanged(net, before)
 
 
+def test_pairs_in_place_of_layers_in_the_dense_form_cost_no_svd(monkeypatch):
+    net, x = Net(), torch.randn(5, 12)
+    layers, expected = factorized(net, "dense"), net(x)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    with pairs_in_place(layers, [*layers]):
+        torch.testing.assert_close(net(x), expected)
+
+
 def test_parts_of_attention_and_recurrent_nets_are_left_out():
     class Sequences(nn.Module):
         def __init__(self):

@@ -346,8 +346,10 @@ def test_in_the_dense_form_it_trains_as_the_dense_layer_until_it_is_an_svd_again
     assert not torch.allclose(layer.singular_values(), spectrum)
     weight, trained_spectrum = layer.weight.detach().clone(), layer.singular_values()
     assert layer.spectrum() == trained_spectrum.tolist()
-    for compute in (layer, plain_dense(layer), plain_pair(layer)):
+    for compute in (layer, plain_dense(layer), plain_pair(layer), plain_pair(layer, exact=False)):
         assert_same(compute(x), dense(x), layer.matrix_shape)
+    for of_one, of_other in zip(plain_pair(layer), plain_pair(layer, exact=False), strict=True):
+        assert of_one.weight.shape == of_other.weight.shape
     layer.to_svd()
     assert layer.form.name == "svd" and layer.weight is face and type(face) is DenseWeight
     assert_same(layer.weight, weight, layer.matrix_shape)

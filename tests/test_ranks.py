@@ -332,6 +332,26 @@ def test_of_what_is_not_finite_importance_tells_the_layers_name():
         Spectrum().factors(layer)
 
 
+@pytest.mark.parametrize("form", ["dense", "svd", "pair"])
+@pytest.mark.parametrize("kind", BUILDS)
+def test_layers_alike_have_their_exact_factors_in_a_stack(kind, form):
+    torch.manual_seed(0)
+    layers = [svd_of(BUILDS[kind](), name=f"{number}") for number in range(3)]
+    for layer in layers:
+        with torch.no_grad():
+            for parameter in layer.form.trained:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+        {"dense": layer.to_dense, "svd": lambda layer=layer: layer.keep(3), "pair": layer.to_pair}[form]()
+    together = Spectrum().factors_of(layers)
+    for number, layer in enumerate(layers):
+        for mine, alone in zip(together, Spectrum().factors(layer), strict=True):
+            torch.testing.assert_close(mine[number], alone)
+    with torch.no_grad():
+        layers[1].form.trained[0].view(-1)[0] = torch.inf
+    with pytest.raises(ValueError, match="`1`: expected finite weights"):
+        Spectrum().factors_of(layers)
+
+
 def test_importance_is_what_a_class_of_ones_own_may_say():
     with pytest.raises(TypeError, match="abstract"):
         Importance()

@@ -11,6 +11,7 @@ from torch import nn
 from lightning_svd import SVDTraining, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.training import processes
+from lightning_svd.training import run as run_module
 
 
 def net(scale=1.0):
@@ -126,6 +127,34 @@ def test_after_a_cut_momentum_follows_its_columns_and_what_is_not_in_use_stays(c
     for now, then in ((U, before[0]), (V, before[2])):
         assert torch.equal(now[..., count:], then[..., count:])
     assert not torch.equal(s[:count], before[1][:count])
+
+
+@pytest.mark.parametrize("left", [5, 2], ids=["in place", "shrunken"])
+def test_layers_alike_are_cut_as_each_alone(left, monkeypatch):
+    states = []
+    for entries, sizes in ((run_module.STACKED, [1, 4]), (2 * 8 * 17, [1, 2, 2]), (0, [1] * 5)):
+        monkeypatch.setattr(run_module, "STACKED", entries)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 8), *(nn.Linear(8, 8) for _ in range(4)))
+        options = {"total_steps": 100, "sparsify_start": 0.02, "sparsify_end": 0.9, "budget_schedule": "constant"}
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        run = SVDTraining(model, optimizer, choose_ranks=keep(left), **options)
+        assert [len(stack) for stack in run_module._stacks(run.layers, [*run.layers])] == sizes
+        loop(model, run, 2)
+        with torch.no_grad():
+            for layer in run.layers.values():
+                for p in layer.form.trained:  # the strongest are now the last
+                    p.copy_(p.flip(-1))
+                    optimizer.state[p]["momentum_buffer"].copy_(torch.arange(8.0))
+        run.cut(2, 0)
+        states.append([(p.detach(), optimizer.state[p]["momentum_buffer"]) for p in all_trained(run)])
+    for one, *others in zip(*states, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
+
+
+def all_trained(run):
+    return [p for layer in run.layers.values() for p in layer.form.trained]
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole

@@ -7,7 +7,7 @@ that are in use are a prefix of the columns, so that a rank is one number and no
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -119,6 +119,12 @@ class DenseForm(Form):
     def matrix(self) -> Tensor:
         return self.view.unfold(self.weight())
 
+    def left_right(self) -> tuple[Tensor, Tensor]:
+        matrix = self.matrix()
+        m, n = self.view.matrix_shape
+        identity = torch.eye(self.rank, dtype=matrix.dtype, device=matrix.device).expand(*matrix.shape[:-2], -1, -1)
+        return (identity, matrix.mT) if m <= n else (matrix, identity)
+
     def exact(self, name: str = "weight") -> Factors:
         return svd(self.matrix(), name)
 
@@ -166,10 +172,8 @@ class SVDForm(Form):
 
     @torch.no_grad()
     def energies(self) -> Tensor:
-        U, s, V = map(wide, self.stored())
-        return _over_groups(s.square() * U.square().sum(-2) * V.square().sum(-2))
+        return _over_groups(_products(self.stored()))
 
-    @torch.no_grad()
     def set_factors(self, factors: Factors) -> Tensor:
         """Take these in the place of the ranks in use, with the signs of those that they take the place of.
 
@@ -180,24 +184,12 @@ class SVDForm(Form):
             Which column each stood in that is most like the new one, (r,): what an optimizer remembers of a column
             goes on with the one that is like it.
         """
-        order = self.order()
-        rank = factors.s.shape[-1]
-        U, s, V = (factor.to(self.parameters["s"]) for factor in factors)
-        before = self.parameters["U"].index_select(-1, order[:rank])
-        flipped = (U * before).sum(-2, keepdim=True) < 0
-        values = (U.where(~flipped, -U), s, V.where(~flipped, -V))
-        for parameter, value in zip(self.trained, values, strict=True):
-            if rank < self.room:
-                parameter.copy_(parameter.index_select(-1, order))
-            parameter.narrow(-1, 0, rank).copy_(value)
-        return order
+        return set_factors_of([self], Factors(*(factor.unsqueeze(0) for factor in factors)))[0]
 
     @torch.no_grad()
     def order(self) -> Tensor:
         """Column indices (r,), the ranks in use by what they carry first."""
-        energies = self.energies()
-        used, others = (part.argsort(descending=True, stable=True) for part in energies.tensor_split([self.rank]))
-        return torch.cat([used, self.rank + others])  # the others stay behind
+        return _order(self.energies(), self.rank)
 
     def sort(self) -> Tensor:
         """Bring the ranks in use into the order of what they carry; returns which column each stood in."""
@@ -248,6 +240,59 @@ def balanced(factors: Factors) -> tuple[Tensor, Tensor]:
         U, s, V = factors
         root = s.abs().sqrt()
         return U * (root * s.sign()).unsqueeze(-2), V * root.unsqueeze(-2)
+
+
+# Many small layers cost what the calls cost; alike, they are stacked and cost the calls of one.
+
+
+@torch.no_grad()
+def exact_of(forms: Sequence[SVDForm], name: str = "weight") -> Factors:
+    """The exact SVDs of forms alike, each factor stacked along a first dimension, in float32 or wider.
+
+    Raises:
+        ValueError: If a parameter of any holds NaN or infinity.
+    """
+    return refactorized(Factors(*map(stacked, zip(*(form.factors() for form in forms), strict=True))), name)
+
+
+@torch.no_grad()
+def set_factors_of(forms: Sequence[SVDForm], factors: Factors) -> Tensor:
+    """:meth:`SVDForm.set_factors` of forms alike, with stacked factors; returns their stacked orders (l, r)."""
+    stored = Factors(*map(stacked, zip(*(form.trained for form in forms), strict=True)))
+    rank, room = factors.s.shape[-1], forms[0].room
+    energies = _products(stored)
+    order = _order(energies if energies.ndim == 2 else energies.sum(1), forms[0].rank)
+    U, s, V = (factor.to(stored.s) for factor in factors)
+    flipped = (U * _columns(stored.U, order[:, :rank])).sum(-2, keepdim=True) < 0
+    values = (U.where(~flipped, -U), s, V.where(~flipped, -V))
+    for key, before, value in zip(SVDForm.columns, stored, values, strict=True):
+        new = value if rank == room else torch.cat([value, _columns(before, order[:, rank:])], -1)
+        for form, mine in zip(forms, new.unbind(), strict=True):
+            form.parameters[key].copy_(mine)
+    return order
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape along a new first dimension; a single one is not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack([*tensors])
+
+
+def _columns(tensor: Tensor, order: Tensor) -> Tensor:
+    """Of each of a stack of tensors those columns."""
+    index = order.view(order.shape[0], *[1] * (tensor.ndim - 2), order.shape[1])
+    return tensor.gather(-1, index.expand(*tensor.shape[:-1], -1))
+
+
+def _order(energies: Tensor, rank: int) -> Tensor:
+    parts = energies.tensor_split([rank], -1)
+    used, others = (part.argsort(dim=-1, descending=True, stable=True) for part in parts)
+    return torch.cat([used, rank + others], -1)  # the others stay behind
+
+
+def _products(factors: Factors) -> Tensor:
+    """``s^2 |u|^2 |v|^2`` of each column, in float32 or wider."""
+    U, s, V = map(wide, factors)
+    return s.square() * U.square().sum(-2) * V.square().sum(-2)
 
 
 def _over_groups(energies: Tensor) -> Tensor:

@@ -608,10 +608,15 @@ def plain_dense(layer: SVDLayer) -> nn.Module:
 
 
 @torch.no_grad()
-def plain_pair(layer: SVDLayer) -> nn.Sequential:
-    """Two new plain layers in sequence for a factorized one, of its rank (1 if it is 0), sqrt|s| merged into each."""
+def plain_pair(layer: SVDLayer, exact: bool = True) -> nn.Sequential:
+    """Two new plain layers in sequence for a factorized one, of its rank (1 if it is 0), sqrt|s| merged into each.
+
+    Args:
+        layer: In any form.
+        exact: Whether a layer that trains its dense weight is decomposed; otherwise one of the two is the identity.
+    """
     view, form = layer.view, layer.form
-    if isinstance(form, PairForm):
+    if isinstance(form, PairForm) or (isinstance(form, DenseForm) and not exact):
         left, right = form.left_right()
     else:
         left, right = balanced(Factors(*map(wide, layer.factors())))

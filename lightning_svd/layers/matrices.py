@@ -54,17 +54,20 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
     """
     if matrix.ndim < 2 or matrix.numel() == 0:
         raise ValueError(f"`{name}`: expected a non-empty matrix, got shape {tuple(matrix.shape)}")
+    with torch.no_grad(), exact_products(matrix.device):
+        U, s, V = _any_signs(wide(matrix.detach()), name)
+        signs = _column_signs(U).unsqueeze(-2)
+        return Factors(U * signs, s, V * signs)
+
+
+def _any_signs(matrix: Tensor, name: str) -> Factors:
     if not torch.isfinite(matrix).all():
         bad = int((~torch.isfinite(matrix)).sum())
         raise ValueError(f"`{name}`: expected finite weights, got {bad} NaN or infinite of {matrix.numel()}")
-    with torch.no_grad(), exact_products(matrix.device):
-        full = wide(matrix.detach())
-        try:
-            U, s, V = _tall_svd(full)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in __all__
-            U, s, V = _svd_in_float64(full, name)
-        signs = _column_signs(U).unsqueeze(-2)
-        return Factors(U * signs, s, V * signs)
+    try:
+        return _tall_svd(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in __all__
+        return _svd_in_float64(matrix, name)
 
 
 def _tall_svd(matrix: Tensor) -> Factors:
@@ -121,7 +124,7 @@ def gram_defect(factor: Tensor, columns: slice = slice(None)) -> Tensor:
 def refactorized(factors: Factors, name: str = "matrix") -> Factors:
     """The exact SVD of ``U @ diag(s) @ V.T``, for U and V that are orthonormal only about, or not at all.
 
-    Costs two QR decompositions and an SVD of k x k.
+    Signs are as they come, the same for the same factors. Costs two QR decompositions and an SVD of k x k.
 
     Args:
         factors: U (..., m, k), s (..., k), V (..., n, k).
@@ -138,7 +141,7 @@ def refactorized(factors: Factors, name: str = "matrix") -> Factors:
         return Factors(U, s, V)
     with torch.no_grad(), exact_products(s.device):
         (left, upper), (right, lower) = torch.linalg.qr(U), torch.linalg.qr(V)
-        inner = svd(upper * s.unsqueeze(-2) @ lower.mT, name)
+        inner = _any_signs(upper * s.unsqueeze(-2) @ lower.mT, name)
         return Factors(left @ inner.U, inner.s, right @ inner.V)
 
 

@@ -77,6 +77,7 @@ def chunks(layers: Mapping[str, SVDLayer], entries: int) -> Iterator[list[str]]:
 def pairs_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iterator[None]:
     """Have layers be the pairs of plain ones that they become at the end of a fit; afterwards, exactly what they were.
 
+    Of a layer that trains its dense weight one of the two is the identity: it computes the same, and costs no SVD.
     Parts that an attention or recurrent module hides are left alone.
     """
     saved: list[tuple[SVDLayer, type[nn.Module], dict[str, Any]]] = []
@@ -85,7 +86,7 @@ def pairs_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iter
             layer: Any = layers[name]
             if PART_OF in vars(layer):
                 continue
-            pair, own = plain_pair(layer), vars(layer)
+            pair, own = plain_pair(layer, exact=False), vars(layer)
             saved.append((layer, type(layer), dict(own)))
             # New containers, so that those that it has are there afterwards, in their order.
             of_form = set(layer.form.columns)

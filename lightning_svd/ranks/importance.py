@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_svd.layers.forms import SVDForm, exact_of, stacked
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
 
@@ -21,6 +23,14 @@ class Importance(ABC):
             ValueError: If its parameters are not finite.
         """
 
+    def factors_of(self, layers: Sequence[SVDLayer]) -> Factors:
+        """:meth:`factors` of layers alike in form, shapes and dtype, each factor stacked along a first dimension.
+
+        Raises:
+            ValueError: If parameters are not finite; the message names a layer that has them.
+        """
+        return Factors(*map(stacked, zip(*map(self.factors, layers), strict=True)))
+
     @abstractmethod
     def values(self, factors: Factors) -> Tensor:
         """What each rank of such factors carries, (r,), descending."""
@@ -31,6 +41,15 @@ class Spectrum(Importance):
 
     def factors(self, layer: SVDLayer) -> Factors:
         return layer.form.exact(layer.layer_name)
+
+    def factors_of(self, layers: Sequence[SVDLayer]) -> Factors:
+        forms = [layer.form for layer in layers if isinstance(layer.form, SVDForm)]
+        if len(layers) == 1 or len(forms) < len(layers):
+            return super().factors_of(layers)
+        try:
+            return exact_of(forms)
+        except ValueError:  # one by one, so that the one to blame is named
+            return super().factors_of(layers)
 
     def values(self, factors: Factors) -> Tensor:
         squares = factors.s.square()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+Piece = TypeVar("Piece")
 
 
 def size() -> int:
@@ -69,33 +70,35 @@ def agree(check: Callable[[], None]) -> None:
 
 
 def shared_out(
-    names: Sequence[str], compute: Callable[[str], list[Tensor]], empty: Callable[[str], list[Tensor]]
-) -> Iterator[tuple[str, list[Tensor]]]:
+    pieces: Sequence[Piece], compute: Callable[[Piece], list[Tensor]], empty: Callable[[Piece], list[Tensor]]
+) -> Iterator[tuple[Piece, list[Tensor]]]:
     """Independent pieces of work, each done by one process and sent to all, as many at a time as there are processes.
 
     Args:
-        names: Of the pieces, the same in every process.
+        pieces: What tells them apart, the same in every process.
         compute: What gives the tensors of one.
         empty: Tensors of the same shapes, dtypes and device, for those who receive them.
 
     Yields:
-        Name, and its tensors, bit for bit the same in every process.
+        Piece, and its tensors, bit for bit the same in every process.
 
     Raises:
         Exception: What ``compute`` raised, in every process.
     """
-    for start in range(0, len(names), size()):
-        together = names[start : start + size()]
-        mine: dict[str, list[Tensor]] = {}
+    for start in range(0, len(pieces), size()):
+        together = pieces[start : start + size()]
+        mine: dict[Piece, list[Tensor]] = {}
         agree(partial(_compute, compute, together[rank() : rank() + 1], mine))
-        for owner, name in enumerate(together):
-            tensors = mine[name] if name in mine else empty(name)
+        for owner, piece in enumerate(together):
+            tensors = mine[piece] if piece in mine else empty(piece)
             if size() > 1:
                 for tensor in tensors:
                     dist.broadcast(tensor, src=owner)
-            yield name, tensors
+            yield piece, tensors
 
 
-def _compute(compute: Callable[[str], list[Tensor]], names: Sequence[str], results: dict[str, list[Tensor]]) -> None:
-    for name in names:
-        results[name] = [tensor.contiguous() for tensor in compute(name)]
+def _compute(
+    compute: Callable[[Piece], list[Tensor]], pieces: Sequence[Piece], results: dict[Piece, list[Tensor]]
+) -> None:
+    for piece in pieces:
+        results[piece] = [tensor.contiguous() for tensor in compute(piece)]

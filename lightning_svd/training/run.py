@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_svd.layers.dense_weight import DenseWeight
-from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm
+from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm, set_factors_of
 from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.matrices import Factors, numerical_rank, wide
 from lightning_svd.model.calls import CallRecorder, cut
@@ -31,6 +31,9 @@ from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
+
+# Entries of layers that are refactorized in one stack: more do not fit a processor's cache, and nothing is gained.
+STACKED = 1 << 18
 
 
 class SVDTraining:
@@ -204,20 +207,26 @@ class SVDTraining:
                 raise ValueError(f"`{label}`: expected finite weights, got {bad} NaN or infinite of {weight.numel()}")
 
     def _exact(self, names: Sequence[str]) -> Iterator[tuple[str, Factors]]:
-        """Exact factors layer by layer, each computed in one process and the same in all."""
+        """Exact factors layer by layer, as :meth:`_exact_of_stacks` has them."""
+        for stack, factors in self._exact_of_stacks(names):
+            for name, *mine in zip(stack, *(factor.unbind() for factor in factors), strict=True):
+                yield name, Factors(*mine)
 
-        def compute(name: str) -> list[Tensor]:
-            return list(self.importance.factors(self.layers[name]))
+    def _exact_of_stacks(self, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Factors]]:
+        """Exact factors of layers alike, stacked; each stack is computed in one process and the same in all."""
 
-        def empty(name: str) -> list[Tensor]:
-            layer = self.layers[name]
+        def compute(stack: tuple[str, ...]) -> list[Tensor]:
+            return list(self.importance.factors_of([self.layers[name] for name in stack]))
+
+        def empty(stack: tuple[str, ...]) -> list[Tensor]:
+            layer = self.layers[stack[0]]
             like, groups = wide(layer.form.trained[0].detach()), layer.view.groups
+            leading = (len(stack), groups) if groups > 1 else (len(stack),)
             m, n = layer.matrix_shape
-            shapes = ((m, layer.rank), (layer.rank,), (n, layer.rank))
-            return [like.new_empty((groups, *shape) if groups > 1 else shape) for shape in shapes]
+            return [like.new_empty((*leading, *shape)) for shape in ((m, layer.rank), (layer.rank,), (n, layer.rank))]
 
-        for name, tensors in processes.shared_out(names, compute, empty):
-            yield name, Factors(*tensors)
+        for stack, tensors in processes.shared_out(_stacks(self.layers, names), compute, empty):
+            yield stack, Factors(*tensors)
 
     def _replace(self, replaced: Sequence[Replaced]) -> None:
         for optimizer in self.optimizers:
@@ -444,8 +453,8 @@ class SVDTraining:
         self.policy.resume(clock)
         self.last_cut = clock
         coarse = [n for n, rank in change.ranks.items() if rank < self.layers[n].rank and _is_coarse(self.layers[n])]
-        for name, factors in self._exact(coarse):
-            self._take(self.layers[name], factors)
+        for names, factors in self._exact_of_stacks(coarse):
+            self._take([self.layers[name] for name in names], factors)
         for name, rank in change.ranks.items():
             self._keep(name, rank)
         if change.final:
@@ -468,19 +477,25 @@ class SVDTraining:
         """
         trained = {name: layer for name, layer in self.layers.items() if not isinstance(layer.form, PairForm)}
         energies = {}
-        for name, factors in self._exact([*trained]):
-            energies[name] = self.importance.values(factors)
-            if isinstance(trained[name].form, DenseForm):
-                self._replace([trained[name].to_svd(factors)])
-            elif not _is_coarse(trained[name]):
-                self._take(trained[name], factors)
+        for names, factors in self._exact_of_stacks([*trained]):
+            layers = [trained[name] for name in names]
+            takes = isinstance(layers[0].form, SVDForm) and not _is_coarse(layers[0])
+            for name, layer, *mine in zip(names, layers, *(factor.unbind() for factor in factors), strict=True):
+                energies[name] = self.importance.values(Factors(*mine))
+                if isinstance(layer.form, DenseForm):
+                    self._replace([layer.to_svd(Factors(*mine))])
+            if takes:
+                self._take(layers, factors)
         return energies
 
-    def _take(self, layer: SVDLayer, factors: Factors) -> None:
-        """Let a layer take exact factors in the place of those that it trains."""
-        assert isinstance(layer.form, SVDForm)
-        order, parameters = layer.form.set_factors(factors), layer.form.trained
-        self._move(parameters, parameters, partial(_in_order, order=order))
+    def _take(self, layers: Sequence[SVDLayer], factors: Factors) -> None:
+        """Let layers alike take exact factors, stacked, in the place of those that they train."""
+        forms = [layer.form for layer in layers if isinstance(layer.form, SVDForm)]
+        orders = set_factors_of(forms, factors)
+        stay = (orders == torch.arange(orders.shape[1], device=orders.device)).all(-1).tolist()
+        for form, order, stays in zip(forms, orders.unbind(), stay, strict=True):
+            if not stays:
+                self._move(form.trained, form.trained, partial(_in_order, order=order))
 
     def _on_cpu(self, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """In one transfer: each would wait for the device."""
@@ -669,6 +684,23 @@ def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequen
 def _weight_of(layer: SVDLayer) -> Tensor:
     assert isinstance(layer.form, DenseForm)
     return layer.form.weight().detach()
+
+
+def _stacks(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """These layers in groups alike, of small ones that are trained as an SVD; others are alone."""
+    alike: dict[object, list[str]] = {}
+    for name in names:
+        form = layers[name].form
+        like = form.trained[-1]
+        shapes = tuple(parameter.shape for parameter in form.trained)
+        key = (form.rank, shapes, like.dtype, like.device) if isinstance(form, SVDForm) else name
+        alike.setdefault(key, []).append(name)
+    stacks = []
+    for together in alike.values():
+        entries = sum(parameter.numel() for parameter in layers[together[0]].form.trained)
+        most = max(1, min(STACKED // max(1, entries), -(-len(together) // processes.size())))
+        stacks += [tuple(together[start : start + most]) for start in range(0, len(together), most)]
+    return stacks
 
 
 def _is_coarse(layer: SVDLayer) -> bool:

@@ -12,12 +12,15 @@ import harness
 import latency
 import nets
 import pages
+import pretrained
 import pytest
 import quality
 import recurrent
+import rivals
 import scale
 import step_cost
 import torch
+import trained_nets
 import whole_run
 
 from lightning_svd import svd_layers
@@ -312,3 +315,179 @@ def test_quality_trains_every_method_and_goes_on_where_it_was(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--epochs", "5", "--methods", "dense"])
     with pytest.raises(SystemExit, match="holds rows of another setting"):
         quality.main()
+
+
+# ---------------------------------------------------------------------------------------------------------- pretrained
+
+
+class EveryKind(torch.nn.Module):
+    """Patches, then steps of an LSTM, then a class: every kind of layer whose inputs the rivals read."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 12, (3, 3), stride=(2, 1), padding=(1, 0))
+        self.lstm = torch.nn.LSTM(48, 16, 2, batch_first=True)
+        self.linear = torch.nn.Linear(16, 10)
+
+    def forward(self, x):
+        maps = self.conv(x).relu()
+        return self.linear(self.lstm(maps.flatten(1, 2).mT)[0][:, -1])
+
+
+def made_up_net(cache, data, labeled=torch.nn.functional.cross_entropy):
+    torch.manual_seed(0)
+    model, inputs = EveryKind().eval(), torch.randn(64, 2, 8, 8)
+    labels = model(inputs).argmax(1)
+
+    def agreement(model):
+        return 100 * float((model(inputs).argmax(1) == labels).float().mean())
+
+    batches = [*zip(inputs.split(16), labels.split(16), strict=True)]
+    return trained_nets.TrainedNet(
+        name="made-up",
+        model=model,
+        measure="agreement, %",
+        higher_is_better=True,
+        quality=agreement,
+        inputs=trained_nets.drawn(inputs),
+        batches=lambda seed: itertools.cycle(batches),
+        held_out=batches[:1],
+        labeled=labeled,
+        distance=trained_nets.divergence,
+        rates=(1e-3, 1e9),
+    )
+
+
+def test_a_rivals_second_moments_are_those_of_what_its_layers_compute():
+    net = made_up_net(None, None)
+    batches = net.calibration(seed=0, count=64)
+    seen, model = rivals.inputs_of_layers(net.model, batches), net.model
+    assert set(seen) == {"conv", "linear", *(f"lstm.{kind}_l{layer}" for kind in ("ih", "hh") for layer in (0, 1))}
+    with torch.no_grad():
+        x = torch.cat(batches)
+        maps = model.conv(x)
+        outputs = (maps - model.conv.bias[:, None, None]).transpose(0, 1).flatten(1).double()
+        states, (last, _) = model.lstm(maps.relu().flatten(1, 2).mT)
+    W = model.conv.weight.detach().flatten(1).double()
+    torch.testing.assert_close(W @ seen["conv"].moment @ W.T, outputs @ outputs.T, rtol=1e-4, atol=1e-3)
+    before = states[:, :-1].flatten(0, 1).double()
+    torch.testing.assert_close(seen["lstm.hh_l1"].moment, before.T @ before, rtol=1e-4, atol=1e-4)
+    assert seen["lstm.hh_l1"].count == states.shape[0] * states.shape[1]
+    torch.testing.assert_close(seen["linear"].moment, last[-1].double().T @ last[-1].double(), rtol=1e-4, atol=1e-4)
+
+
+def test_svd_llm_is_the_best_cut_for_its_inputs_and_asvd_is_not_better():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    x = torch.randn(200, 12, generator=generator, dtype=torch.float64) @ mix
+    W = torch.randn(8, 12, generator=generator, dtype=torch.float64)
+
+    def error(left, right):
+        return float((x @ (W - left @ right.T).T).square().sum())
+
+    least = torch.linalg.svdvals(x @ W.T)[3:].square().sum()
+    found = error(*rivals.svd_llm(W, rivals.Inputs.of(x), 3))
+    assert found == pytest.approx(float(least), rel=1e-6)
+    assert found < error(*rivals.asvd(W, rivals.Inputs.of(x), 3))
+    assert found < error(*rivals.best_pair(W, 3))
+    for _ in range(20):
+        right = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        left = torch.linalg.lstsq(x @ right, x @ W.T).solution.T  # the best for this right factor
+        assert found < error(left, right)
+
+
+def test_a_second_moment_of_too_few_inputs_is_whitened_all_the_same():
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    W = torch.ones(8, 12, dtype=torch.float64)
+    left, right = rivals.svd_llm(W, rivals.Inputs.of(x), 2)
+    torch.testing.assert_close(x @ right @ left.T, x @ W.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [rivals.spectrum, rivals.by_svd_llm, rivals.by_asvd])
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_every_rival_leaves_the_same_share_of_the_macs(method, share):
+    net = made_up_net(None, None)
+    batches = net.calibration(seed=0, count=64)
+    before = {name: value.clone() for name, value in net.model.state_dict().items()}
+    small = method(net.model, batches, share)
+    left = [count_costs(model, batches[0][:1]).dense("macs") for model in (small, net.model)]
+    assert share - 0.08 <= left[0] / left[1] <= share
+    assert not svd_layers(small)
+    assert all(torch.equal(value, before[name]) for name, value in net.model.state_dict().items())
+
+
+def test_mel_filters_are_of_equal_area_and_overlap_in_pairs():
+    filters = trained_nets.mel_filters()
+    assert filters.shape == (40, 201) and bool((filters >= 0).all())
+    assert int((filters > 0).sum(0).max()) == 2
+    frames = trained_nets.mel_frames(torch.sin(2 * torch.pi * 1000 * torch.arange(16000) / 16000))
+    assert frames.shape == (101, 40) and int(frames[50].argmax()) == 13
+    assert 950 < 40 * int(filters[13].argmax()) < 1100  # Hz
+
+
+def test_the_equal_error_rate_is_none_for_voices_apart_and_half_for_voices_alike():
+    speakers = torch.arange(4).repeat_interleave(5)
+    assert trained_nets.equal_error_rate(torch.eye(4)[speakers], speakers) == 0.0
+    alike = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    rate = trained_nets.equal_error_rate(torch.nn.functional.normalize(alike), torch.arange(400) % 20)
+    assert rate == pytest.approx(50, abs=3)
+
+
+def test_partials_cover_an_utterance():
+    frames = torch.arange(330.0)[:, None].expand(330, 40)
+    windows = trained_nets.partials(frames)
+    assert windows.shape == (4, 160, 40) and windows[:, 0, 0].tolist() == [0.0, 80.0, 160.0, 240.0]
+    assert windows[3, 89, 0] == 329.0 and windows[3, 90, 0] == 0.0
+    assert trained_nets.partials(frames[:100]).shape == (1, 160, 40)
+
+
+def test_a_language_model_is_trained_and_judged_by_its_next_bytes(monkeypatch, tmp_path):
+    monkeypatch.setattr(trained_nets, "TEXT_STEPS", 2)
+    monkeypatch.setattr(trained_nets, "sources", lambda: (torch.arange(20_000).byte(), torch.arange(2_000).byte()))
+    monkeypatch.setattr(trained_nets.LanguageModel.__init__, "__defaults__", (32, 1))
+    trained, loaded = (trained_nets.NETS["text"](tmp_path, None) for _ in range(2))
+    (batch,) = trained.calibration(0, 4)
+    assert torch.equal(trained.model(batch), loaded.model(batch)) and trained.model(batch).shape == (4, 128, 256)
+    inputs, following = next(trained.batches(0))
+    assert torch.equal(inputs[:, 1:], following[:, :-1])
+    assert 0 <= trained.quality(trained.model) <= 100
+
+
+def test_trained_nets_are_compressed_finetuned_and_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "NETS", {"made-up": made_up_net})
+    monkeypatch.setattr(pretrained, "ROUNDS", 1)
+    monkeypatch.setitem(pretrained.METHODS, "ours", rivals.spectrum)
+    monkeypatch.setattr("lightning_svd.compress", None, raising=False)
+    path = tmp_path / "rows.json"
+    arguments = ["--cache", str(tmp_path), "--inputs", "64", "--threads", "1", "--json", str(path), "--shares", "0.5"]
+    for steps in ("0", "0,3"):
+        pretrained.main([*arguments, "--nets", "made-up", "--finetune", steps])
+    result = json.loads(path.read_text(encoding="utf-8"))
+    kinds = [(row["method"], row["steps"], row["teacher"]) for row in result["rows"]]
+    assert len(kinds) == len(set(kinds)) == 1 + 4 * 3
+    rows = dict(zip(kinds, result["rows"], strict=True))
+    assert rows["original", 0, ""]["quality"] == 100.0 and rows["original", 0, ""]["macs"] == 1.0
+    assert all(
+        row["macs"] <= 0.5 and row["bytes"] > 0 < row["latency"] for kind, row in rows.items() if kind[0] != "original"
+    )
+    assert all(row["rate"] == 1e-3 for row in rows.values() if row["steps"])
+    assert str(tmp_path) not in result["command"]
+    assert "agreement, %" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds rows of another setting"):
+        pretrained.main([*arguments, "--nets", "made-up", "--inputs", "32"])
+
+
+def test_a_net_without_labels_is_only_distilled():
+    assert pretrained.finetunings(made_up_net(None, None, labeled=None), [0, 5], pretrained.TEACHERS) == [
+        (0, ""),
+        (5, "original"),
+    ]
+
+
+def test_a_rival_that_wins_is_named():
+    about = {"net": "a", "share": 0.5, "steps": 0, "teacher": ""}
+    rows = [about | {"method": method, "quality": quality} for method, quality in (("ours", 8.0), ("ASVD", 9.0))]
+    assert pretrained.lost(rows, {"a": ("accuracy", True)}) == [
+        "a, 0.5, finetuning none: ASVD is 1.00 points better than ours"
+    ]
+    assert pretrained.lost(rows, {"a": ("error", False)}) == []

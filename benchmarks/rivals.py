@@ -174,7 +174,10 @@ def spectrum(model: nn.Module, batches: Batches, share: float) -> nn.Module:
 
 
 def uniform_ranks(cost: ModelCost, share: float) -> dict[str, int]:
-    """Ranks that keep the same share of the parameters of each layer, the largest within the budget of MACs."""
+    """Ranks that keep the same share of the parameters of each layer, the largest within the budget of MACs.
+
+    Layers of one shape take their next rank together; what that leaves of the budget goes to single ones, in order.
+    """
 
     def at(kept: float) -> dict[str, int]:
         return {
@@ -188,7 +191,12 @@ def uniform_ranks(cost: ModelCost, share: float) -> dict[str, int]:
     for _ in range(30):
         middle = (low + high) / 2
         low, high = (middle, high) if cost.ratio(at(middle), "macs") <= share else (low, middle)
-    return at(low)
+    ranks = at(low)
+    for name, rank in at(high).items():
+        more = ranks | {name: rank}
+        if cost.ratio(more, "macs") <= share:
+            ranks = more
+    return ranks
 
 
 def uniform(model: nn.Module, batches: Batches, share: float, truncate: Truncate) -> nn.Module:

@@ -411,7 +411,7 @@ def test_every_rival_leaves_the_same_share_of_the_macs(method, share):
     before = {name: value.clone() for name, value in net.model.state_dict().items()}
     small = method(net.model, batches, share)
     left = [count_costs(model, batches[0][:1]).dense("macs") for model in (small, net.model)]
-    assert share - 0.08 <= left[0] / left[1] <= share
+    assert share - 0.05 <= left[0] / left[1] <= share
     assert not svd_layers(small)
     assert all(torch.equal(value, before[name]) for name, value in net.model.state_dict().items())
 

@@ -202,9 +202,8 @@ class _Compression:
             found[metric] = metric, carried, metric == "fisher"
             self._try(*found[metric], metric)
             if felt:
-                again = self._collect(True, False, 1)
                 label = f"{metric}, ranks by what the loss feels"
-                found[label] = metric, {name: each.felt() for name, each in again.items()}, True
+                found[label] = metric, self._felt(), True
                 self._try(*found[label], label)
         self.seen = seen
         self.choice = min(self.tried, key=lambda label: self.tried[label])
@@ -225,6 +224,10 @@ class _Compression:
             if not (with_gradients and may_fail):
                 raise
             return collect(self.data, self.layers, False, self.track)
+
+    def _felt(self) -> dict[str, Tensor]:
+        """What the loss feels of each rank, of the layers as they stand."""
+        return {name: each.felt() for name, each in self._collect(True, False, 1).items()}
 
     def _move(self, seen: Mapping[str, Statistics], of_loss: bool) -> dict[str, Tensor]:
         """Give every layer the factors of a metric; returns what their ranks carry in it."""

@@ -281,6 +281,16 @@ def test_sequences_of_several_lengths_are_seen_at_all_their_steps():
     assert all(torch.isfinite(each.felt()).all() for each in seen.values())
 
 
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_a_collection_leaves_gradients_on_or_off_as_they_were(with_gradients, enabled):
+    layers, data = begun(*CASES["linear"])
+    with torch.set_grad_enabled(enabled):
+        seen = collect(data, layers, with_gradients, plainly)
+        assert torch.is_grad_enabled() is enabled
+    assert (seen[""].gradients is None) is not with_gradients
+
+
 # ----------------------------------------------------------------------------------------------------- the best cut
 
 

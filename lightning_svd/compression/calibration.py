@@ -64,8 +64,9 @@ def collect(
 
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        for context in (untouched(data.model), torch.set_grad_enabled(with_gradients), _frozen(data.model)):
-            stack.enter_context(context)
+        stack.enter_context(untouched(data.model))
+        stack.enter_context(torch.set_grad_enabled(with_gradients))  # which is so from when it is made
+        stack.enter_context(_frozen(data.model))
         stack.enter_context(watching(layers.values(), watch))
         for batch in track(data.batches, "calibrating"):
             inputs = inputs_in(batch)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_svd.compression.data import CalibrationData
-from lightning_svd.model.calls import evaluating
+from lightning_svd.compression.data import CalibrationData, CallError
+from lightning_svd.model.calls import untouched
+
+Values = Sequence[tuple[Tensor, Tensor]]  # buffers, and what they hold
 
 
-def recalibrated(model: nn.Module, data: CalibrationData, distance: Callable[[], float]) -> bool:
+def recalibrated(model: nn.Module, data: CalibrationData, distance: Callable[[], float]) -> Values:
     """Take running means and variances anew over the calibration batches; keep them if outputs are nearer then.
 
     Args:
@@ -21,27 +23,41 @@ def recalibrated(model: nn.Module, data: CalibrationData, distance: Callable[[],
         distance: How far outputs are from what they should be.
 
     Returns:
-        Whether the new ones are kept.
+        The buffers that are other ones now, with what they held; empty if none are kept.
     """
     norms = [child for child in model.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
     if not norms:
-        return False
-    before, momenta = distance(), [norm.momentum for norm in norms]
-    saved = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+        return []
+    before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
-        with evaluating(model), torch.no_grad():
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all batches
-                norm.training = True
-            for batch in data.batches:
-                data.call(batch)
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    if distance() < before:
-        return True
-    for norm, buffers in zip(norms, saved, strict=True):
-        for name, values in buffers.items():
-            getattr(norm, name).copy_(values)
-    return False
+        now = _anew(norms, model, data, [buffer for buffer, _ in before])
+    except CallError:  # batches of one value for each channel, of which there is no variance
+        return []
+    farther = distance()
+    try:
+        put(now)
+        if distance() < farther:
+            return before
+    except BaseException:
+        put(before)
+        raise
+    put(before)
+    return []
+
+
+def _anew(norms: Sequence[_BatchNorm], model: nn.Module, data: CalibrationData, buffers: Sequence[Tensor]) -> Values:
+    with untouched(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+            norm.training = True
+        for batch in data.batches:
+            data.call(batch)
+        return [(buffer, buffer.clone()) for buffer in buffers]
+
+
+@torch.no_grad()
+def put(values: Values) -> None:
+    """Have buffers hold these."""
+    for buffer, held in values:
+        buffer.copy_(held)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lightning_svd.compression.data import CalibrationData, inputs_in, is_distribution, numbers_in
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import untouched
-from lightning_svd.ranks.statistics import Statistics
+from lightning_svd.model.calls import in_backward, untouched
+from lightning_svd.ranks.statistics import Statistics, features_of
+
+_WITHOUT = "give `importance='outputs'`, which needs none"
 
 
 class NoGradientError(ValueError):
@@ -49,18 +51,22 @@ def collect(
         return seen.setdefault(layer.layer_name, Statistics(layer, with_gradients))
 
     def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-        if not with_gradients:
-            of(layer).see_input(layer, x)
+        # Features now, not when the gradient comes: by then the model may have written into x.
+        statistics, between = of(layer), features_of(layer, x)
+        if not in_backward():  # where an activation checkpoint computes what was seen before
+            statistics.see(layer, between)
+        if not torch.is_grad_enabled():  # the model may have turned gradients off here
             return out
         out = out + out.new_zeros(()).requires_grad_()  # so that gradients come here, whatever is frozen before
         note: Any = out.register_hook
-        note(lambda gradient: of(layer).see(layer, x, gradient, inputs))
+        note(lambda gradient: statistics.see_gradient(layer, between, gradient, inputs))
         return out
 
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        for context in (untouched(data.model), torch.set_grad_enabled(with_gradients), _frozen(data.model)):
-            stack.enter_context(context)
+        stack.enter_context(untouched(data.model))
+        stack.enter_context(torch.set_grad_enabled(with_gradients))  # which is so from when it is made
+        stack.enter_context(_frozen(data.model))
         stack.enter_context(watching(layers.values(), watch))
         for batch in track(data.batches, "calibrating"):
             inputs = inputs_in(batch)
@@ -89,12 +95,17 @@ def _backward(output: Any, of_loss: int | None, generator: torch.Generator) -> N
     found = numbers_in(output)
     tensors = [tensor for tensor in found if tensor.requires_grad]
     if not tensors:
-        raise NoGradientError("the model's output has no gradient: give `importance='outputs'`, which needs none")
-    if of_loss is not None:
-        torch.autograd.backward(tensors[0].sum() * of_loss)
-        return
+        raise NoGradientError(f"the model's output has no gradient: {_WITHOUT}")
     draw = _from_logits if is_distribution(output) else _noise
-    torch.autograd.backward(tensors, [draw(tensor.detach(), generator) for tensor in tensors])
+    try:
+        if of_loss is not None:
+            torch.autograd.backward(tensors[0].sum() * of_loss)
+        else:
+            torch.autograd.backward(tensors, [draw(tensor.detach(), generator) for tensor in tensors])
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # not of every operator there is a derivative
+        raise NoGradientError(f"the backward pass fails: {error}: {_WITHOUT}") from error
 
 
 def _from_logits(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_svd.arguments import check_choice, check_count, check_flag
-from lightning_svd.compression.batch_norm import recalibrated
+from lightning_svd.compression.batch_norm import Values, put, recalibrated
 from lightning_svd.compression.calibration import NoGradientError, Track, collect
-from lightning_svd.compression.data import CalibrationData, Loss
+from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
 from lightning_svd.compression.report import CompressionReport
 from lightning_svd.layers.forms import DenseForm, SVDForm
@@ -91,12 +93,12 @@ def compress(
     """
     check_choice("importance", importance, IMPORTANCES)
     check_count("inputs", inputs)
-    for name, flag in {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}.items():
+    flags = {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}
+    for name, flag in flags.items() if correct_bias is None else (flags | {"correct_bias": correct_bias}).items():
         check_flag(name, flag)
     recipe = Recipe(target_macs=target_macs, target_params=target_params, **layers)
-    small = model if inplace else copy.deepcopy(model)
-    small = model if inplace else copy.deepcopy(model)
-    with tracking(progress) as track:
+    with torch.inference_mode(False), tracking(progress) as track:
+        small = model if inplace else copy.deepcopy(model)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
         try:
             run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,))
@@ -117,12 +119,17 @@ class _Compression:
         self.plan = recipe.plan(model, include_frozen=True)
         self.before = data.outputs(data.held_out)  # ahead of any change: a batch that does not fit fails here
         self.biases: dict[str, Tensor] = {}
+        self.norms: Values = ()
+        self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
         self.layers = begin(model, self.plan)
         self.weights = {name: _weight_of(layer) for name, layer in self.layers.items()}
         self.bounds = recipe.bounds(self.plan)
         self.tried: dict[str, float] = {}
         self.choice, self.values = "", dict[str, Tensor]()
         try:
+            for name, weight in self.weights.items():
+                if not torch.isfinite(weight).all():
+                    raise ValueError(f"`{name}`: expected finite weights, got NaN or infinite ones")
             self.cost = self._learn_costs()
             for layer in self.track(self.layers.values(), "decomposing"):
                 layer.to_svd()
@@ -135,19 +142,30 @@ class _Compression:
         """Give the model back as it was."""
         for name, bias in self.biases.items():
             _set(self._bias(name), bias)
+        put(self.norms)
         undo(self.model, self.weights)
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
 
     def _learn_costs(self) -> ModelCost:
-        recorder = CallRecorder(self.model, self.layers)
+        recorder, watched = CallRecorder(self.model, self.layers), set[str]()
+
+        def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+            watched.add(layer.layer_name)
+            return out
+
         recorder.start()
         try:
-            self.data.outputs(self.data.batches[:1])
+            with watching(self.layers.values(), watch):
+                self.data.outputs(self.data.batches[:1])
         finally:
             recorder.stop()
         calls, inputs = cut(self.model, recorder.calls, FEW)
         cost = count_calls(self.model, self.layers, calls, inputs)
         refused = whole_layers(self.model, calls, self.layers)
-        refused |= {name: "the calibration data never reaches it" for name in self.layers if name not in recorder.seen}
+        for name in self.layers.keys() - watched:
+            seen = name in recorder.seen
+            refused[name] = "it is called with more than its input" if seen else "the calibration data never reaches it"
         return self._leave(refused, cost)
 
     def _leave(self, reasons: Mapping[str, str], cost: ModelCost) -> ModelCost:
@@ -175,7 +193,7 @@ class _Compression:
             found["spectrum"] = "spectrum", {n: layer.energies() for n, layer in self.layers.items()}, False
             self._try(*found["spectrum"], "spectrum")
         if importances != ("spectrum",):
-            seen = self._collect("outputs" in importances, 0)
+            seen = self._collect("fisher" in importances, "outputs" in importances, 0)
         felt = all(each.gradients is not None for each in seen.values())
         for metric in ("outputs", "fisher"):
             if metric not in importances or (metric == "fisher" and not felt):
@@ -184,12 +202,13 @@ class _Compression:
             found[metric] = metric, carried, metric == "fisher"
             self._try(*found[metric], metric)
             if felt:
-                again = self._collect(False, 1)
                 label = f"{metric}, ranks by what the loss feels"
-                found[label] = metric, {name: each.felt() for name, each in again.items()}, True
+                found[label] = metric, self._felt(), True
                 self._try(*found[label], label)
         self.seen = seen
         self.choice = min(self.tried, key=lambda label: self.tried[label])
+        if math.isnan(self.tried[self.choice]):
+            raise ValueError("the model's outputs for the held-out ones of `batches` are NaN or infinite")
         metric, self.values, self.adds_up = found[self.choice]
         if metric == "spectrum":
             for layer in self.layers.values():
@@ -198,13 +217,17 @@ class _Compression:
         elif metric != next(reversed(found.values()))[0]:
             self._move(seen, metric == "fisher")
 
-    def _collect(self, may_fail: bool, seed: int) -> dict[str, Statistics]:
+    def _collect(self, with_gradients: bool, may_fail: bool, seed: int) -> dict[str, Statistics]:
         try:
-            return collect(self.data, self.layers, True, self.track, self.seed + seed)
-        except NoGradientError:
-            if not may_fail:
+            return collect(self.data, self.layers, with_gradients, self.track, self.seed + seed)
+        except (NoGradientError, CallError):  # a model may be one for evaluation without gradients only
+            if not (with_gradients and may_fail):
                 raise
-            return collect(self.data, self.layers, False, self.track, self.seed + seed)
+            return collect(self.data, self.layers, False, self.track)
+
+    def _felt(self) -> dict[str, Tensor]:
+        """What the loss feels of each rank, of the layers as they stand."""
+        return {name: each.felt() for name, each in self._collect(True, False, 1).items()}
 
     def _move(self, seen: Mapping[str, Statistics], of_loss: bool) -> dict[str, Tensor]:
         """Give every layer the factors of a metric; returns what their ranks carry in it."""
@@ -225,9 +248,13 @@ class _Compression:
         kind, target = self.recipe.target
         values = {name: each.cpu() for name, each in values.items()}
         if kind == "energy":
-            return keep_by_energy(values, self.cost.by("params"), target, **self.bounds)
-        budget = (target if share is None else share) * self.cost.dense(kind)
-        return keep_by_budget(values, self.cost.by(kind), budget, adds_up=adds_up, **self.bounds)
+            ranks = keep_by_energy(values, self.cost.by("params"), target, **self.bounds)
+        else:
+            budget = (target if share is None else share) * self.cost.dense(kind)
+            ranks = keep_by_budget(values, self.cost.by(kind), budget, adds_up=adds_up, **self.bounds)
+        # A layer that stays dense has all its ranks, whatever bound there is for them.
+        full = self.full_ranks
+        return {name: rank if self.cost.layers[name].pays(rank) else full[name] for name, rank in ranks.items()}
 
     @contextmanager
     def _having(self, ranks: Mapping[str, int]) -> Iterator[None]:
@@ -265,8 +292,10 @@ class _Compression:
         """Use the ranks that were chosen, and make up for what is dropped."""
         self.ranks = self._ranks(self.values, self.adds_up)
         self.shifts = self._shifts()
+        if correct_bias and not self.seen:  # ranks by the weights alone
+            self.seen = self._collect(False, False, 0)
         self._use(self.ranks)
-        self.corrected = self.recalibrated = False
+        self.corrected = False
         if correct_bias is not False and self.seen:
             before = self.distance()
             self._correct_biases()
@@ -275,7 +304,7 @@ class _Compression:
                 self._restore_biases()
                 self.corrected = False
         if recalibrate:
-            self.recalibrated = recalibrated(self.model, self.data, self.distance)
+            self.norms = recalibrated(self.model, self.data, self.distance)
 
     def _shifts(self) -> dict[str, float]:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""
@@ -328,6 +357,10 @@ class _Compression:
             if not pays[name]:
                 layer.to_dense(self.weights[name])  # the very values
         finish(self.model, {name: "pair" if pays[name] else "dense" for name in self.layers})
+        left = {id(parameter) for parameter in self.model.parameters()}
+        for parameter, gradient in self.gradients:
+            if id(parameter) in left:
+                parameter.grad = gradient
         kind, target = self.recipe.target
         return CompressionReport(
             ranks=ranks,
@@ -341,7 +374,7 @@ class _Compression:
             carried={name: values.tolist() for name, values in self.values.items()},
             curve=dict(curve),
             bias_corrected=self.corrected,
-            batch_norm_recalibrated=self.recalibrated,
+            batch_norm_recalibrated=bool(self.norms),
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,20 @@ from torch import Tensor, nn
 
 from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import leaves, mapped, untouched
+from lightning_svd.ranks.statistics import NotFiniteError
 
 Loss = Callable[[nn.Module, Any], Tensor]
+DIVERGENCE, CHANGED = "Kullback-Leibler divergence", "share of outputs that changed"
 
 
 _A_BATCH = (
     "A batch is a tensor, a tuple of arguments or a dict of arguments by keyword: of a loader of inputs and labels "
     "give the inputs, `(x for x, _ in loader)`, or a `loss`"
 )
+
+
+class CallError(ValueError):
+    """The model fails for a batch."""
 
 
 class CalibrationData:
@@ -64,7 +71,7 @@ class CalibrationData:
         """What the model puts out, or the loss, for a batch.
 
         Raises:
-            ValueError: If it fails.
+            CallError: If it fails.
         """
         copied = mapped(batch, lambda tensor: tensor.clone())  # the model may write into what it gets
         try:
@@ -73,40 +80,73 @@ class CalibrationData:
             if isinstance(copied, Mapping):
                 return self.model(**copied)
             return self.model(*copied) if isinstance(copied, (tuple, list)) else self.model(copied)
+        except NotFiniteError:
+            raise
         except Exception as error:
             what = "`loss(model, batch)`" if self.loss is not None else "the model"
             hint = "" if self.loss else f". {_A_BATCH}"
-            raise ValueError(f"{what} fails for a batch of `batches`: {type(error).__name__}: {error}{hint}") from error
+            raise CallError(f"{what} fails for a batch of `batches`: {type(error).__name__}: {error}{hint}") from error
 
     def outputs(self, batches: Sequence[Any]) -> list[list[Tensor]]:
-        """The tensors of numbers that the model puts out for batches, or the losses, without gradients."""
+        """The tensors of numbers that the model puts out for batches, or the losses, without gradients.
+
+        Raises:
+            ValueError: If it fails, or there are none.
+        """
         found = []
         with untouched(self.model), torch.no_grad():
             for batch in batches:
                 output = self.call(batch)
-                if self.loss is None and is_distribution(output):
-                    self.measure = "Kullback-Leibler divergence"
-                found.append([tensor.detach() for tensor in numbers_in(output)])
+                numbers = numbers_in(output)
+                if not numbers and self.loss is None:
+                    numbers = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)]
+                    self.measure = CHANGED
+                elif self.loss is None and is_distribution(output):
+                    self.measure = DIVERGENCE
+                if not numbers:
+                    what = "`loss(model, batch)` must return" if self.loss else "the model must put out"
+                    raise ValueError(f"{what} a tensor, got {type(output).__name__}")
+                found.append([tensor.detach() for tensor in numbers])
         return found
 
     def distance(self, before: Sequence[Sequence[Tensor]], now: Sequence[Sequence[Tensor]]) -> float:
-        """How far outputs are from those before: the loss on top, the mean divergence of distributions, or a share."""
+        """How far outputs are from those before: the loss on top, the mean divergence of distributions, or a share.
+
+        What was not finite before does not count; NaN if nothing was, infinite if anything else is not finite now.
+        """
         pairs = [pair for some in zip(before, now, strict=True) for pair in zip(*some, strict=True)]
-        pairs = [(wide(one), wide(other)) for one, other in pairs]
+        if any(one.shape != other.shape for one, other in pairs):
+            return math.inf  # a shape that depends on values
+        total, size, counted = 0.0, 0.0, 0
+        for one, other in pairs:
+            far, of, entries = self._apart(one, other)
+            total, size, counted = total + far, size + of, counted + entries
+        if not counted:
+            return math.nan
+        distance = total / size if size else total
+        return math.inf if math.isnan(distance) else distance
+
+    def _apart(self, one: Tensor, other: Tensor) -> tuple[float, float, int]:
+        """What two outputs differ by, what that is a share of, and how many entries count."""
+        if self.measure == CHANGED:
+            return float((one != other).sum()), float(one.numel()), one.numel()
+        one, other = wide(one), wide(other)
+        if self.measure == DIVERGENCE:
+            far, known = _divergence(one, other)
+            return float(far.sum()), float(known.sum()), int(known.sum())
+        known = torch.isfinite(one)
+        one, other, entries = one[known], other[known], int(known.sum())
         if self.loss is not None:
-            return sum(float(other.sum() - one.sum()) for one, other in pairs) / len(pairs)
-        if self.measure.startswith("Kullback"):
-            sums = [(float(_divergence(one, other).sum()), float(one[..., 0].numel())) for one, other in pairs]
-        else:
-            sums = [(float((other - one).square().sum()), float(one.square().sum())) for one, other in pairs]
-        total, size = sum(each for each, _ in sums), sum(each for _, each in sums)
-        return total / size if size else total
+            return float((other - one).sum()), float(entries), entries
+        return float((other - one).square().sum()), float(one.square().sum()), entries
 
 
-def _divergence(logits: Tensor, other: Tensor) -> Tensor:
+def _divergence(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each distribution, and whether it was one; what could not be drawn does not count."""
     one = logits.log_softmax(-1)
-    divergence: Tensor = (one.exp() * (one - other.log_softmax(-1))).sum(-1)
-    return divergence
+    shares, known = one.exp(), ~one.isnan().any(-1)
+    terms = (shares * (one - other.log_softmax(-1))).where(shares > 0, torch.zeros_like(one))
+    return terms.sum(-1)[known], known
 
 
 def inputs_in(batch: Any) -> int:
@@ -115,12 +155,17 @@ def inputs_in(batch: Any) -> int:
 
 
 def numbers_in(output: Any) -> list[Tensor]:
-    """The floating-point tensors of an output; of one that has logits those alone."""
+    """The tensors of an output with fractions, as real numbers; of one that has logits those alone."""
     logits = getattr(output, "logits", None)
-    found = [logits] if isinstance(logits, Tensor) else leaves(output)
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    found = [leaf for leaf in ([logits] if isinstance(logits, Tensor) else leaves(output)) if isinstance(leaf, Tensor)]
+    real = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in found]
+    return [leaf for leaf in real if leaf.is_floating_point() and leaf.numel()]
 
 
 def is_distribution(output: Any) -> bool:
-    """Whether an output says that it is the logits of a distribution, as those of transformers do."""
-    return isinstance(getattr(output, "logits", None), Tensor)
+    """Whether an output says that it is the logits of a distribution, as those of transformers do.
+
+    Not those of a single class, which are a regression's, nor maps of them, whose classes are not the last dimension.
+    """
+    logits = getattr(output, "logits", None)
+    return isinstance(logits, Tensor) and logits.ndim in (1, 2, 3) and logits.shape[-1] > 1

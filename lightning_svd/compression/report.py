@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lightning_svd.report.data import SVDReport
+from lightning_svd.compression.data import CHANGED, DIVERGENCE
+from lightning_svd.report.data import SVDReport, finite
 
 # A relative error of outputs, or a divergence, from which a model is another one.
-LARGE = {"relative squared error": 0.1, "Kullback-Leibler divergence": 0.5}
+LARGE = {"relative squared error": 0.1, DIVERGENCE: 0.5, CHANGED: 0.1}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class CompressionReport:
     @property
     def warning(self) -> str | None:
         """What to know before the model is used; None if outputs are near what they were."""
-        if self.distance > LARGE.get(self.measure, float("inf")):
+        if not self.distance <= LARGE.get(self.measure, sys.float_info.max):
             return (
                 f"outputs moved far ({self.measure} {self.distance:.3g}): ask for less, finetune, or calibrate with "
                 "more inputs"
@@ -67,8 +69,8 @@ class CompressionReport:
         return "\n".join(lines)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, written to ``path`` if one is given."""
-        text = json.dumps({**asdict(self), "ranks": self.ranks.to_dict()}, indent=2)
+        """All of it as JSON, written to ``path`` if one is given. A number that is not finite becomes null."""
+        text = json.dumps(finite({**asdict(self), "ranks": self.ranks.to_dict()}), indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text

@@ -170,7 +170,7 @@ class CallRecorder:
             return  # a strategy leads `training_step` through the module's call; the step's own calls come inside
         self.seen.update(self._names[module])
         self._open.append(module)
-        if len(self._open) == 1 and not _in_backward():
+        if len(self._open) == 1 and not in_backward():
             self._note(module, args, kwargs)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
@@ -269,7 +269,8 @@ def _once_each(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return changed
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this runs in a backward pass, as what an activation checkpoint computes again does."""
     # As torch.utils.checkpoint asks; there is no public way.
     return bool(torch._C._current_graph_task_id() != -1)
 

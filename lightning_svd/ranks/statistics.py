@@ -22,6 +22,10 @@ LEAST_WHITE = 0.01
 LEAST_PLAIN = 0.05
 
 
+class NotFiniteError(ValueError):
+    """A layer meets NaN or infinity."""
+
+
 class Statistics:
     """Sums over what a layer's ranks computed for some batches.
 
@@ -46,46 +50,42 @@ class Statistics:
         self.squares, self.tails = like.new_zeros(rank), like.new_zeros(rank)
         self._scores: Tensor | None = None
 
-    def see_input(self, layer: SVDLayer, x: Tensor) -> None:
-        """Take note of a call without a backward pass.
+    def see(self, layer: SVDLayer, between: Tensor) -> None:
+        """Take note of the features of a call.
 
         Raises:
-            ValueError: If features are NaN or infinite; the message names the layer.
+            NotFiniteError: If they are NaN or infinite; the message names the layer.
         """
-        with torch.no_grad(), exact_products(x.device):
-            _, right = layer.form.left_right()
-            self._see_features(layer, _by_position(layer, _first(layer, x, right)))
+        with torch.no_grad(), exact_products(between.device):
+            features = _by_position(layer, between)
+            if not torch.isfinite(features).all():
+                raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity in what it is given")
+            self.positions += features.shape[1]
+            self.total += features.sum(1)
+            self.features += features.mT @ features
 
-    def see(self, layer: SVDLayer, x: Tensor, gradient: Tensor, inputs: int) -> None:
-        """Take note of a call and of the gradient of its output, in a batch of so many inputs.
+    def see_gradient(self, layer: SVDLayer, between: Tensor, gradient: Tensor, inputs: int) -> None:
+        """Take note of the gradient of a call's output, in a batch of so many inputs.
 
         Raises:
-            ValueError: If features or gradients are NaN or infinite; the message names the layer.
+            NotFiniteError: If it is NaN or infinite; the message names the layer.
         """
         assert self.gradients is not None
-        left, right = (wide(factor.detach()) for factor in layer.form.left_right())
         with torch.enable_grad(), exact_products(gradient.device):
-            between = _first(layer, x, right).detach().requires_grad_()
-            out = layer.view.apply_second(between, left, None)
+            left, _ = layer.form.left_right()
+            between = between.detach().requires_grad_()
+            out = layer.view.apply_second(between, wide(left.detach()), None)
             (back,) = torch.autograd.grad(out, between, wide(gradient.detach()))
         with torch.no_grad(), exact_products(gradient.device):
-            self._see_features(layer, _by_position(layer, between))
             backs = _by_position(layer, back)
             if not torch.isfinite(backs).all():
-                raise ValueError(f"`{layer.layer_name}`: NaN or infinity among the gradients of its output")
+                raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity among the gradients of its output")
             self.gradients += backs.mT @ backs
             scores = _by_input(layer.view.by_input(between * back), inputs, layer.rank)
             if self._scores is None or self._scores.shape == scores.shape:
                 self._scores = scores if self._scores is None else self._scores + scores
             else:  # calls of the same layer that cannot be told apart by input
                 self._scores = self._scores.sum(0, keepdim=True) + scores.sum(0, keepdim=True)
-
-    def _see_features(self, layer: SVDLayer, features: Tensor) -> None:
-        if not torch.isfinite(features).all():
-            raise ValueError(f"`{layer.layer_name}`: NaN or infinity in what it is given")
-        self.positions += features.shape[1]
-        self.total += features.sum(1)
-        self.features += features.mT @ features
 
     def end_batch(self, inputs: int) -> None:
         """All calls of a batch of so many inputs were noted."""
@@ -138,9 +138,12 @@ class DataBasis(NamedTuple):
     of_gradients: Tensor
 
 
-def _first(layer: SVDLayer, x: Tensor, right: Tensor) -> Tensor:
-    x = x.detach() if layer.view.layer_type is nn.Embedding else wide(x.detach())
-    return layer.view.apply_first(x, wide(right.detach()))
+@torch.no_grad()
+def features_of(layer: SVDLayer, x: Tensor) -> Tensor:
+    """What a layer's ranks make of its input, in float32 or wider, as the first of two layers puts it out."""
+    with exact_products(x.device):
+        _, right = layer.form.left_right()
+        return layer.view.apply_first(x if layer.view.layer_type is nn.Embedding else wide(x), wide(right))
 
 
 def _by_position(layer: SVDLayer, between: Tensor) -> Tensor:
@@ -192,11 +195,13 @@ def in_metric_of_data(left: Tensor, right: Tensor, seen: Statistics, of_loss: bo
         assert seen.gradients is not None
         costs = _shrunk(seen.gradients.double() / max(1, seen.inputs), plain, seen.positions, LEAST_PLAIN)
     values, vectors = torch.linalg.eigh(costs)
-    least = values.amax(-1, keepdim=True) * torch.finfo(torch.float32).eps ** 2
-    roots = values.maximum(least).clamp_min(torch.finfo(values.dtype).tiny).sqrt().unsqueeze(-2)
+    largest = values.amax(-1, keepdim=True)
+    values = values.maximum(largest * torch.finfo(torch.float32).eps ** 2)
+    # A weight of zeros costs nothing, whatever becomes of it.
+    roots = values.where(largest > 0, torch.ones_like(values)).sqrt().unsqueeze(-2)
     root, inverse = (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT
     carried, basis = torch.linalg.eigh(root @ features @ root)
-    carried, basis = carried.flip(-1).clamp_min(0), basis.flip(-1)
+    carried, basis = carried.flip(-1).clamp_min(0) * (largest > 0), basis.flip(-1)
     of_left, of_right = inverse @ basis, root @ basis
     U, V, tiny = L @ of_left, R @ of_right, torch.finfo(values.dtype).tiny
     u, v = (torch.linalg.vector_norm(factor, dim=-2).clamp_min(tiny) for factor in (U, V))
@@ -222,5 +227,6 @@ def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float) -> Tens
     spread = (squared - trace.square() / size).clamp_min(tiny)
     share = ((1 - 2 / size) * squared + trace.square()) / ((samples + 1 - 2 / size) * spread)
     share = share.clamp(least, 1).view(-1, 1, 1)
-    scale = (trace / of_target.clamp_min(tiny)).view(-1, 1, 1)
+    # Of what is all zero (features, or gradients that never came) a trace of the others is left, and so their order.
+    scale = (trace.clamp_min(torch.finfo(torch.float32).tiny) / of_target.clamp_min(tiny)).view(-1, 1, 1)
     return (1 - share) * moments + share * scale * target

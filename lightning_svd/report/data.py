@@ -211,7 +211,7 @@ class SVDReport:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """As JSON; also written to ``path`` if given. A number that is not finite becomes null."""
-        return _written(json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False, default=str), path)
+        return _written(json.dumps(finite(self.to_dict()), indent=2, allow_nan=False, default=str), path)
 
     @classmethod
     def from_json(cls, source: str | Path) -> SVDReport:
@@ -415,12 +415,12 @@ def _written(text: str, path: str | Path | None) -> str:
     return text
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not have."""
+def finite(value: Any) -> Any:
+    """Nested values, the same with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

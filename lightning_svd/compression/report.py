@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from lightning_svd.arguments import needs
 from lightning_svd.report.data import SVDReport
+from lightning_svd.report.tables import screen_table
+
+TARGETS = {"macs": "MACs", "params": "parameters", "energy": "energy"}  # as people say
 
 # A relative error of outputs, or a divergence, from which a model is another one.
 LARGE = {"relative squared error": 0.1, "Kullback-Leibler divergence": 0.5}
@@ -64,11 +70,54 @@ class CompressionReport:
         lines = [str(self.ranks), f"{self.measure} of held-out outputs: {self.distance:.4g} ({self.choice})"]
         if self.warning:
             lines.append(f"Warning: {self.warning}")
+        if self.curve:
+            lines.append(self.curve_table())
         return "\n".join(lines)
 
+    @property
+    def unit(self) -> str:
+        """What the budget is counted in, in words."""
+        return TARGETS.get(self.target, self.target)
+
+    def curve_table(self) -> str:
+        """How far outputs would move at other budgets, as a table for the terminal."""
+        headings = (f"share of the {self.unit}", f"{self.measure} of held-out outputs")
+        return screen_table(headings, self.curve_rows(), (), ())
+
+    def curve_rows(self) -> list[tuple[str, str]]:
+        """(share of the cost, distance) as text, the largest share first."""
+        return [(f"{share:.0%}", f"{distance:.3g}") for share, distance in sorted(self.curve.items(), reverse=True)]
+
     def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, written to ``path`` if one is given."""
-        text = json.dumps({**asdict(self), "ranks": self.ranks.to_dict()}, indent=2)
+        """All of it as JSON, written to ``path`` if one is given; a number that is not finite becomes null."""
+        text = json.dumps(_finite({**asdict(self), "ranks": self.ranks.to_dict()}), indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+    def to_html(self, path: str | Path) -> Path:
+        """One self-contained page: what the ranks report shows, each layer's importance against its cost, the curve.
+
+        Needs ``pip install 'lightning-svd[report]'``.
+
+        Args:
+            path: File to write.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        with needs("report"):
+            from lightning_svd.compression.page import render_compression  # knows this module
+
+            page = render_compression(self)
+        path.write_text(page, encoding="utf-8")
+        return path
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

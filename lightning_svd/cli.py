@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_EXTRAS = {"convert": "export"}  # of the package, that a command needs; its own name otherwise
+if TYPE_CHECKING:
+    from lightning_svd.compression.report import CompressionReport
+
+# Of the package, that a command needs; its own name otherwise.
+_EXTRAS = {"convert": "export", "compress": "files", "inspect": "files", "plan": "files"}
+
+_DATA = "package.module:function or path/to/file.py:function that returns batches of inputs, given the model if it asks"
+
+_LONGEST = 1000  # characters of an error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         extra = _EXTRAS.get(options.command, options.command)
         raise SystemExit(f"{options.command} needs {missing.name}: pip install 'lightning-svd[{extra}]'") from None
     except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f"lightning-svd {options.command}: {error}") from None
+        text = " ".join(str(error).split())  # those of the user's model may have lines
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        raise SystemExit(f"lightning-svd {options.command}: {text}") from None
     return 0
 
 
@@ -63,23 +74,88 @@ def _inspect(options: argparse.Namespace) -> None:
     from lightning_svd.report.inspection import as_table, inspect_model, inspect_weights
 
     if options.model:
-        model = load(model_class(options.model), options.file, options.arguments)
+        model = load(model_class(options.model), options.file, options.arguments, options.key)
         example = example_input(options.example_input, model)
         report = inspect_model(model, example, options.target_macs, options.target_params)
-        print(report.to_json() if options.json else report)
+        compressed = _curve(model, options) if options.data else None
+        if options.json:
+            shown: dict[str, Any] = json.loads(report.to_json())
+            if compressed:
+                shown |= {"curve": dict(compressed.curve), "measure": compressed.measure}
+            print(json.dumps(shown, indent=2))
+        else:
+            print(report)
+            if compressed:
+                print(compressed.curve_table())
         if options.html:
             print(report.to_html(options.html))
         return
-    if options.html or options.target_macs:
-        raise ValueError("`--html` and `--target-macs` need the model: `--model package.module:Class`")
-    layers = inspect_weights(*dense_weights(options.file), options.target_params)
+    if options.html or options.target_macs or options.data:
+        raise ValueError("`--html`, `--target-macs` and `--data` need the model: `--model package.module:Class`")
+    layers = inspect_weights(*dense_weights(options.file, options.key), options.target_params)
     print(json.dumps([asdict(layer) for layer in layers]) if options.json else as_table(layers))
+
+
+def _curve(model: Any, options: argparse.Namespace) -> CompressionReport:
+    """What compressing a copy of a model to every budget would do to its outputs."""
+    from lightning_svd.compression.compress import compress
+    from lightning_svd.files.loading import calibration_batches
+    from lightning_svd.model.surgery import to_dense
+
+    def at(macs: float | None, params: float | None) -> CompressionReport:
+        batches = calibration_batches(options.data, model)  # anew: it may be a generator
+        copied = to_dense(model)
+        return compress(copied, batches, target_macs=macs, target_params=params, curve=True, inplace=True)[1]
+
+    if options.target_macs or options.target_params:
+        return at(options.target_macs, options.target_params)
+    try:
+        return at(0.5, None)  # any budget gives the same curve
+    except ValueError:
+        return at(0.9, None)  # what little of the model can be factorized does not allow for less
+
+
+def _compress(options: argparse.Namespace) -> None:
+    from lightning_svd.compression.compress import compress
+    from lightning_svd.files.loading import calibration_batches, check_output, load, model_class, write_compressed
+    from lightning_svd.layers.pairs import low_rank_pairs
+    from lightning_svd.model.surgery import to_dense
+
+    check_output(options.to, options.out)
+    for option, path in {"report": options.report, "html": options.html}.items():
+        if path and not path.parent.is_dir():
+            raise ValueError(f"`--{option}`: there is no folder {path.parent}")
+    model = load(model_class(options.model), options.file, options.arguments, options.key)
+    if low_rank_pairs(model):
+        model = to_dense(model)  # shares are of the dense model
+    batches = calibration_batches(options.data, model)
+    first = list(itertools.islice(batches, 1))  # to follow the model with, for onnx
+    small, report = compress(
+        model,
+        itertools.chain(first, batches),
+        target_macs=options.target_macs,
+        target_params=options.target_params,
+        importance=options.importance,
+        inputs=options.inputs,
+        curve=options.curve,
+        inplace=True,
+    )
+    if options.report:
+        report.to_json(options.report)
+    if options.html:
+        report.to_html(options.html)
+    written = write_compressed(small, options.to, options.out, first[0])
+    if options.json:
+        print(json.dumps({**json.loads(report.to_json()), "written": written}, indent=2))
+    else:
+        print(report)
+        print("\n".join(f"{name}: {value}" for name, value in written.items()))
 
 
 def _convert(options: argparse.Namespace) -> None:
     from lightning_svd.files.loading import convert, example_input, load, model_class
 
-    model = load(model_class(options.model), options.file, options.arguments)
+    model = load(model_class(options.model), options.file, options.arguments, options.key)
     example = example_input(options.example_input, model)
     result = convert(model, options.to, options.out, example, options.batch_size)
     print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -114,16 +190,32 @@ def _parser() -> argparse.ArgumentParser:
     planned.add_argument("--out", type=Path, help="YAML file to write")
 
     inspected = command("inspect", _inspect, "spectra and ranks of a file, and what a budget would keep")
-    inspected.add_argument("file", type=Path, help="Lightning checkpoint or safetensors")
+    _add_file(inspected)
     _add_model(inspected, required=False)
     inspected.add_argument("--example-input", type=_integers, help="shape of an input, to count MACs: 1,3,32,32")
     budget = inspected.add_mutually_exclusive_group()
     budget.add_argument("--target-macs", type=float, help="share to keep")
     budget.add_argument("--target-params", type=float, help="share to keep")
     inspected.add_argument("--html", type=Path, help="page to write, with the spectra drawn")
+    inspected.add_argument("--data", help=f"{_DATA}: how far outputs would move at each budget")
+
+    compressed = command("compress", _compress, "a trained model made smaller without training")
+    _add_file(compressed)
+    _add_model(compressed, required=True)
+    compressed.add_argument("--data", required=True, help=_DATA)
+    budget = compressed.add_mutually_exclusive_group()
+    budget.add_argument("--target-macs", type=float, help="share to keep; 0.5 if no budget is given")
+    budget.add_argument("--target-params", type=float, help="share to keep")
+    compressed.add_argument("--to", choices=("factored", "onnx"), required=True)
+    compressed.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
+    compressed.add_argument("--inputs", type=int, default=256, help="how many to take from the data")
+    compressed.add_argument("--importance", default="auto", help="auto, fisher, outputs or spectrum")
+    compressed.add_argument("--curve", action="store_true", help="say how far outputs would move at other budgets")
+    compressed.add_argument("--report", type=Path, help="JSON file to write the report to")
+    compressed.add_argument("--html", type=Path, help="page to write the report to")
 
     converted = command("convert", _convert, "a checkpoint or safetensors file in another form, checked against it")
-    converted.add_argument("file", type=Path, help="Lightning checkpoint or safetensors")
+    _add_file(converted)
     _add_model(converted, required=True)
     converted.add_argument("--to", choices=("dense", "factored", "onnx"), required=True)
     converted.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
@@ -135,6 +227,11 @@ def _parser() -> argparse.ArgumentParser:
     workspace.add_argument("--project", required=True, help="its project")
     workspace.add_argument("--name", default="SVD training", help="of the workspace")
     return parser
+
+
+def _add_file(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, help="of torch.save, Lightning or safetensors, or a folder with one")
+    parser.add_argument("--key", help="where in the file the weights are: model, state.ema; found if one place fits")
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:

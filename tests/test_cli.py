@@ -196,7 +196,7 @@ def test_onnx_computes_the_same_for_any_batch(file, folder, capsys, tmp_path):
     [
         (["inspect", "missing.ckpt"], "missing.ckpt"),
         (["inspect", "{}/text.txt"], "is neither a checkpoint nor safetensors"),
-        (["inspect", "{}/other.pt"], "is no Lightning checkpoint"),
+        (["inspect", "{}/other.pt"], "must hold one state dict"),
         (["inspect", "{}/low-rank.safetensors"], "holds a low-rank model: give its class"),
         (["inspect", "{}/dense.safetensors", "--html", "page.html"], "need the model"),
         (["inspect", "{}/dense.safetensors", "--target-params", "0.001"], "the budget must be at least"),

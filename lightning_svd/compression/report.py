@@ -8,8 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lightning_svd.arguments import needs
 from lightning_svd.compression.data import CHANGED, DIVERGENCE
 from lightning_svd.report.data import SVDReport, finite
+from lightning_svd.report.tables import screen_table
+
+TARGETS = {"macs": "MACs", "params": "parameters", "energy": "energy"}  # as people say
 
 # A relative error of outputs, or a divergence, from which a model is another one.
 LARGE = {"relative squared error": 0.1, DIVERGENCE: 0.5, CHANGED: 0.1}
@@ -66,11 +70,46 @@ class CompressionReport:
         lines = [str(self.ranks), f"{self.measure} of held-out outputs: {self.distance:.4g} ({self.choice})"]
         if self.warning:
             lines.append(f"Warning: {self.warning}")
+        if self.curve:
+            lines.append(self.curve_table())
         return "\n".join(lines)
 
+    @property
+    def unit(self) -> str:
+        """What the budget is counted in, in words."""
+        return TARGETS.get(self.target, self.target)
+
+    def curve_table(self) -> str:
+        """How far outputs would move at other budgets, as a table for the terminal."""
+        headings = (f"share of the {self.unit}", f"{self.measure} of held-out outputs")
+        return screen_table(headings, self.curve_rows(), (), ())
+
+    def curve_rows(self) -> list[tuple[str, str]]:
+        """(share of the cost, distance) as text, the largest share first."""
+        return [(f"{share:.0%}", f"{distance:.3g}") for share, distance in sorted(self.curve.items(), reverse=True)]
+
     def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, written to ``path`` if one is given. A number that is not finite becomes null."""
+        """All of it as JSON, written to ``path`` if one is given; a number that is not finite becomes null."""
         text = json.dumps(finite({**asdict(self), "ranks": self.ranks.to_dict()}), indent=2, allow_nan=False)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
+
+    def to_html(self, path: str | Path) -> Path:
+        """One self-contained page: what the ranks report shows, each layer's importance against its cost, the curve.
+
+        Needs ``pip install 'lightning-svd[report]'``.
+
+        Args:
+            path: File to write.
+
+        Returns:
+            The path.
+        """
+        path = Path(path)
+        with needs("report"):
+            from lightning_svd.compression.page import render_compression  # knows this module
+
+            page = render_compression(self)
+        path.write_text(page, encoding="utf-8")
+        return path

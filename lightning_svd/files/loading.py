@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.files.checkpoints import KEY
+from lightning_svd.arguments import needs
+from lightning_svd.files.checkpoints import KEY, saved_state
 from lightning_svd.files.export import largest_difference, onnx_seconds, to_onnx
-from lightning_svd.files.low_rank import (
+from lightning_svd.files.foreign import (
+    first_line,
     is_checkpoint,
+    load_weights,
+    only_state_dict,
+    read_contents,
+    state_dict_at,
+    weights_file,
+)
+from lightning_svd.files.low_rank import (
     load_low_rank,
     load_low_rank_checkpoint,
     low_rank_layers,
-    read_checkpoint,
     save_low_rank,
     write_weights,
 )
@@ -37,17 +47,67 @@ def model_class(spec: str) -> type[nn.Module]:
     Raises:
         ValueError: If there is none; the message says what is missing.
     """
-    source, _, name = spec.rpartition(":")
-    if not source:
-        raise ValueError(f"`--model` must be `package.module:Class` or `path/to/file.py:Class`, got {spec!r}")
-    try:
-        module = _module_at(Path(source)) if source.endswith(".py") else _module_named(source)
-    except (ImportError, FileNotFoundError) as error:
-        raise ValueError(f"`--model`: cannot import {source}: {error}") from None
-    found = getattr(module, name, None)
+    found, source, name = _named("model", spec, "Class")
     if not isinstance(found, type) or not issubclass(found, nn.Module):
         raise ValueError(f"`--model`: {source} has no class of modules {name!r}")
     return found
+
+
+def calibration_batches(spec: str, model: nn.Module) -> Iterator[Any]:
+    """What the function that ``package.module:function`` or ``path/to/file.py:function`` names gives.
+
+    Args:
+        spec: Of a function that needs no argument, or one, the model.
+        model: For it.
+
+    Raises:
+        ValueError: If there is none, it fails, or what it returns cannot be batches of inputs.
+    """
+    function, source, name = _named("data", spec, "function")
+    if not callable(function):
+        raise ValueError(f"`--data`: {source} has no function {name!r}")
+    parameters = inspect.signature(function).parameters.values()
+    positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+    needed = [each for each in parameters if each.default is Parameter.empty and each.kind in positional]
+    with _blaming(spec):
+        batches = function(model) if needed else function()
+    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str)):
+        kind = type(batches).__name__
+        raise ValueError(f"`--data`: {spec} must return an iterable of inputs, such as a list of batches, got a {kind}")
+    return _each(batches, spec)
+
+
+def _each(batches: Iterable[Any], spec: str) -> Iterator[Any]:
+    with _blaming(spec):
+        iterator = iter(batches)
+    while True:
+        with _blaming(spec):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
+
+
+@contextmanager
+def _blaming(spec: str) -> Iterator[None]:
+    """Whatever the user's code raises inside as one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"`--data`: {spec} fails: {type(error).__name__}: {first_line(error)}") from error
+
+
+def _named(option: str, spec: str, what: str) -> tuple[Any, str, str]:
+    """What ``package.module:name`` or ``path/to/file.py:name`` names, and both parts of that."""
+    source, _, name = spec.rpartition(":")
+    if not source:
+        raise ValueError(f"`--{option}` must be `package.module:{what}` or `path/to/file.py:{what}`, got {spec!r}")
+    try:
+        module = _module_at(Path(source)) if source.endswith(".py") else _module_named(source)
+    except (ImportError, FileNotFoundError) as error:
+        raise ValueError(f"`--{option}`: cannot import {source}: {error}") from None
+    return getattr(module, name, None), source, name
 
 
 def _module_named(name: str) -> Any:
@@ -59,7 +119,10 @@ def _module_named(name: str) -> Any:
 def _module_at(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError("there is no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    known = sys.modules.get(path.stem)
+    if known is not None and getattr(known, "__file__", None) == str(path.resolve()):
+        return known  # the class and the function of one file know each other
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
@@ -70,42 +133,73 @@ def _module_at(path: Path) -> Any:
 def build(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
     """A new model in evaluation.
 
+    Args:
+        kind: Its class. Where it says the class of its configuration, as those of transformers do, ``config`` may be a
+            dict.
+        arguments: By keyword.
+
     Raises:
         ValueError: If the class does not take these arguments.
     """
+    shown = {name: "{...}" if isinstance(value, Mapping) else value for name, value in arguments.items()}
+    given = dict(arguments)
+    config_class = getattr(kind, "config_class", None)
+    if isinstance(config_class, type) and isinstance(given.get("config"), Mapping):
+        make: Any = getattr(config_class, "from_dict", lambda entries: config_class(**entries))
+        try:
+            given["config"] = make(dict(given["config"]))
+        except Exception as error:  # each library checks in its own way
+            why = " ".join(str(error).split())[:200]
+            raise ValueError(f"`--arguments`: `config` is no {config_class.__name__}: {why}") from None
     try:
-        return kind(**arguments).eval()
+        return kind(**given).eval()
     except TypeError as error:
-        raise ValueError(f"`--arguments`: {kind.__name__} cannot be built with {dict(arguments)}: {error}") from None
+        raise ValueError(f"`--arguments`: {kind.__name__} cannot be built with {shown}: {error}") from None
 
 
-def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any]) -> nn.Module:
-    """The model of a file: a Lightning checkpoint or safetensors, dense or low-rank.
+def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any], key: str | None = None) -> nn.Module:
+    """The model of a file or folder, on the CPU: dense or low-rank, written by this package, Lightning or others.
 
     Args:
-        kind: Its class; hyperparameters that a checkpoint holds are its arguments.
-        path: The file.
+        kind: Its class; hyperparameters that a Lightning checkpoint holds are its arguments, and so is the
+            ``config.json`` in a folder, for a class that says what its configuration is.
+        path: A file of ``torch.save`` or safetensors, the index of several, or the folder where they are.
         arguments: Of the class, in addition to those in the file.
+        key: Where in the file the weights are, dots between keys; found without it if one place fits.
 
     Raises:
-        ValueError: If the file cannot be read or does not fit.
+        ValueError: If the file cannot be read without running code, or does not fit.
     """
-    checkpoint = read_checkpoint(path) if is_checkpoint(path) else None
-    model = build(kind, {**_hyperparameters(kind, checkpoint or {}), **arguments})
-    if checkpoint and low_rank_layers(checkpoint, path):
-        return load_low_rank_checkpoint(model, checkpoint, path)
-    if not checkpoint and KEY in _header(path):
+    path = weights_file(path)
+    is_low_rank = not is_checkpoint(path) and path.suffix != ".json" and KEY in _header(path)
+    contents = {} if is_low_rank else read_contents(path)
+    model = build(kind, {**_hyperparameters(kind, contents), **_config_beside(kind, path), **arguments})
+    if is_low_rank:
         return load_low_rank(model, path)
-    try:
-        if checkpoint:
-            model.load_state_dict(checkpoint["state_dict"])
-        else:
-            from safetensors.torch import load_model
-
-            load_model(model, str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {kind.__name__}: {' '.join(str(error).split())[:400]}") from None
+    if key is None and _is_lightning(contents):
+        if low_rank_layers(contents, path):
+            return load_low_rank_checkpoint(model, contents, path)
+        key = "state_dict"
+    load_weights(model, contents, path, key)
     return model
+
+
+def _is_lightning(contents: Mapping[str, Any]) -> bool:
+    """Whether a file is a checkpoint of Lightning, whose weights have their place."""
+    known = "pytorch-lightning_version" in contents or KEY in contents or saved_state(contents) is not None
+    return known and isinstance(contents.get("state_dict"), Mapping)
+
+
+def _config_beside(kind: type[nn.Module], path: Path) -> dict[str, Any]:
+    """The configuration that a folder of transformers holds beside the weights."""
+    beside = path.with_name("config.json")
+    if not isinstance(getattr(kind, "config_class", None), type) or not beside.is_file():
+        return {}
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{beside} is no JSON: {error}") from None
+    return {"config": config}
 
 
 def _hyperparameters(kind: type[nn.Module], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,33 +213,39 @@ def _hyperparameters(kind: type[nn.Module], checkpoint: Mapping[str, Any]) -> di
     return {parameter.name: saved[parameter.name] for parameter in parameters if parameter.name in saved}
 
 
-def dense_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+def dense_weights(path: str | Path, key: str | None = None) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The tensors of a file that holds a dense model, and the rank that each low-rank layer of it keeps.
+
+    Args:
+        path: As for :func:`load`.
+        key: As for :func:`load`.
 
     Raises:
         ValueError: If it cannot be read, or holds a low-rank model, of which only its class knows the dense form.
     """
-    if is_checkpoint(path):
-        checkpoint = read_checkpoint(path)
-        weights = {key: value for key, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-        return weights, {name: entry["rank"] for name, entry in (low_rank_layers(checkpoint, path) or {}).items()}
-    if KEY in _header(path):
+    path = weights_file(path)
+    if not is_checkpoint(path) and path.suffix != ".json" and KEY in _header(path):
         raise ValueError(f"{path} holds a low-rank model: give its class, `--model package.module:Class`")
-    from safetensors.torch import load_file
-
-    return dict(load_file(str(path))), {}
+    contents = read_contents(path)
+    ranks: dict[str, int] = {}
+    if key is None and _is_lightning(contents):
+        ranks = {name: entry["rank"] for name, entry in (low_rank_layers(contents, path) or {}).items()}
+        key = "state_dict"
+    found = state_dict_at(contents, key, path) if key else only_state_dict(contents, path)
+    return {name: value for name, value in found.state.items() if isinstance(value, Tensor)}, ranks
 
 
 def _header(path: str | Path) -> Mapping[str, str]:
-    from safetensors import safe_open
+    with needs("files"):
+        from safetensors import safe_open
 
     try:
         with safe_open(str(path), framework="pt") as file:
             return file.metadata() or {}
     except FileNotFoundError:
-        raise
+        raise FileNotFoundError(f"there is no file {path}") from None
     except Exception as error:  # whatever the reader raises for a file that is none of its own
-        raise ValueError(f"{path} is neither a checkpoint nor safetensors: {error}") from None
+        raise ValueError(f"{path} is neither a checkpoint nor safetensors: {first_line(error)}") from None
 
 
 def example_input(shape: Sequence[int] | None, model: nn.Module) -> Any:
@@ -199,3 +299,60 @@ def _convert_to_onnx(model: nn.Module, path: Path, example: Any, batch_size: int
         to_onnx(to_dense(model), dense, example)
         mine, theirs = onnx_seconds([path, dense], example, batch_size)
     return result | {f"time / dense, batch {batch_size}": round(mine / theirs, 3)}
+
+
+def check_output(form: str, path: Path) -> None:
+    """Refuse what could not be written, before the work and not after it.
+
+    Raises:
+        ValueError: If the folder is not there.
+        ModuleNotFoundError: If what writes such a file is not installed.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"`--out`: there is no folder {path.parent}")
+    if form == "onnx":
+        with needs("export"):
+            import onnxruntime  # noqa: F401
+            import onnxscript  # noqa: F401
+    else:
+        with needs("files"):
+            import safetensors  # noqa: F401
+
+
+def write_compressed(model: nn.Module, form: str, path: Path, batch: Any) -> dict[str, Any]:
+    """Write a compressed model: "factored" as :func:`~lightning_svd.save_low_rank` does, or as "onnx".
+
+    Args:
+        model: Of plain layers.
+        form: "factored" or "onnx".
+        path: File to write.
+        batch: What ``model`` is called with, a tuple of arguments or a dict of arguments by keyword; only "onnx" needs
+            it.
+
+    Returns:
+        What was written, for "onnx" compared with eager PyTorch and timed against the dense model.
+
+    Raises:
+        ValueError: If "onnx" cannot have such inputs.
+    """
+    if form == "onnx":
+        example = _by_position(model, batch)
+        inputs = len(as_arguments(example)[0])
+        return {"file": str(path)} | _convert_to_onnx(model, path, example, inputs)
+    return {"file": str(save_low_rank(model, path)), "bytes": path.stat().st_size}
+
+
+def _by_position(model: nn.Module, batch: Any) -> Any:
+    """A batch as ``to_onnx`` has it: one tensor, or a tuple."""
+    if isinstance(batch, Mapping):
+        names = list(inspect.signature(model.forward).parameters)[: len(batch)]
+        if set(names) != set(batch):
+            raise ValueError(
+                f"onnx needs inputs by position: a batch of `--data` has {', '.join(map(repr, batch))}, the first "
+                f"arguments of {type(model).__name__} are {', '.join(map(repr, names))}"
+            )
+        batch = tuple(batch[name] for name in names)
+    batch = tuple(batch) if isinstance(batch, list) else batch
+    if not all(isinstance(each, Tensor) for each in as_arguments(batch)):
+        raise ValueError("onnx needs inputs that are tensors, or tuples of tensors: `--data` gives others")
+    return batch

@@ -29,6 +29,7 @@ from lightning_svd.files.checkpoints import (
     is_of,
     saved_state,
 )
+from lightning_svd.files.foreign import first_line, is_checkpoint, read_pickled
 from lightning_svd.layers.compounds import KINDS, owner_of, split_everywhere
 from lightning_svd.layers.forms import DenseForm
 from lightning_svd.layers.layer import SVDLayer
@@ -42,8 +43,6 @@ from lightning_svd.model.surgery import begin, finish, svd_layers, to_factored, 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 VERSION = 1  # of the header of safetensors files
-_ZIP = b"PK\x03\x04"  # how files of `torch.save` begin
-_READABLE = (".ckpt", ".pt", ".pth")
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -90,7 +89,7 @@ def write_weights(module: nn.Module, path: str | Path, header: dict[str, str] | 
             raise
     except (OSError, SafetensorError) as error:
         kept = "; the file that was there is as it was" if path.exists() else ""
-        raise OSError(f"{path} cannot be written ({_first_line(error)}){kept}") from None
+        raise OSError(f"{path} cannot be written ({first_line(error)}){kept}") from None
     return path
 
 
@@ -125,15 +124,6 @@ def load_low_rank(module: ModuleT, path: str | Path) -> ModuleT:
     return _load_safetensors(module, str(path))
 
 
-def is_checkpoint(path: str | Path) -> bool:
-    """Whether a file is in the format of ``torch.save``, or was meant to be, rather than safetensors."""
-    path = Path(path)
-    if not path.is_file():
-        return path.suffix in _READABLE
-    with path.open("rb") as file:
-        return file.read(len(_ZIP)) == _ZIP or path.suffix in _READABLE
-
-
 def read_checkpoint(path: str | Path) -> State:
     """A Lightning checkpoint, on the CPU, read without running any code that it may hold.
 
@@ -141,12 +131,7 @@ def read_checkpoint(path: str | Path) -> State:
         ValueError: If it is none, or cannot be read in that way.
         FileNotFoundError: If it is not there.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a reader raises on bytes that are none of its own
-        raise ValueError(f"{path} cannot be read as a checkpoint: {_first_line(error)}") from None
+    checkpoint = read_pickled(path)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} is no Lightning checkpoint: it has no `state_dict`")
     return checkpoint
@@ -260,7 +245,7 @@ def _read_header(path: str) -> tuple[Any, dict[str, _Tensor]]:
                 key: _Tensor(tuple(each.get_shape()), "F" in str(each.get_dtype())) for key, each in slices.items()
             }
     except Exception as error:  # whatever a reader raises on bytes that are none of its own
-        raise ValueError(f"{path} is not a readable safetensors file: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
     return header, tensors
 
 
@@ -270,7 +255,7 @@ def _read_tensors(path: str) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except Exception as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {_first_line(error)}") from None
+        raise ValueError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
 
 
 def _entries(header: Any, path: str) -> State:
@@ -385,9 +370,3 @@ def _check_finite(tensors: Mapping[str, Tensor], names: Iterable[str], path: str
     for key in sorted(names):
         if key in tensors and tensors[key].is_floating_point() and not bool(torch.isfinite(tensors[key]).all()):
             raise ValueError(f"{path}: `{key}` holds NaN or infinity")
-
-
-def _first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0].strip() if text else type(error).__name__

@@ -56,6 +56,7 @@ class Line:
         look: Class name for its style.
         hue: Angle of its color in degrees, where the style uses it.
         index: Which of its kind it is.
+        tip: What is said where it is pointed at.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Line:
     look: str
     hue: int = 0
     index: int = 0
+    tip: str = ""
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,25 @@ def curve(x: Axis, y: Axis, points: Iterable[tuple[float, float]]) -> str:
         kept.append(last)
     dot = "h0" if len(kept) == 1 else ""
     return "M" + "L".join(f"{a} {b}" for a, b in kept) + dot if kept else ""
+
+
+def spot(x: Axis, y: Axis, a: float, b: float) -> str:
+    """A dot."""
+    return f"M{round(x.place(a))} {round(SIZE - y.place(b))}h0"
+
+
+def decades(title: str, values: Iterable[float], label: Callable[[float], str]) -> Axis:
+    """An axis of common logarithms, from a power of ten to another.
+
+    Args:
+        title: What the values are.
+        values: That have to be on it; those that have no logarithm are left out.
+        label: Value, not its logarithm -> text.
+    """
+    logs = [math.log10(value) for value in values if 0 < value < math.inf] or [0.0]
+    low = math.floor(min(logs) + 1e-9)
+    high = max(low + 1, math.ceil(max(logs) - 1e-9))
+    return Axis(title, low, high, lambda log: label(10.0**log), whole=True)
 
 
 def staircase(x: Axis, y: Axis, points: Sequence[tuple[float, float]]) -> str:

@@ -59,12 +59,38 @@ class Bar:
     now: str = ""
 
 
-def render_page(report: SVDReport, comparison: Mapping[str, tuple[str, str]]) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A part of a page that only some reports have: charts beside each other, tables below.
+
+    Attributes:
+        title: Its heading.
+        text: What it shows.
+        charts: The charts.
+        keys: Of each chart, (look, text, hue) of what is drawn.
+        tables: (caption, headings, rows).
+    """
+
+    title: str
+    text: str
+    charts: Sequence[Chart]
+    keys: Sequence[Sequence[tuple[str, str, int]]]
+    tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]] = ()
+
+
+def render_page(
+    report: SVDReport,
+    comparison: Mapping[str, tuple[str, str]],
+    sections: Sequence[Section] = (),
+    more_facts: str = "",
+) -> str:
     """The page's source.
 
     Args:
         report: What to show.
         comparison: What else was measured: name -> (dense, low-rank).
+        sections: What this page has beside.
+        more_facts: What is said at its head beside.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -76,7 +102,8 @@ def render_page(report: SVDReport, comparison: Mapping[str, tuple[str, str]]) ->
         script=Markup(_source("page.js")),
         size=SIZE,
         report=report,
-        facts=_facts(report),
+        facts=" ".join(filter(None, (_facts(report), more_facts))),
+        sections=sections,
         tiles=_tiles(report),
         comparison=comparison,
         charts=_run_charts(report),
@@ -268,13 +295,14 @@ def _rank_chart(report: SVDReport) -> Chart:
     lines = []
     for index, layer in enumerate(report.layers):
         shares = [(0, 1.0), *((change.step, change.ranks[layer.name] / layer.full_rank) for change in report.timeline)]
-        lines.append(Line(layer.label, staircase(x, y, shares), "layer", _hue(index, len(report.layers)), index))
+        lines.append(Line(layer.label, staircase(x, y, shares), "layer", hue_of(index, len(report.layers)), index))
     lines.sort(key=lambda line: line.index * GOLDEN % 1)
     words = f"Ranks of {len(lines)} layers, each as a share of its full rank; the table of layers has the last ones."
     return Chart("Ranks of the layers", words, x, y, lines, ends=_end_labels(report, y))
 
 
-def _hue(index: int, count: int) -> int:
+def hue_of(index: int, count: int) -> int:
+    """The color of a layer, an angle: blue for the first one, orange for the last."""
     return round(FIRST_HUE + (LAST_HUE - FIRST_HUE) * index / max(1, count - 1)) % 360
 
 
@@ -287,7 +315,7 @@ def _end_labels(report: SVDReport, y: Axis) -> list[EndLabel]:
     lines = [SIZE - y.place(value) for value in shares]
     places = spread(lines, LABEL_GAP, SIZE)
     return [
-        EndLabel(line, at, f"{_short(layer.label)} {value:.0%}", _hue(index, len(report.layers)))
+        EndLabel(line, at, f"{_short(layer.label)} {value:.0%}", hue_of(index, len(report.layers)))
         for index, (line, at, layer, value) in enumerate(zip(lines, places, report.layers, shares, strict=True))
     ]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
     from lightning_svd.report.data import LayerReport, RankChange, SVDReport, summarize
+    from lightning_svd.training.distillation import Distillation
     from lightning_svd.training.regularizers import add_gradients
     from lightning_svd.training.run import SVDTraining
 
@@ -21,6 +22,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "CompressionReport",
+    "Distillation",
     "LayerPlan",
     "LayerReport",
     "RankChange",
@@ -50,6 +52,7 @@ _HOMES = {
     "SVDTrainingCallback": "lightning.callback",
     "SpectrumMonitor": "lightning.spectrum_monitor",
     "SVDTraining": "training.run",
+    "Distillation": "training.distillation",
     "add_gradients": "training.regularizers",
     "compress": "compression.compress",
     "CompressionReport": "compression.report",

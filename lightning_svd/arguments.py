@@ -20,6 +20,12 @@ def check_weight(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}")
 
 
+def check_positive(name: str, value: Any) -> None:
+    """A finite number above zero."""
+    if not _is_number(value) or not (0.0 < value < math.inf):
+        raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}")
+
+
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """An integer of at least ``least``, and at most ``most`` if that is given."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):

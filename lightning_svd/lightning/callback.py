@@ -105,7 +105,7 @@ class SVDTrainingCallback(CallbackWithRun):
             state=self._to_resume,
         )
         self._run, self.plan, self.report, self._to_resume = run, run.plan, None, None
-        trainers.show_weights_to_finetuning(trainer, run)
+        trainers.connect(trainer, run)
         rank_zero_info(plan_table(self.plan))
         if pl_module.example_input_array is not None:
             run.recorder.start()

@@ -47,7 +47,28 @@ def thaws_layers(trainer: Trainer) -> bool:
     return any(_is_a(other, "BaseFinetuning") for other in callbacks_of(trainer))
 
 
-def show_weights_to_finetuning(trainer: Trainer, run: SVDTraining) -> None:
+def connect(trainer: Trainer, run: SVDTraining) -> None:
+    """Have the Trainer's callbacks and precision fit a run that has begun, until it is over."""
+    _show_weights_to_finetuning(trainer, run)
+    if run.distiller is not None:
+        run.distiller.loss_scale = functools.partial(_loss_scale, trainer)
+        for module in run.distiller.teacher.modules():
+            if "_trainer" in vars(module):  # which copies leave out; what they log is not the student's
+                vars(module).update(_trainer=trainer, log=_log_nothing, log_dict=_log_nothing)
+
+
+def _loss_scale(trainer: Trainer) -> float:
+    """What the training step's loss is multiplied by before its backward pass."""
+    automatic = trainer.lightning_module.automatic_optimization
+    scale = gradient_scale(trainer, trainer.optimizers[0], stepping=False)
+    return scale / trainer.accumulate_grad_batches if automatic else scale
+
+
+def _log_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _show_weights_to_finetuning(trainer: Trainer, run: SVDTraining) -> None:
     """Have finetuning callbacks find in the optimizers what ``named_parameters()`` shows, until the run is over.
 
     They note the name of each parameter that an optimizer holds, look there for those that they add, and restore the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,16 +103,93 @@ def leaves(value: Any) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------- noting calls
 
 
-class CallRecorder:
-    """Notes by hooks which modules were called from outside, and with what; for one batch at a time.
+class CallWatcher:
+    """Sees by hooks which modules are called from outside; derive from it to say what is done then.
 
-    Outside means: from no other module that holds a layer. A step may call the whole, a network in it, by a method the
+    Outside means: from no other module that is watched. A step may call the whole, a network in it, by a method the
     parts of a network, several networks, one several times. What runs in a backward pass (activation checkpoints) is no
-    call of its own. Of a compiled module only the call of the whole is seen, and all its layers are taken to be called.
+    call of its own. Of a compiled module only the call of the whole is seen.
+    """
 
-    Memory is bounded: of each module's calls that look alike (shapes, dtypes, flags) :data:`ALIKE` are kept, of all
-    together :data:`KEPT`; tensors are not copied, so that a model that writes into its input is replayed on what it
-    wrote. Start it before a batch, and stop it after.
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._open: list[nn.Module] = []
+        self._forwards: dict[nn.Module, Any] = {}
+        self._compiled: dict[nn.Module, tuple[Any, Any]] = {}
+
+    def entered(self, module: nn.Module) -> None:
+        """A watched module is called, from outside or by another."""
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call from outside begins."""
+
+    def returned(self, module: nn.Module, output: Any) -> None:
+        """A call from outside has ended; ``output`` is None where it raised."""
+
+    def watch(self, modules: Iterable[nn.Module]) -> None:
+        """Watch these modules from now on."""
+        for module in modules:
+            self._forwards[module] = _forward_on(module)
+            entering, leaving = _Hook(self._enter), _Hook(self._leave)
+            self._handles += [
+                module.register_forward_pre_hook(entering, prepend=True, with_kwargs=True),
+                module.register_forward_hook(leaving, always_call=True),
+            ]
+            self._watch_compiled(module)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+        for child, (ours, theirs) in self._compiled.items():
+            if vars(child).get("_compiled_call_impl") is ours:
+                vars(child)["_compiled_call_impl"] = theirs
+        own: list[Any] = [self._handles, self._open, self._forwards, self._compiled]
+        for container in own:
+            container.clear()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module not in self._forwards:
+            return
+        if _forward_on(module) is not self._forwards[module]:
+            return  # a strategy leads `training_step` through the module's call; the step's own calls come inside
+        self._open.append(module)
+        self.entered(module)
+        if len(self._open) == 1 and not in_backward():
+            self.called(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module not in self._open:  # it was never entered: another's hook raised before
+            return
+        while self._open.pop() is not module:
+            pass
+        if not self._open and not in_backward():
+            self.returned(module, output)
+
+    def _watch_compiled(self, module: nn.Module) -> None:
+        # What `module.compile()` sets, a private attribute, calls hooks from inside the compiled code only.
+        compiled: Any = vars(module).get("_compiled_call_impl")
+        if compiled is not None:
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                output = None
+                self._enter(module, args, kwargs)
+                try:
+                    output = compiled(*args, **kwargs)
+                    return output
+                finally:
+                    self._leave(module, args, output)
+
+            vars(module)["_compiled_call_impl"] = call
+            self._compiled[module] = call, compiled
+
+
+class CallRecorder(CallWatcher):
+    """Notes which modules that hold a layer were called from outside, and with what; for one batch at a time.
+
+    Of a compiled module all layers are taken to be called. Memory is bounded: of each module's calls that look alike
+    (shapes, dtypes, flags) :data:`ALIKE` are kept, of all together :data:`KEPT`; tensors are not copied, so that a
+    model that writes into its input is replayed on what it wrote. Start it before a batch, and stop it after.
 
     Attributes:
         calls: What was called since it was started, in order.
@@ -121,77 +198,40 @@ class CallRecorder:
     """
 
     def __init__(self, module: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
+        super().__init__()
         self.module, self.layers = module, layers
         self.calls: list[Call] = []
         self.seen: set[str] = set()
         self.left_out = 0
-        self._handles: list[RemovableHandle] = []
-        self._open: list[nn.Module] = []
         self._alike: Counter[Any] = Counter()
         self._last: dict[Any, Call] = {}
-        self._forwards: dict[nn.Module, Any] = {}
         self._names: dict[nn.Module, list[str]] = {}
-        self._compiled: dict[nn.Module, tuple[Any, Any]] = {}
 
     def start(self) -> None:
         """Forget what was noted, and note from now on."""
         self.stop()
         self.calls, self.seen, self.left_out = [], set(), 0
         names = {id(layer): name for name, layer in self.layers.items()}
-        for child in self.module.modules():
-            if any(id(part) in names for part in _all_parts(child)):
-                own = [child, *(child.parts().values() if isinstance(child, InParts) else ())]
-                own = [*_all_parts(child)] if _is_compiled(child) else own
-                self._names[child] = [names[id(part)] for part in own if id(part) in names]
-                self._forwards[child] = vars(child).get("forward")
-                entering, leaving = _Hook(self._enter), _Hook(self._leave)
-                self._handles += [
-                    child.register_forward_pre_hook(entering, prepend=True, with_kwargs=True),
-                    child.register_forward_hook(leaving, always_call=True),
-                ]
-                self._watch_compiled(child)
+        for child in holders(self.module, self.layers.values()):
+            own = [child, *(child.parts().values() if isinstance(child, InParts) else ())]
+            own = [*_all_parts(child)] if _is_compiled(child) else own
+            self._names[child] = [names[id(part)] for part in own if id(part) in names]
+        self.watch(self._names)
 
     def stop(self) -> None:
         """Note no more; what was noted stays."""
-        for handle in self._handles:
-            handle.remove()
-        for child, (ours, theirs) in self._compiled.items():
-            if vars(child).get("_compiled_call_impl") is ours:
-                vars(child)["_compiled_call_impl"] = theirs
-        noted: list[Any] = [self._handles, self._open, self._alike, self._last]
-        watched: list[Any] = [self._forwards, self._names, self._compiled]
-        for container in (*noted, *watched):
+        super().stop()
+        noted: list[Any] = [self._alike, self._last, self._names]
+        for container in noted:
             container.clear()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module not in self._names:
-            return
-        if vars(module).get("forward") is not self._forwards[module]:
-            return  # a strategy leads `training_step` through the module's call; the step's own calls come inside
+    def entered(self, module: nn.Module) -> None:
+        """Note the layers that it is, or stands for."""
         self.seen.update(self._names[module])
-        self._open.append(module)
-        if len(self._open) == 1 and not in_backward():
-            self._note(module, args, kwargs)
 
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        if module in self._open:  # else it was never entered: another's hook raised before
-            while self._open.pop() is not module:
-                pass
-
-    def _watch_compiled(self, module: nn.Module) -> None:
-        # What `module.compile()` sets, a private attribute, calls hooks from inside the compiled code only.
-        compiled: Any = vars(module).get("_compiled_call_impl")
-        if compiled is not None:
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                self._enter(module, args, kwargs)
-                try:
-                    return compiled(*args, **kwargs)
-                finally:
-                    self._leave(module)
-
-            vars(module)["_compiled_call_impl"] = call
-            self._compiled[module] = call, compiled
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note the call."""
+        self._note(module, args, kwargs)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile stands for
@@ -208,6 +248,18 @@ class CallRecorder:
             self.calls.append(call)
             self._last[kind] = call
             self._alike[kind] += 1
+
+
+def holders(module: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules in ``module`` that are one of these layers, or hold one."""
+    chosen = {id(layer) for layer in layers}
+    return [child for child in module.modules() if any(id(part) in chosen for part in _all_parts(child))]
+
+
+def _forward_on(module: nn.Module) -> Any:
+    """What was set on a module in the place of its class's ``forward``; None if nothing was."""
+    own = vars(module).get("forward")  # a strategy that has replaced it for a moment leaves the bound method there
+    return None if getattr(own, "__func__", own) is getattr(type(module), "forward", None) else own
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -300,10 +352,12 @@ def replay(
         What each call returned, detached.
     """
     with untouched(module):
-        return [_again(call, watch or (lambda _: nullcontext())) for call in calls]
+        return [run_again(call, watch) for call in calls]
 
 
-def _again(call: Call, watch: Callable[[Call], AbstractContextManager[Any]]) -> Any:
+def run_again(call: Call, watch: Callable[[Call], AbstractContextManager[Any]] | None = None) -> Any:
+    """Run one call on clones of its tensors; what it returned, detached. Arguments as for :func:`replay`."""
+    watch = watch or (lambda _: nullcontext())
     if not call.differentiates:
         try:
             return _attempt(call, watch, grad=False)
@@ -355,12 +409,18 @@ def untouched(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_shortcuts() -> Iterator[None]:
     """Compute as in training: attention calls its layers, where torch has a fast path, and nothing is compiled."""
+    stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
+    with without_fast_path(), stance("force_eager") if stance else nullcontext():
+        yield
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Attention computes in evaluation as in training, where torch's fast path may return another shape."""
     shortcut = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
     try:
-        with stance("force_eager") if stance else nullcontext():
-            yield
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(shortcut)
 

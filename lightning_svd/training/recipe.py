@@ -22,6 +22,7 @@ from lightning_svd.model.plan import LayerPlan, Targets, plan, read_plan
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import Importance, Spectrum
+from lightning_svd.training.distillation import Distillation
 from lightning_svd.training.policies import FallToBudget, RankPolicy
 from lightning_svd.training.regularizers import SPARSITY
 from lightning_svd.training.schedules import SHAPES
@@ -65,6 +66,7 @@ class Recipe:
     final: str = "factored"
     importance: str | Importance = "spectrum"
     schedule: str | RankPolicy = "fall"
+    distill: bool | Distillation = False
 
     def __post_init__(self) -> None:
         check_targets("target_modules", self.target_modules)
@@ -100,6 +102,8 @@ class Recipe:
             check_choice("importance", self.importance, ("spectrum",))
         if not isinstance(self.schedule, RankPolicy):
             check_choice("schedule", self.schedule, ("fall",))
+        if not isinstance(self.distill, (bool, Distillation)):
+            raise ValueError(f"`distill` must be True, False or a Distillation, got {self.distill!r}")
         given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
         for name, value in given.items():
             check_share(name, value)

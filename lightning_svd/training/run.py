@@ -26,6 +26,7 @@ from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.latency import time_layers
 from lightning_svd.report.data import Pause, RankChange, SVDReport, report_on
 from lightning_svd.training import processes
+from lightning_svd.training.distillation import distiller_of
 from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
@@ -71,6 +72,7 @@ class SVDTraining:
         strengths: (step, sparsity weight) about a hundred times in the run.
         warnings: What the user should know at the end.
         backwards: Backward passes since the last optimizer step.
+        distiller: What teaches the model, until the run is over; None without ``distill``.
         last_cut: The :meth:`clock` at the last cut.
         until_closed: What is undone when the run is over, or given up.
 
@@ -112,12 +114,16 @@ class SVDTraining:
         self.plan = self.recipe.plan(model, include_frozen=thaws)
         if not thaws:
             self.plan = _trained_by(trainers, model, self.plan)
+        self.distiller = distiller_of(self.recipe.distill, model)  # of the dense model
         self.layers = begin(model, self.plan)
         self.bounds = self.recipe.bounds(self.plan)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
         self._dense = {name: _weight_of(layer) for name, layer in self.layers.items()}
         self.optimizers: list[OptimizerOfFactors] = []
         self.until_closed = ExitStack()
+        if self.distiller is not None:
+            self.distiller.start(self.layers)
+            self.until_closed.callback(self._dismiss_teacher)
         try:
             self._check_finite()
             self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
@@ -266,6 +272,11 @@ class SVDTraining:
         for optimizer in self.optimizers:
             optimizer.remove()
         self.until_closed.close()
+
+    def _dismiss_teacher(self) -> None:
+        if self.distiller is not None:
+            self.distiller.stop()
+            self.distiller = None
 
     # ---------------------------------------------------------------------------------------------------- what it costs
 
@@ -431,6 +442,8 @@ class SVDTraining:
         if step:
             self._dense = {}
         self._release_refused()
+        if self.distiller is not None:
+            self.warnings += [warning for warning in self.distiller.check() if warning not in self.warnings]
         if due is None:
             due = self.policy.is_due(self.clock(step))
         return self.cut(step, epoch) if due and not self.paused and self.cost is not None else None
@@ -624,6 +637,7 @@ class SVDTraining:
             "spectra_before": self.spectra_before,
             "cost": asdict(self.cost) if self.cost else None,
             "guard": self.guard.state_dict() if self.guard else None,
+            "teacher": self.distiller.state_dict() if self.distiller else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -632,6 +646,8 @@ class SVDTraining:
         Raises:
             ValueError: If other layers are factorized, or the same in another mode.
         """
+        if self.distiller is not None:
+            self.distiller.load_state_dict(state.get("teacher"))
         skipped = {name: reason for name, reason in state["refused"].items() if name in self.layers}
         saved = state["layers"]
         here = {(name, layer.conv_mode) for name, layer in self.layers.items() if name not in skipped}

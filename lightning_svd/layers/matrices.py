@@ -105,9 +105,9 @@ def exact_products(device: torch.device) -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     if precision != "highest":
         torch.set_float32_matmul_precision("highest")
-    available = torch.amp.is_autocast_available(device.type)
+    casts = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     try:
-        with torch.autocast(device.type, enabled=False) if available else nullcontext():
+        with torch.autocast(device.type, enabled=False) if casts else nullcontext():
             yield
     finally:
         if precision != "highest":

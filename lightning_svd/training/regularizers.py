@@ -39,7 +39,8 @@ def orthogonality(factor: Tensor, columns: slice = ALL) -> ValueAndGradient:
     # Products in half precision or TF32 would drown the defect.
     with exact_products(factor.device):
         defect = gram_defect(factor, columns)
-        return defect.square().sum((-2, -1)) * scale, (factor @ defect).mul_(4.0 * scale)
+        value = defect.square().sum((-2, -1)) * scale
+        return value, factor @ defect.mul_(4.0 * scale)  # the smaller of the two is scaled
 
 
 def l1(s: Tensor) -> ValueAndGradient:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
@@ -85,6 +85,10 @@ def with_recipe_arguments(callback: CallbackT) -> CallbackT:
     """Have a callback that takes the recipe's fields as ``**recipe`` show them in its signature, for all to see."""
     own = inspect.signature(callback.__init__)
     first, *mine = (p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD)
-    asked = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in inspect.signature(Recipe).parameters.values()]
+    types = get_type_hints(Recipe)  # a command line checks values against them, and knows no names of other modules
+    asked = [
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[p.name])
+        for p in inspect.signature(Recipe).parameters.values()
+    ]
     callback.__init__.__signature__ = own.replace(parameters=[first, *asked, *mine])  # type: ignore[attr-defined]
     return callback

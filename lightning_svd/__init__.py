@@ -11,20 +11,27 @@ if TYPE_CHECKING:
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
+    from lightning_svd.ranks.importance import Importance, Spectrum
     from lightning_svd.report.data import LayerReport, RankChange, SVDReport, summarize
-    from lightning_svd.training.regularizers import add_gradients
+    from lightning_svd.training.policies import FallToBudget, RankPolicy
+    from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "FallToBudget",
+    "Importance",
     "LayerPlan",
     "LayerReport",
     "RankChange",
+    "RankPolicy",
+    "Regularizer",
     "SVDLayer",
     "SVDReport",
     "SVDTraining",
     "SVDTrainingCallback",
+    "Spectrum",
     "SpectrumMonitor",
     "add_gradients",
     "compact",
@@ -46,11 +53,13 @@ _HOMES = {
     "SVDTrainingCallback": "lightning.callback",
     "SpectrumMonitor": "lightning.spectrum_monitor",
     "SVDTraining": "training.run",
-    "add_gradients": "training.regularizers",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
     "to_onnx": "files.export",
     "SVDLayer": "layers.layer",
+    **dict.fromkeys(("FallToBudget", "RankPolicy"), "training.policies"),
+    **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
+    **dict.fromkeys(("Importance", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
     **dict.fromkeys(("LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),

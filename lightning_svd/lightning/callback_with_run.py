@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import fields
 from typing import Any, TypeVar, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_svd.files.checkpoints import VERSION, check_state
-from lightning_svd.ranks.importance import Importance
 from lightning_svd.report.data import SVDReport
-from lightning_svd.training.policies import RankPolicy
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
 
@@ -75,10 +72,8 @@ class CallbackWithRun(Callback):
     @property
     def arguments(self) -> dict[str, Any]:
         """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
-        asked = {field.name: getattr(self.recipe, field.name) for field in fields(self.recipe)}
-        objects = {name: type(of).__name__ for name, of in asked.items() if isinstance(of, (Importance, RankPolicy))}
         names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
-        return asked | objects | {name: vars(self)[name] for name in names if name in vars(self) and name != "recipe"}
+        return self.recipe.arguments | {n: vars(self)[n] for n in names if n in vars(self) and n != "recipe"}
 
 
 def with_recipe_arguments(callback: CallbackT) -> CallbackT:

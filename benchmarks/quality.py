@@ -8,7 +8,7 @@ Nesterov momentum or AdamW, weight decay, one cosine. Budgets are shares of the 
 Hours of work are divided among processes (``--jobs``) and resumed: rows that the file of ``--json`` holds already are
 not computed again. What two budgets share, such as the dense training before a truncation, is trained once, and its
 time counted for both. Further rows of ours with other arguments than the defaults are asked for by ``--ours``, for
-instance ``--ours '{"sparsity": null}' '{"conv_mode": "spatial"}'``.
+instance ``--ours '{"schedule": {"start": 0.2}}' '{"conv_mode": "spatial"}'``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,16 @@ from lightning.pytorch import LightningModule, Trainer
 from step_cost import cut
 from torch import Tensor, nn
 
-from lightning_svd import SVDTrainingCallback, add_gradients, decompose, summarize, svd_layers, to_factored
+from lightning_svd import (
+    FallToBudget,
+    Regularizer,
+    SVDTrainingCallback,
+    add_gradients,
+    decompose,
+    summarize,
+    svd_layers,
+    to_factored,
+)
 from lightning_svd.model.counting import count_costs
 from lightning_svd.ranks.allocation import keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
@@ -341,7 +350,7 @@ def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
     module = Classifier(
         setting, dense_but_finetuning(setting), epochs, lambda progress: FINETUNE_RATE * cosine(progress)
     )
-    soon = {"sparsity": None, "sparsify_start": 0.0, "sparsify_end": 0.01}
+    soon = {"regularizer": None, "schedule": FallToBudget(start=0.0, end=0.01)}
     return svd_trained(module, soon | arguments)
 
 
@@ -383,9 +392,18 @@ SHARED_STARTS = {
 
 
 def method_named(name: str) -> Callable[[Setting], nn.Module]:
-    """A key of ``METHODS``, or "ours {...}" with the callback's arguments as JSON."""
+    """A key of ``METHODS``, or "ours {...}" with the callback's arguments as JSON, see :func:`built`."""
     kind, _, arguments = name.partition(" ")
-    return functools.partial(METHODS[kind], **json.loads(arguments or "{}"))
+    return functools.partial(METHODS[kind], **built(json.loads(arguments or "{}")))
+
+
+def built(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the objects that JSON cannot hold: ``schedule`` and ``regularizer`` made of their own."""
+    kinds = {"schedule": FallToBudget, "regularizer": Regularizer}
+    return {
+        name: kinds[name](**value) if name in kinds and isinstance(value, dict) else value
+        for name, value in arguments.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------- running

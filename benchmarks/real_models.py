@@ -27,7 +27,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
+from lightning_svd import FallToBudget, SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.files.export import largest_difference, to_onnx
 
 TARGET, STEPS, BATCH = 0.5, 8, 4
@@ -269,7 +269,7 @@ def measure(name: str, quick: bool) -> Row:
     """Take one model the whole way."""
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
-    task, callback = Task(model), SVDTrainingCallback(target_macs=TARGET, rank_updates=3)
+    task, callback = Task(model), SVDTrainingCallback(target_macs=TARGET, schedule=FallToBudget(cuts=3))
     trainer = Trainer(
         max_steps=STEPS,
         accelerator="cpu",

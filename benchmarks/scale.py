@@ -37,9 +37,9 @@ from step_cost import Run, Setting, arithmetic, cost_of, factorized, ranks_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_svd import SVDTrainingCallback, add_gradients, decompose, svd_layers
+from lightning_svd import FallToBudget, SVDTrainingCallback, add_gradients, decompose, svd_layers
 from lightning_svd.training.optimizers import OptimizerOfFactors
-from lightning_svd.training.policies import Change, FallToBudget
+from lightning_svd.training.policies import Change
 
 # The parts of a step in their order, each with the method of `Trained` that is it.
 EXTRA = {"forward and backward": "backward", "regularizer": "regularize", "optimizer": "step"}
@@ -220,7 +220,7 @@ def loggings(options: argparse.Namespace) -> list[Row]:
     pairs = 10 if options.quick else 100
     steps = 2 * pairs + 10
     callback = SVDTrainingCallback(
-        log_every_n_steps=2, log_spectrum_every_n_epochs=0, sparsify_start=1.0, sparsify_end=1.0
+        log_every_n_steps=2, log_spectrum_every_n_epochs=0, schedule=FallToBudget(start=1.0, end=1.0)
     )
     clock, module = Clock(options.device), Tiny(options.width, options.layers)
     with tempfile.TemporaryDirectory() as folder:
@@ -246,7 +246,7 @@ class OneRankLess(FallToBudget):
     """Takes one rank of every layer in each cut, after the ranks for the budget were found as ever."""
 
     def __init__(self) -> None:
-        super().__init__(0.0, 1.0, "linear", 1, "constant")
+        super().__init__(start=0.0, end=1.0, shape="linear", cuts=1, ramp="constant")
 
     def change(self, step: int, full: Any, now: Any, choose: Callable[[], Any]) -> Change:
         choose()

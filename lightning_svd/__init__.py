@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
+    from lightning_svd.ranks.importance import Importance, Spectrum
     from lightning_svd.report.data import LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
-    from lightning_svd.training.regularizers import add_gradients
+    from lightning_svd.training.policies import FallToBudget, RankPolicy
+    from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
 
 __version__ = "0.2.0"
@@ -23,13 +25,18 @@ __version__ = "0.2.0"
 __all__ = [
     "CompressionReport",
     "Distillation",
+    "FallToBudget",
+    "Importance",
     "LayerPlan",
     "LayerReport",
     "RankChange",
+    "RankPolicy",
+    "Regularizer",
     "SVDLayer",
     "SVDReport",
     "SVDTraining",
     "SVDTrainingCallback",
+    "Spectrum",
     "SpectrumMonitor",
     "add_gradients",
     "compact",
@@ -53,13 +60,15 @@ _HOMES = {
     "SpectrumMonitor": "lightning.spectrum_monitor",
     "SVDTraining": "training.run",
     "Distillation": "training.distillation",
-    "add_gradients": "training.regularizers",
     "compress": "compression.compress",
     "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
     "to_onnx": "files.export",
     "SVDLayer": "layers.layer",
+    **dict.fromkeys(("FallToBudget", "RankPolicy"), "training.policies"),
+    **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
+    **dict.fromkeys(("Importance", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
     **dict.fromkeys(("LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),

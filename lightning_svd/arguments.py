@@ -38,11 +38,15 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be True or False, got {value!r}")
 
 
-def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
-    """One of ``choices``."""
+def check_choice(name: str, value: Any, choices: Iterable[Any], kind: type | None = None) -> None:
+    """One of ``choices``, or an object of class ``kind`` if that is given."""
     choices = list(choices)
+    if kind is not None and isinstance(value, kind):
+        return
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        article = "an" if kind and kind.__name__[0] in "AEIOU" else "a"
+        either = f" or {article} {kind.__name__}" if kind else ""
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}{either}, got {value!r}")
 
 
 def check_targets(name: str, value: Any) -> None:

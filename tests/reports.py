@@ -61,7 +61,7 @@ def svd_report(layers, **changes):
         "metric": "val_accuracy",
         "metric_values": tuple((400 * k, 0.98 - 0.1 / k) for k in range(1, 31)),
         "pauses": (Pause(4800, 5600, 0.93, 0.96), Pause(11600, None, 0.95, 0.98)),
-        "arguments": {"target_macs": 0.35, "exclude_modules": ["head"], "sparsity": "hoyer", "monitor": None},
+        "arguments": {"target_macs": 0.35, "exclude_modules": ["head"], "regularizer": "hoyer", "monitor": None},
     }
     return SVDReport(**(values | changes))
 

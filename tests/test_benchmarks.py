@@ -23,7 +23,7 @@ import torch
 import trained_nets
 import whole_run
 
-from lightning_svd import svd_layers
+from lightning_svd import FallToBudget, Regularizer, svd_layers
 from lightning_svd.model.counting import count_costs
 
 ROOT = Path(__file__).parents[1]
@@ -291,6 +291,18 @@ def test_margins_are_those_to_the_best_rival_and_to_the_dense_net():
     (table,) = quality.margins(rows)
     assert table.rows == [["0.5", "fixed_rank", "-5.00", "-15.00"]]
     assert quality.margins(rows[2:]) == []
+
+
+def test_quality_builds_the_objects_that_its_further_arguments_are_for():
+    name = 'ours {"schedule": {"start": 0.2}, "regularizer": {"sparsity_weight": 0.006}, "conv_mode": "spatial"}'
+    assert quality.method_named(name).keywords == {
+        "schedule": FallToBudget(start=0.2),
+        "regularizer": Regularizer(sparsity_weight=0.006),
+        "conv_mode": "spatial",
+    }
+    assert quality.method_named('ours {"regularizer": null}').keywords == {"regularizer": None}
+    with pytest.raises(ValueError, match="`start` must be in"):
+        quality.method_named('ours {"schedule": {"start": 2}}')
 
 
 def test_quality_trains_every_method_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

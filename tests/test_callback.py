@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_svd import SVDLayer, SVDTrainingCallback, decompose, svd_layers
+from lightning_svd import FallToBudget, Regularizer, Spectrum, SVDLayer, SVDTrainingCallback, decompose, svd_layers
 from lightning_svd.layers.matrices import roundoff
 
 
@@ -106,7 +106,7 @@ def test_final_forms_predict_what_was_trained(final):
 
 
 def test_ranks_fall_and_freeze_where_they_should():
-    callback = SVDTrainingCallback(target_macs=0.4, sparsify_start=0.25, sparsify_end=0.75, rank_updates=5)
+    callback = SVDTrainingCallback(target_macs=0.4, schedule=FallToBudget(start=0.25, end=0.75, cuts=5))
     quiet_trainer(callbacks=[callback], max_epochs=5).fit(SmallNet(), data())
     timeline = callback.report.timeline
     assert 1 < len(timeline) <= 5
@@ -117,15 +117,15 @@ def test_ranks_fall_and_freeze_where_they_should():
 
 
 @pytest.mark.parametrize(
-    ("options", "allowed"),
+    ("cuts", "full_rank_as", "allowed"),
     [
-        ({"rank_updates": 1}, {14, 24}),
-        ({"rank_updates": 3}, {8, 11, 14, 24}),
+        (1, "svd", {14, 24}),
+        (3, "svd", {8, 11, 14, 24}),
         # In the first step it is seen, once, which layers can become two.
-        ({"rank_updates": 3, "full_rank_as": "dense"}, {0, 8, 11, 14, 24}),
+        (3, "dense", {0, 8, 11, 14, 24}),
     ],
 )
-def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(options, allowed, monkeypatch):
+def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(cuts, full_rank_as, allowed, monkeypatch):
     steps = set()
 
     class Watch(Callback):
@@ -140,7 +140,8 @@ def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(opti
 
             return note
 
-    callback = SVDTrainingCallback(sparsify_start=0.2, sparsify_end=0.6, **options)
+    schedule = FallToBudget(start=0.2, end=0.6, cuts=cuts)
+    callback = SVDTrainingCallback(schedule=schedule, full_rank_as=full_rank_as)
     quiet_trainer(callbacks=[callback, Watch()], max_epochs=3).fit(SmallNet(), data())
     assert steps == allowed  # at 24 for the report
 
@@ -157,7 +158,7 @@ class Layers(Callback):
 
 def test_after_the_last_cut_layers_train_as_what_they_become():
     seen = Layers()
-    callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.5, final="factored")
+    callback = SVDTrainingCallback(target_macs=0.4, schedule=FallToBudget(end=0.5), final="factored")
     model = SmallNet(optimizer="SGD", momentum=0.9, weight_decay=0.01).double()
     trainer = quiet_trainer(callbacks=[callback, seen], max_epochs=3)
     trainer.fit(model, data(dtype=torch.float64))
@@ -197,7 +198,7 @@ def test_under_averaging_it_trains_exactly_as_without(averaging, full_rank_as):
         torch.manual_seed(2)
         for p in model.parameters():
             nn.init.normal_(p, std=0.2)
-        callback = SVDTrainingCallback(target_macs=0.4, sparsify_end=0.6, full_rank_as=full_rank_as)
+        callback = SVDTrainingCallback(target_macs=0.4, schedule=FallToBudget(end=0.6), full_rank_as=full_rank_as)
         callbacks = [callback, *others, seen]
         quiet_trainer(callbacks=callbacks, max_epochs=5, val_check_interval=2).fit(model, data(), data())
         return seen, model.losses
@@ -314,10 +315,8 @@ def test_training_equals_a_hand_written_loop_with_the_summed_loss(options):
 
     callback = SVDTrainingCallback(
         target_macs=1.0,
-        sparsity_weight=0.02,
-        sparsity_schedule="constant",
-        sparsify_start=1.0,  # the one cut comes after the last step
-        sparsify_end=1.0,
+        regularizer=Regularizer(sparsity_weight=0.02),
+        schedule=FallToBudget(start=1.0, end=1.0, ramp="constant"),  # the one cut comes after the last step
         final="decomposed",
     )
     quiet_trainer(callbacks=[callback], max_epochs=1).fit(model, data(dtype=torch.float64))
@@ -338,7 +337,9 @@ def test_weight_decay_acts_on_singular_values_only():
     model.__class__ = ZeroLoss
     kept = Keep()
     callback = SVDTrainingCallback(
-        target_macs=1.0, sparsity=None, orthogonality_weight=0.0, sparsify_start=1.0, sparsify_end=1.0
+        target_macs=1.0,
+        regularizer=Regularizer(sparsity=None, orthogonality_weight=0.0),
+        schedule=FallToBudget(start=1.0, end=1.0),
     )
     quiet_trainer(callbacks=[kept, callback], max_epochs=1).fit(model, data(dtype=torch.float64))
     assert kept.parameters.keys() == before.keys()
@@ -361,7 +362,9 @@ def decomposed(model):
 
 
 def test_the_users_loss_is_not_touched():
-    strong = SVDTrainingCallback(target_macs=1.0, sparsity_weight=100.0, sparsity_schedule="constant")
+    strong = SVDTrainingCallback(
+        target_macs=1.0, regularizer=Regularizer(sparsity_weight=100.0), schedule=FallToBudget(ramp="constant")
+    )
     model, plain = SmallNet(), SmallNet()
     plain.load_state_dict(model.state_dict())
     quiet_trainer(callbacks=[strong], max_steps=1, max_epochs=-1).fit(model, data())
@@ -478,16 +481,17 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"energy_threshold": "0.9"}, "`energy_threshold` must be in .* got '0.9'"),
         ({"target_macs": 0.5, "target_params": 0.5}, "give one of `target_macs`, `target_params`, `energy_threshold`"),
         ({"conv_mode": "depth"}, "`conv_mode` must be one of 'channel', 'spatial', 'auto', got 'depth'"),
-        ({"sparsity": "l2"}, "`sparsity` must be one of .* got 'l2'"),
-        ({"sparsity_weight": -1.0}, "`sparsity_weight` must be a finite number >= 0, got -1.0"),
-        ({"orthogonality_weight": float("inf")}, "`orthogonality_weight` must be a finite number >= 0, got inf"),
-        ({"sparsity_schedule": "step"}, "`sparsity_schedule` must be one of"),
-        ({"budget_schedule": None}, "`budget_schedule` must be one of"),
-        ({"sparsify_start": 0.8}, r"`sparsify_start` must be <= `sparsify_end` \(0.7\), got 0.8"),
-        ({"sparsify_end": 1.5}, r"`sparsify_end` must be in \(0, 1\], got 1.5"),
+        (
+            {"regularizer": "l2"},
+            "`regularizer` must be one of 'hoyer', 'hoyer_square', 'l1', None or a Regularizer, got 'l2'",
+        ),
+        ({"regularizer": {"sparsity": "l1"}}, r"`regularizer` must be one of .*, got \{'sparsity': 'l1'\}"),
+        ({"schedule": "rise"}, "`schedule` must be one of 'fall' or a RankPolicy, got 'rise'"),
+        ({"schedule": None}, "`schedule` must be one of 'fall' or a RankPolicy, got None"),
+        ({"schedule": FallToBudget}, "`schedule` must be one of 'fall' or a RankPolicy, got <class"),
+        ({"importance": "fisher"}, "`importance` must be one of 'spectrum' or an Importance, got 'fisher'"),
         ({"min_rank": 0}, "`min_rank` must be an integer >= 1, got 0"),
         ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),
-        ({"rank_updates": True}, "`rank_updates` must be an integer >= 1 and <= 1000000, got True"),
         ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
         ({"log_every_n_steps": 0}, "`log_every_n_steps` must be an integer >= 1, got 0"),
         ({"full_rank_as": "pair"}, "`full_rank_as` must be one of 'svd', 'dense', got 'pair'"),
@@ -497,6 +501,72 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
 def test_constructor_names_the_argument_and_the_value(arguments, message):
     with pytest.raises(ValueError, match=message):
         SVDTrainingCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ({}, {"schedule": FallToBudget(), "regularizer": Regularizer(), "importance": Spectrum()}),
+        ({"regularizer": "l1"}, {"regularizer": Regularizer("l1")}),
+        ({"regularizer": None}, {"regularizer": Regularizer(None)}),
+    ],
+)
+def test_a_string_asks_for_what_the_object_of_that_name_does(short, long):
+    models = []
+    for arguments in (short, long):
+        torch.manual_seed(0)
+        models.append(SmallNet())
+        quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4, **arguments)]).fit(models[-1], data())
+    assert same_state(models[0].state_dict(), models[1].state_dict())
+
+
+def test_objects_are_given_once_and_serve_many_runs_unchanged():
+    schedule, regularizer = FallToBudget(start=0.25, end=0.75, cuts=5), Regularizer("l1")
+    before = copy.deepcopy(vars(schedule))
+    callback = SVDTrainingCallback(target_macs=0.4, schedule=schedule, regularizer=regularizer)
+    twin = copy.deepcopy(callback)
+    timelines = []
+    for each in (callback, callback, twin, copy.deepcopy(callback)):
+        torch.manual_seed(0)
+        quiet_trainer(callbacks=[each]).fit(SmallNet(), data())
+        timelines.append(each.report.timeline)
+    assert vars(schedule) == before and callback.recipe.schedule is schedule
+    assert timelines[0] and all(timeline == timelines[0] for timeline in timelines)
+
+
+class EveryFew(FallToBudget):
+    """With an argument of its own, and one that it keeps under another name."""
+
+    def __init__(self, few, secret=None):
+        super().__init__(end=0.9)
+        self.few, self._secret = few, secret
+
+
+def test_the_report_shows_objects_by_their_class_and_their_own_arguments():
+    callback = SVDTrainingCallback(
+        target_macs=0.4, schedule=FallToBudget(start=0.3), regularizer=Regularizer("l1"), importance=Spectrum()
+    )
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    shown = json.loads(callback.report.to_json())["arguments"]
+    assert shown["schedule"] == {
+        "class": "FallToBudget",
+        "start": 0.3,
+        "end": 0.7,
+        "shape": "cubic",
+        "cuts": 20,
+        "ramp": "linear",
+    }
+    assert shown["regularizer"] == {
+        "class": "Regularizer",
+        "sparsity": "l1",
+        "sparsity_weight": 0.0005,
+        "orthogonality_weight": 1.0,
+    }
+    assert shown["importance"] == {"class": "Spectrum"}
+    assert shown == json.loads(json.dumps(callback.arguments))
+    plain = SVDTrainingCallback(schedule=EveryFew(3)).arguments
+    assert plain["schedule"] == {"class": "EveryFew", "few": 3}
+    assert (plain["regularizer"], plain["importance"]) == ("hoyer", "spectrum")
 
 
 class NoLayers(SmallNet):

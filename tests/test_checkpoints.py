@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from models import SmallNet, ValidatedNet, data, quiet_trainer, same_state
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, load_low_rank, svd_layers
+from lightning_svd import FallToBudget, SVDTrainingCallback, load_low_rank, svd_layers
 from lightning_svd.files.checkpoints import saved_state
 from lightning_svd.layers.pairs import low_rank_pairs, rank_of
 
@@ -77,7 +77,7 @@ def fit(*callbacks, model=None, asynchronous=False, decay=None, ckpt_path=None, 
 
     plugin = Recording(TorchCheckpointIO()) if asynchronous else Recording()
     model = ValidatedNet(momentum=0.9).double() if model is None else model
-    callback = SVDTrainingCallback(**{"target_macs": 0.4, "sparsify_start": 0.3, "sparsify_end": 0.7} | arguments)
+    callback = SVDTrainingCallback(**{"target_macs": 0.4, "schedule": FallToBudget(start=0.3)} | arguments)
     writes = any(isinstance(other, ModelCheckpoint) for other in callbacks)
     everyone = (
         [callback, recorder, *callbacks] if decay is None else [callback, *callbacks[:1], recorder, *callbacks[1:]]
@@ -480,7 +480,7 @@ def test_a_run_resumes_with_a_callback_of_another_name(tmp_path):
     uninterrupted, *_ = fit(model=copy.deepcopy(start))
     fit(*WRITERS["best and last"](tmp_path), model=start)
     model = ValidatedNet(momentum=0.9).double()
-    derived = Derived(target_macs=0.4, sparsify_start=0.3, sparsify_end=0.7)
+    derived = Derived(target_macs=0.4, schedule=FallToBudget(start=0.3))
     quiet_trainer(callbacks=[derived]).fit(model, *loaders(), ckpt_path=str(tmp_path / "epoch=1.ckpt"))
     assert same_state(model.state_dict(), uninterrupted.state_dict())
 
@@ -541,7 +541,7 @@ NO_STATE = "holds the state of a dense training, from which SVD training cannot 
 def written(tmp_path_factory):
     """A file from during a fit, at full rank."""
     folder = tmp_path_factory.mktemp("written")
-    ours(folder / ".", sparsify_start=0.8, sparsify_end=0.9)
+    ours(folder / ".", schedule=FallToBudget(start=0.8, end=0.9))
     return torch.load(folder / "a.ckpt", weights_only=True)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import SmallNet, data, quiet_trainer, same_state
 
-from lightning_svd import SVDTrainingCallback
+from lightning_svd import FallToBudget, SVDTrainingCallback
 from lightning_svd.report.data import Pause
 from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.run import SVDTraining
@@ -29,7 +29,7 @@ class Scripted(SmallNet):
 def fit(*values, epochs=10, **arguments):
     """A run of 4 steps an epoch; ranks fall from step 12 to step 28."""
     torch.manual_seed(0)
-    schedule = {"sparsify_start": 0.3, "sparsify_end": 0.7}
+    schedule = {"schedule": FallToBudget(start=0.3)}
     options = {"target_params": 0.3, "monitor": "val_acc", "mode": "max"} | schedule | arguments
     callback, model = SVDTrainingCallback(**options), Scripted(*values)
     trainer = quiet_trainer(max_epochs=epochs, callbacks=[callback])
@@ -156,7 +156,7 @@ def test_sparsity_rests_in_a_pause(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_pauses_as_the_uninterrupted_one(tmp_path):
     options = {"target_params": 0.3, "monitor": "val_acc", "mode": "max", "max_metric_drop": 0.1}
-    options |= {"sparsify_start": 0.2, "sparsify_end": 0.6}
+    options |= {"schedule": FallToBudget(start=0.2, end=0.6)}
     every_epoch = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
 
     def run(seed, *callbacks, **options_of_fit):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_svd import (
+    FallToBudget,
     SVDTrainingCallback,
     add_gradients,
     decompose,
@@ -74,7 +75,11 @@ def inputs(net, dtype=torch.float32):
 
 def fit(net, conv_mode, *callbacks, precision="32-true", final="factored", **options):
     svd = SVDTrainingCallback(
-        energy_threshold=0.6, target_modules=["layer"], conv_mode=conv_mode, rank_updates=2, final=final
+        energy_threshold=0.6,
+        target_modules=["layer"],
+        conv_mode=conv_mode,
+        schedule=FallToBudget(cuts=2),
+        final=final,
     )
     x = inputs(net, DTYPES[precision])
     loader = DataLoader(TensorDataset(x), len(x) // BATCHES)

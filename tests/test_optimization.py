@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from models import SmallMLP, data, quiet_trainer, trained_parameters
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, decompose, svd_layers
+from lightning_svd import FallToBudget, Regularizer, SVDTrainingCallback, decompose, svd_layers
 from lightning_svd.layers.matrices import roundoff
 
 ORTHOGONALITY, SPARSITY = 10.0, 0.02
@@ -41,11 +41,8 @@ class Observer(Callback):
 def svd_training():
     return SVDTrainingCallback(
         target_macs=1.0,
-        orthogonality_weight=ORTHOGONALITY,
-        sparsity_weight=SPARSITY,
-        sparsity_schedule="constant",
-        sparsify_start=1.0,  # the one cut comes after the last step
-        sparsify_end=1.0,
+        regularizer=Regularizer(sparsity_weight=SPARSITY, orthogonality_weight=ORTHOGONALITY),
+        schedule=FallToBudget(start=1.0, end=1.0, ramp="constant"),  # the one cut comes after the last step
     )
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader
 
-from lightning_svd import SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, SVDTrainingCallback, svd_layers
 from lightning_svd.layers.matrices import roundoff
 
 IMAGES = torch.zeros(2, 1, 8, 8)
@@ -97,7 +97,10 @@ AVERAGES = {
 @pytest.mark.combination("Other callbacks", '{average} with `full_rank_as="{full_rank_as}"`')
 def test_the_final_model_is_the_average_at_the_ranks_that_were_kept(average, where, full_rank_as):
     averaging, own = (make() for make in AVERAGES[average])
-    model, callback = ValidatedMLP().double(), ours(final="dense", sparsify_end=0.5, full_rank_as=full_rank_as)
+    model, callback = (
+        ValidatedMLP().double(),
+        ours(final="dense", schedule=FallToBudget(end=0.5), full_rank_as=full_rank_as),
+    )
     # The own average is taken where the other is: before the ranks are cut after a step, or then.
     callbacks = [own, averaging, callback] if where == "before" else [callback, own, averaging]
     trainer = quiet_trainer(callbacks=callbacks, max_epochs=6, val_check_interval=3)
@@ -271,7 +274,7 @@ def test_a_finetuning_schedule_resumes_exactly(first, tmp_path):
     def run(**resume):
         torch.manual_seed(3)
         model = OnlyTrainable()
-        both = [FinetuneOn(), ours(sparsify_start=0.3, sparsify_end=0.7)]
+        both = [FinetuneOn(), ours(schedule=FallToBudget(start=0.3))]
         save = [] if resume else [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
         callbacks = [*(both if first else reversed(both)), *save]
         quiet_trainer(callbacks=callbacks, max_epochs=5, enable_checkpointing=not resume).fit(model, data(), **resume)

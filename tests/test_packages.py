@@ -17,7 +17,15 @@ from lightning.pytorch.cli import LightningCLI
 from models import SmallMLP, SmallNet, data
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, add_gradients, decompose, svd_layers, to_factored
+from lightning_svd import (
+    FallToBudget,
+    Regularizer,
+    SVDTrainingCallback,
+    add_gradients,
+    decompose,
+    svd_layers,
+    to_factored,
+)
 from lightning_svd.model.counting import count_costs
 from lightning_svd.ranks.allocation import keep_by_budget
 
@@ -65,14 +73,20 @@ def test_works_in_pytorch_lightning(net):
 @pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[\s\S]*will be removed in v5")
 @pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning")
 @pytest.mark.combination("Packages", "LightningCLI")
-def test_works_in_a_cli_from_the_yaml_of_the_docs(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("block", "schedule", "regularizer"),
+    [(0, "fall", "l1"), (1, FallToBudget(start=0.3, cuts=10), Regularizer("l1", 0.001))],
+    ids=["strings", "objects"],
+)
+def test_works_in_a_cli_from_the_yaml_of_the_docs(block, schedule, regularizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     page = Path(__file__).parents[1] / "docs" / "lightning-cli.md"
     config = tmp_path / "config.yaml"
-    config.write_text(re.search(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL).group(1))
+    config.write_text(re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[block])
     quiet = [f"--trainer.{name}=false" for name in QUIET]
     cli = LightningCLI(SmallNetForCLI, args=["fit", f"--config={config}", *quiet], save_config_callback=None)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, SVDTrainingCallback))
+    assert (callback.recipe.schedule, callback.recipe.regularizer) == (schedule, regularizer)
     assert callback.report.macs_ratio <= 0.4
     assert callback.report.skipped == (("head", "Linear", "excluded by `exclude_modules`"),)
     assert counted_macs(cli.model, IMAGES) <= 0.4 * counted_macs(SmallNet(), IMAGES)
@@ -88,12 +102,21 @@ class SmallNetForCLI(SmallNet):
         return data()
 
 
-def test_a_cli_names_a_wrong_argument(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["target_mac=0.4"], "target_mac"),
+        (["target_macs=much"], "Expected a <class 'float'>"),
+        (["schedule=lightning_svd.FallToBudget", "schedule.begin=0.3"], "Option 'begin' is not accepted"),
+        (["regularizer={sparsities: l1}"], "Option 'sparsities' is not accepted"),
+    ],
+)
+def test_a_cli_names_a_wrong_argument(wrong, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     arguments = [f"--trainer.{name}=false" for name in QUIET] + ["--trainer.callbacks=SVDTrainingCallback"]
     with pytest.raises(SystemExit):
-        LightningCLI(SmallNetForCLI, args=["fit", *arguments, "--trainer.callbacks.target_mac=0.4"])
-    assert "target_mac" in capsys.readouterr().err
+        LightningCLI(SmallNetForCLI, args=["fit", *arguments, *(f"--trainer.callbacks.{each}" for each in wrong)])
+    assert message in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- without Lightning
@@ -105,7 +128,7 @@ for name in ("lightning", "pytorch_lightning", "lightning_fabric", "wandb"):
 import torch
 import lightning_svd, lightning_svd.model.surgery
 from lightning_svd import add_gradients, compact, decompose, load_low_rank, plan, save_low_rank, summarize, svd_layers
-from lightning_svd import to_dense, to_factored
+from lightning_svd import FallToBudget, Importance, RankPolicy, Regularizer, Spectrum, to_dense, to_factored
 torch.manual_seed(0)
 net = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
 x = torch.randn(4, 16)

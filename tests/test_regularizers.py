@@ -1,6 +1,7 @@
 """Closed-form penalties and gradients, held against autograd on the formula as the paper writes it."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.model.surgery import decompose, svd_layers
-from lightning_svd.training.regularizers import COLUMNS, SPARSITY, add_gradients, hoyer, orthogonality
+from lightning_svd.training.regularizers import COLUMNS, SPARSITY, Regularizer, add_gradients, hoyer, orthogonality
 
 FORMULAS = {
     "l1": lambda s: s.abs().sum(),
@@ -283,3 +284,33 @@ def test_in_half_precision_or_tf32_the_penalty_is_computed_exactly():
     finally:
         torch.set_float32_matmul_precision(before)
     assert error <= roundoff((48, 40), torch.float32)
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": "l2"}, "`sparsity` must be one of 'hoyer', 'hoyer_square', 'l1', None, got 'l2'"),
+        ({"sparsity_weight": -1.0}, "`sparsity_weight` must be a finite number >= 0, got -1.0"),
+        ({"sparsity_weight": "0.1"}, "`sparsity_weight` must be a finite number >= 0, got '0.1'"),
+        ({"orthogonality_weight": float("inf")}, "`orthogonality_weight` must be a finite number >= 0, got inf"),
+    ],
+)
+def test_a_regularizer_names_the_argument_and_the_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Regularizer(**arguments)
+
+
+@pytest.mark.parametrize(("name", "weight"), [("hoyer", 2e-3), ("hoyer_square", 2e-4), ("l1", 5e-4), (None, 0.0)])
+def test_each_penalty_has_a_weight_of_its_own_unless_one_is_given(name, weight):
+    assert Regularizer(name).sparsity_weight == weight
+    assert Regularizer(name, 0.5).sparsity_weight == 0.5
+
+
+def test_a_regularizer_says_what_it_is_in_a_copy_and_a_pickle_too():
+    regularizer = Regularizer("l1", orthogonality_weight=3.0)
+    for same in (regularizer, copy.deepcopy(regularizer), pickle.loads(pickle.dumps(regularizer))):
+        assert repr(same) == "Regularizer(sparsity='l1', sparsity_weight=0.0005, orthogonality_weight=3.0)"
+        assert same == regularizer

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from models import ValidatedNet, data, quiet_trainer
 from torch import nn
 
-from lightning_svd import SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, SVDTrainingCallback, svd_layers
 
 STEPS, BATCHES = 24, list(data())
 SGD = {"optimizer": "SGD", "momentum": 0.9, "weight_decay": 0.01}
@@ -84,8 +84,8 @@ def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", **tra
     """Fit a new model in a new Trainer; everything that is left of it."""
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
     keep = Keep()
-    arguments = {"sparsify_start": 0.2, "sparsify_end": 0.8, "rank_updates": 6, "full_rank_as": full_rank_as}
-    ours = SVDTrainingCallback(target_macs=0.4, **arguments)
+    schedule = FallToBudget(start=0.2, end=0.8, cuts=6)
+    ours = SVDTrainingCallback(target_macs=0.4, schedule=schedule, full_rank_as=full_rank_as)
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)

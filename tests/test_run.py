@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_same
 from torch import nn
 
-from lightning_svd import SVDTraining, svd_layers
+from lightning_svd import FallToBudget, Regularizer, SVDTraining, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.training import processes
 from lightning_svd.training import run as run_module
@@ -68,7 +68,7 @@ def loop(model, training, steps, seed=1):
 @pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_a_cut_keeps_the_strongest_at_any_scale(scale, full_rank_as):
-    run = begun(3, scale, full_rank_as=full_rank_as, sparsify_start=0.0, sparsify_end=0.1, rank_updates=1)
+    run = begun(3, scale, full_rank_as=full_rank_as, schedule=FallToBudget(start=0.0, end=0.1, cuts=1))
     weights = {}
     with torch.no_grad():
         for name, layer in run.layers.items():
@@ -85,7 +85,7 @@ def test_a_cut_keeps_the_strongest_at_any_scale(scale, full_rank_as):
 
 
 def test_a_cut_that_changes_no_rank_is_no_change():
-    run = begun(2, total_steps=100, sparsify_start=0.2, sparsify_end=0.4, budget_schedule="linear")
+    run = begun(2, total_steps=100, schedule=FallToBudget(start=0.2, end=0.4, shape="linear"))
     assert run.cut(1, 0) is None and run.timeline == []
     change = run.cut(30, 0)
     assert run.timeline == [change] and change.step == 30
@@ -95,10 +95,10 @@ def test_a_cut_that_changes_no_rank_is_no_change():
 
 
 def test_the_last_cut_makes_layers_what_they_are_going_to_be():
-    run = begun(2, sparsify_start=0.1, sparsify_end=0.5)
+    run = begun(2, schedule=FallToBudget(start=0.1, end=0.5))
     run.cut(5, 0)
     assert {name: layer.form.name for name, layer in run.layers.items()} == {"0": "pair", "2": "pair"}
-    run = begun(7, sparsify_start=0.1, sparsify_end=0.5)  # which costs more than the dense layers
+    run = begun(7, schedule=FallToBudget(start=0.1, end=0.5))  # which costs more than the dense layers
     run.cut(5, 0)
     assert {name: layer.form.name for name, layer in run.layers.items()} == {"0": "dense", "2": "dense"}
     assert run.policy.pending is None and not run.regularized
@@ -106,8 +106,9 @@ def test_the_last_cut_makes_layers_what_they_are_going_to_be():
 
 @pytest.mark.parametrize("count", [6, 2], ids=["in place", "shrunken"])
 def test_after_a_cut_momentum_follows_its_columns_and_what_is_not_in_use_stays(count):
-    options = {"orthogonality_weight": 0.0, "sparsity": None}
-    run = begun(count, total_steps=100, sparsify_start=0.01, sparsify_end=0.9, budget_schedule="constant", **options)
+    schedule = FallToBudget(start=0.01, end=0.9, shape="constant")
+    regularizer = Regularizer(sparsity=None, orthogonality_weight=0.0)
+    run = begun(count, total_steps=100, schedule=schedule, regularizer=regularizer)
     loop(run.model, run, 1)
     layer, (held,) = run.layers["0"], run.optimizers
     optimizer = held.optimizer
@@ -183,12 +184,12 @@ def test_a_plain_loop_ends_with_a_small_model_that_learned(name, final, full_ran
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("arguments", [{"target_params": 0.001}, {"target_modules": ["9"]}, {"sparsity": "l7"}])
+@pytest.mark.parametrize("arguments", [{"target_params": 0.001}, {"target_modules": ["9"]}, {"regularizer": "l7"}])
 def test_a_run_that_is_refused_changes_nothing(arguments):
     model = net()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     held, values = dict(model.named_parameters()), copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"`(target_params|target_modules|sparsity)`"):
+    with pytest.raises(ValueError, match=r"`(target_params|target_modules|regularizer)`"):
         SVDTraining(model, optimizer, 10, **arguments)
     assert [(n, id(p), type(p)) for n, p in model.named_parameters()] == [
         (n, id(p), nn.Parameter) for n, p in held.items()
@@ -309,7 +310,8 @@ def test_cuts_that_remove_no_rank_do_not_wear_a_weight_down(dtype):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40)).to(dtype)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    training = SVDTraining(net, optimizer, 20, target_macs=1.0, sparsify_start=0.0, sparsify_end=1.0, sparsity=None)
+    schedule = FallToBudget(start=0.0, end=1.0)
+    training = SVDTraining(net, optimizer, 20, target_macs=1.0, schedule=schedule, regularizer=None)
     x = torch.randn(8, 48).to(dtype)
     for step in range(20):
         optimizer.zero_grad()
@@ -330,7 +332,7 @@ def test_layers_that_stay_as_wide_as_they_are_stored_are_others_all_the_same_aft
     told = []
     net = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    arguments = {"target_macs": 0.9, "full_rank_as": "dense", "sparsify_start": 0.2, "sparsify_end": 0.9}
+    arguments = {"target_macs": 0.9, "full_rank_as": "dense", "schedule": FallToBudget(start=0.2, end=0.9)}
     training = SVDTraining(net, optimizer, 10, on_reshape=lambda: told.append(training._steps), **arguments)
     assert told == []  # the dense layers are as they were
     for _ in range(4):

@@ -1,5 +1,8 @@
 """Schedules: where each begins and ends, that none turns back, when ranks are cut, and to which."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -117,7 +120,7 @@ FULL, FINAL = {"a": 64, "b": 10}, {"a": 4, "b": 10}
 
 
 def falling(start=0.2, end=0.7, shape="linear", cuts=5, ramp="linear", total=100):
-    policy = FallToBudget(start, end, shape, cuts, ramp)
+    policy = FallToBudget(start=start, end=end, shape=shape, cuts=cuts, ramp=ramp)
     policy.begin(total)
     return policy
 
@@ -169,7 +172,7 @@ def test_a_resumed_policy_goes_on_as_one_that_was_not_interrupted(last):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @exhaustively
-@given(total=st.integers(1, 400), bounds=st.tuples(shares, shares), cuts=st.integers(1, 30))
+@given(total=st.integers(1, 400), bounds=st.tuples(shares, shares).filter(any), cuts=st.integers(1, 30))
 def test_every_policy_ends_at_the_ranks_that_were_chosen(shape, total, bounds, cuts):
     start, end = sorted(bounds)
     changes = run_through(falling(start, end, shape, cuts, total=total), total)
@@ -182,6 +185,31 @@ def test_its_strength_is_the_schedules():
     assert [policy.strength(step) for step in range(100)] == [
         strength(s / 100, 0.5, 0.75, "cosine") for s in range(100)
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": 0.8}, r"`start` must be <= `end` \(0.7\), got 0.8"),
+        ({"start": -0.1}, r"`start` must be in \[0, 1\], got -0.1"),
+        ({"end": 1.5}, r"`end` must be in \(0, 1\], got 1.5"),
+        ({"start": 0, "end": 0}, r"`end` must be in \(0, 1\], got 0"),
+        ({"shape": None}, "`shape` must be one of 'constant', 'linear', 'cosine', 'cubic', got None"),
+        ({"cuts": True}, "`cuts` must be an integer >= 1 and <= 1000000, got True"),
+        ({"ramp": "step"}, "`ramp` must be one of 'constant', 'linear', 'cosine', 'cubic', got 'step'"),
+    ],
+)
+def test_its_constructor_names_the_argument_and_the_value(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        FallToBudget(**arguments)
+
+
+def test_it_says_what_it_was_built_with_in_a_copy_and_a_pickle_too():
+    policy = falling(0.3, 0.6, "cosine", 10, "constant")
+    run_through(policy)
+    for same in (policy, copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):
+        assert repr(same) == "FallToBudget(start=0.3, end=0.6, shape='cosine', cuts=10, ramp='constant')"
+        assert same == policy and same != FallToBudget() and same.pending is None
 
 
 def test_a_policy_of_ones_own_must_answer_every_question():

@@ -19,7 +19,7 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_svd import SVDLayer, SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.lightning.trainers import check_trainer
 from lightning_svd.ranks.importance import Spectrum
@@ -112,7 +112,11 @@ class WithUnused(SmallNet):
 )
 @pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")
 def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before, arguments, tmp_path):
-    callbacks = [*before, SVDTrainingCallback(target_macs=0.4, rank_updates=4, **arguments), Witness(tmp_path)]
+    callbacks = [
+        *before,
+        SVDTrainingCallback(target_macs=0.4, schedule=FallToBudget(cuts=4), **arguments),
+        Witness(tmp_path),
+    ]
     quiet_trainer(callbacks=callbacks, **two_processes(**options)).fit(net(), data())
     (zero, one), _ = witnessed(tmp_path)
     assert zero == one
@@ -132,7 +136,7 @@ class Dealing(SmallMLP):
 
 def test_two_processes_train_what_one_does_with_their_batches_together(tmp_path):
     def arguments():
-        return {"target_macs": 0.4, "sparsity_weight": 0.02, "orthogonality_weight": 10.0}
+        return {"target_macs": 0.4, "regularizer": Regularizer(sparsity_weight=0.02, orthogonality_weight=10.0)}
 
     model, alone = Dealing(momentum=0.9).double(), Dealing(momentum=0.9).double()
     alone.load_state_dict(model.state_dict())
@@ -264,7 +268,7 @@ class OfAnySize(SmallNet):
     "Strategies", "DDP, {processes} processes with batches of other shapes, full_rank_as={full_rank_as}"
 )
 def test_processes_with_batches_of_other_shapes_decide_as_one(processes, full_rank_as, tmp_path):
-    callback = SVDTrainingCallback(target_macs=0.2, rank_updates=4, full_rank_as=full_rank_as)
+    callback = SVDTrainingCallback(target_macs=0.2, schedule=FallToBudget(cuts=4), full_rank_as=full_rank_as)
     options = two_processes() | {"devices": processes}
     quiet_trainer(callbacks=[Unseeded(), callback, Witness(tmp_path)], **options).fit(OfAnySize(), data(96))
     all_of_them = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(processes)]

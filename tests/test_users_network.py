@@ -14,7 +14,7 @@ from models import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_svd import SVDLayer, SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
 
 combination = pytest.mark.combination
 
@@ -56,7 +56,8 @@ def svd(**arguments):
 
 def only_full_rank(**arguments):
     """Ranks are cut in the last step only, so that until then a run computes what the dense one does."""
-    return svd(sparsify_start=1.0, sparsify_end=1.0, sparsity=None, orthogonality_weight=0.0, **arguments)
+    regularizer = Regularizer(sparsity=None, orthogonality_weight=0.0)
+    return svd(schedule=FallToBudget(start=1.0, end=1.0), regularizer=regularizer, **arguments)
 
 
 def fit(model, *callbacks, epochs=3, loader=None, **options):
@@ -261,7 +262,7 @@ def test_an_average_by_side_follows_the_dense_weight_through_cuts():
             self.own = {name: value.lerp(state[name], 0.3) for name, value in self.own.items()}
             followed.append(self.own)
 
-    fit(Net(), svd(sparsify_start=0.2, sparsify_end=0.6), average, Follow())
+    fit(Net(), svd(schedule=FallToBudget(start=0.2, end=0.6)), average, Follow())
     for name, value in average.average.named_parameters():
         torch.testing.assert_close(value, followed[-1][name])
 
@@ -515,7 +516,7 @@ def test_what_the_ranks_cannot_hold_is_said():
         weight.data.copy_(weight.detach().clamp(min=0))
 
     with pytest.warns(UserWarning, match=r"`net\.2\.weight`: what was loaded into it is kept .*% off"):
-        fit(Net(), svd(sparsify_start=0.2, sparsify_end=0.5), At("on_train_batch_end", act, step=10))
+        fit(Net(), svd(schedule=FallToBudget(start=0.2, end=0.5)), At("on_train_batch_end", act, step=10))
 
 
 @combination("The user's network", "a hook on a weight before the fit, whose layer stays dense")
@@ -776,7 +777,7 @@ class Preconditioned(torch.optim.Optimizer):
 @combination("The user's network", "an optimizer with a preconditioner of the parameter's shape")
 def test_state_that_is_no_momentum_is_dropped_and_not_multiplied():
     model = Net(lambda net: Preconditioned(net.parameters(), lr=0.05))
-    callback = svd(sparsify_start=0.2, sparsify_end=0.7)
+    callback = svd(schedule=FallToBudget(start=0.2, end=0.7))
     fit(model, callback)
     assert callback.report.macs_ratio <= 0.5 and all(p.isfinite().all() for p in model.parameters())
 
@@ -819,7 +820,7 @@ def test_a_weight_in_two_optimizers_is_refused():
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {"amsgrad": True}])
 def test_forms_of_adam_go_through_cuts_and_shrinking(options):
     model = Net(lambda net: torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1, **options))
-    callback = svd(target_macs=0.2, sparsify_start=0.2, sparsify_end=0.7)
+    callback = svd(target_macs=0.2, schedule=FallToBudget(start=0.2, end=0.7))
     fit(model, callback)
     assert callback.report.macs_ratio <= 0.2
 
@@ -999,7 +1000,7 @@ def test_a_fit_that_restores_a_checkpoint_inside_itself_goes_on_from_it(tmp_path
                 for name, value in self.kept.items():
                     torch.testing.assert_close(pl_module.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
-    callback, restores = svd(sparsify_start=0.3, sparsify_end=0.6), Restores()
+    callback, restores = svd(schedule=FallToBudget(start=0.3, end=0.6)), Restores()
     fit(Net(), callback, restores, epochs=6)
     assert restores.ranks == {"net.0": 64, "net.2": 96, "net.4": 8}
     assert callback.report.macs_ratio <= 0.5

@@ -14,7 +14,7 @@ from models import SmallNet, data, quiet_trainer, same_state
 from test_strategies import two_processes
 from wandb.proto import wandb_internal_pb2
 
-from lightning_svd import SpectrumMonitor, SVDTrainingCallback
+from lightning_svd import FallToBudget, SpectrumMonitor, SVDTrainingCallback
 from lightning_svd.lightning.loggers import MOST_CHARTS, SpectrumHistory
 
 BLOCK, HEADER, FIRST, LAST, FULL = 32768, 7, 2, 4, 1
@@ -94,7 +94,9 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("run")
     logger = wandb_logger(folder)
-    callback = SVDTrainingCallback(target_macs=0.4, log_spectrum_every_n_epochs=2, exclude_modules=["features.0"])
+    callback = SVDTrainingCallback(
+        target_macs=0.4, log_spectrum_every_n_epochs=2, exclude_modules=["features.0"], schedule=FallToBudget()
+    )
     watcher = SpectrumMonitor(every_n_epochs=2, target_modules=["features.0", "hidden"])
     callbacks = [callback, watcher]
     quiet_trainer(callbacks=callbacks, logger=logger, max_epochs=5, log_every_n_steps=4).fit(SmallNet(), data())
@@ -191,6 +193,7 @@ def test_the_arguments_are_in_the_runs_config(run):
     folder, _, callback, _ = run
     found = config(folder)["svd_training"]
     assert found["target_macs"] == 0.4 and found["exclude_modules"] == ["features.0"]
+    assert found["schedule"]["class"] == "FallToBudget" and found["schedule"]["end"] == 0.7
     assert found == json.loads(json.dumps(callback.arguments))
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from models import SmallMLP, data, quiet_trainer, trained_parameters
 from torch.optim import lr_scheduler
 
-from lightning_svd import SVDTrainingCallback, decompose, svd_layers
+from lightning_svd import FallToBudget, Regularizer, SVDTrainingCallback, decompose, svd_layers
 
 DECAY = 0.3
 
@@ -98,7 +98,9 @@ def test_decay_acts_on_singular_values_and_plain_parameters_only(optimizer):
 
     keep = Keep()
     callback = SVDTrainingCallback(
-        target_macs=1.0, orthogonality_weight=0.0, sparsity=None, sparsify_start=1.0, sparsify_end=1.0
+        target_macs=1.0,
+        regularizer=Regularizer(sparsity=None, orthogonality_weight=0.0),
+        schedule=FallToBudget(start=1.0, end=1.0),
     )
     quiet_trainer(callbacks=[keep, callback], max_epochs=1).fit(model, data())
     for name, p in twin.named_parameters():

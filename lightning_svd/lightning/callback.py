@@ -15,7 +15,7 @@ from lightning_svd.lightning import loggers, trainers
 from lightning_svd.lightning.callback_with_run import CallbackWithRun, with_recipe_arguments
 from lightning_svd.lightning.checkpoint_io import SVDCheckpointIO
 from lightning_svd.ranks.costs import ModelCost
-from lightning_svd.report.data import SVDReport, plan_table
+from lightning_svd.report.data import plan_table
 from lightning_svd.training.guard import guard_on
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
@@ -72,7 +72,6 @@ class SVDTrainingCallback(CallbackWithRun):
         self.monitor, self.mode, self.max_metric_drop = monitor, mode, max_metric_drop
         self.log_every_n_steps, self.log_spectrum_every_n_epochs = log_every_n_steps, log_spectrum_every_n_epochs
         self.plan: list[Any] = []
-        self.report: SVDReport | None = None
         self._spectra: loggers.SpectrumHistory | None = None
         self._before_trial: dict[str, Any] = {}
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import asdict, fields
 from typing import Any, TypeVar, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_svd.files.checkpoints import VERSION, check_state
-from lightning_svd.ranks.importance import Importance
 from lightning_svd.report.data import SVDReport
-from lightning_svd.training.distillation import Distillation
-from lightning_svd.training.policies import RankPolicy
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
 
@@ -76,22 +72,17 @@ class CallbackWithRun(Callback):
     @property
     def arguments(self) -> dict[str, Any]:
         """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
-        asked = {field.name: getattr(self.recipe, field.name) for field in fields(self.recipe)}
-        objects: dict[str, Any] = {
-            name: type(of).__name__ for name, of in asked.items() if isinstance(of, (Importance, RankPolicy))
-        }
-        objects |= {name: asdict(of) for name, of in asked.items() if isinstance(of, Distillation)}
         names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
-        return asked | objects | {name: vars(self)[name] for name in names if name in vars(self) and name != "recipe"}
+        return self.recipe.arguments | {n: vars(self)[n] for n in names if n in vars(self) and n != "recipe"}
 
 
 def with_recipe_arguments(callback: CallbackT) -> CallbackT:
     """Have a callback that takes the recipe's fields as ``**recipe`` show them in its signature, for all to see."""
     own = inspect.signature(callback.__init__)
     first, *mine = (p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD)
-    hints = get_type_hints(Recipe)  # as types, which a command line's parser would look for in the callback's module
+    types = get_type_hints(Recipe)  # a command line checks values against them, and knows no names of other modules
     asked = [
-        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name])
+        p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=types[p.name])
         for p in inspect.signature(Recipe).parameters.values()
     ]
     callback.__init__.__signature__ = own.replace(parameters=[first, *asked, *mine])  # type: ignore[attr-defined]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_svd.arguments import check_choice, check_count, check_share
 from lightning_svd.ranks.allocation import interpolate
 from lightning_svd.ranks.costs import ModelCost
-from lightning_svd.training.schedules import cut_steps, removal, strength
+from lightning_svd.training.schedules import SHAPES, cut_steps, removal, strength
 
 ChooseRanks = Callable[[dict[str, Tensor], ModelCost], dict[str, int]]
 
@@ -70,19 +71,35 @@ class RankPolicy(ABC):
         """The step of the last change that is still to come; None if all were made."""
 
 
+@dataclass(kw_only=True)
 class FallToBudget(RankPolicy):
     """Ranks are full, then fall to the budget in cuts along a curve, then stay.
 
     Args:
-        start: Share of the run before they begin to fall.
-        end: Share of the run after which they stay.
+        start: Share of the run before they begin to fall, in [0, 1].
+        end: Share of the run after which they stay, in (0, 1] and not before ``start``.
         shape: Of the fall, see :mod:`~lightning_svd.training.schedules`.
         cuts: In how many they fall.
         ramp: Shape in which the sparsity strength ramps up until ``start``.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
     """
 
-    def __init__(self, start: float, end: float, shape: str, cuts: int, ramp: str) -> None:
-        self.start, self.end, self.shape, self.cuts, self.ramp = start, end, shape, cuts, ramp
+    start: float = 0.5
+    end: float = 0.7
+    shape: str = "cubic"
+    cuts: int = 20
+    ramp: str = "linear"
+
+    def __post_init__(self) -> None:
+        check_share("start", self.start, zero=True)
+        check_share("end", self.end)
+        if self.start > self.end:
+            raise ValueError(f"`start` must be <= `end` ({self.end!r}), got {self.start!r}")
+        check_choice("shape", self.shape, SHAPES)
+        check_count("cuts", self.cuts, most=1_000_000)
+        check_choice("ramp", self.ramp, SHAPES)
         self.total_steps, self._steps = 1, [1]
 
     def begin(self, total_steps: int) -> None:

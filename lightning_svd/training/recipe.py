@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,7 +17,6 @@ from lightning_svd.arguments import (
     check_rank_pattern,
     check_share,
     check_targets,
-    check_weight,
 )
 from lightning_svd.layers.views import CONV_MODES
 from lightning_svd.model.plan import LayerPlan, Targets, plan, read_plan
@@ -24,11 +25,8 @@ from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import Importance, Spectrum
 from lightning_svd.training.distillation import Distillation
 from lightning_svd.training.policies import FallToBudget, RankPolicy
-from lightning_svd.training.regularizers import SPARSITY
-from lightning_svd.training.schedules import SHAPES
+from lightning_svd.training.regularizers import SPARSITY, Regularizer
 
-# Strengths at which each penalty helps a falling budget without doing the pruning alone.
-SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, None: 0.0}
 DEFAULT_TARGET_MACS = 0.5
 FINAL = ("factored", "dense", "decomposed")
 Target = Literal["macs", "params", "energy"]
@@ -48,24 +46,17 @@ class Recipe:
     conv_mode: str = "channel"
     rank_pattern: Mapping[str, int] | None = None
     plan_file: str | None = None
-    orthogonality_weight: float = 1.0
-    sparsity: str | None = "hoyer"
-    sparsity_weight: float | None = None
-    sparsity_schedule: str = "linear"
     target_macs: float | None = None
     target_params: float | None = None
     energy_threshold: float | None = None
-    sparsify_start: float = 0.5
-    sparsify_end: float = 0.7
+    schedule: str | RankPolicy = "fall"
     full_rank_as: str = "svd"
-    budget_schedule: str = "cubic"
-    rank_updates: int = 20
+    importance: str | Importance = "spectrum"
     min_rank: int = 1
     round_to: int = 1
+    regularizer: str | Regularizer | None = "hoyer"
     measure_latency: bool = False
     final: str = "factored"
-    importance: str | Importance = "spectrum"
-    schedule: str | RankPolicy = "fall"
     distill: bool | Distillation = False
 
     def __post_init__(self) -> None:
@@ -79,29 +70,14 @@ class Recipe:
                 "give either `plan_file`, which says it for each layer, or `target_modules`, `exclude_modules`, "
                 "`conv_mode`, `rank_pattern`"
             )
-        check_weight("orthogonality_weight", self.orthogonality_weight)
-        check_choice("sparsity", self.sparsity, (*SPARSITY, None))
-        if self.sparsity_weight is None:
-            self.sparsity_weight = SPARSITY_WEIGHTS[self.sparsity]
-        check_weight("sparsity_weight", self.sparsity_weight)
-        check_choice("sparsity_schedule", self.sparsity_schedule, SHAPES)
-        check_share("sparsify_start", self.sparsify_start, zero=True)
-        check_share("sparsify_end", self.sparsify_end)
-        if self.sparsify_start > self.sparsify_end:
-            raise ValueError(
-                f"`sparsify_start` must be <= `sparsify_end` ({self.sparsify_end!r}), got {self.sparsify_start!r}"
-            )
+        check_choice("schedule", self.schedule, ("fall",), RankPolicy)
         check_choice("full_rank_as", self.full_rank_as, ("svd", "dense"))
-        check_choice("budget_schedule", self.budget_schedule, SHAPES)
-        check_count("rank_updates", self.rank_updates, most=1_000_000)
+        check_choice("importance", self.importance, ("spectrum",), Importance)
         check_count("min_rank", self.min_rank)
         check_count("round_to", self.round_to)
+        check_choice("regularizer", self.regularizer, (*SPARSITY, None), Regularizer)
         check_flag("measure_latency", self.measure_latency)
         check_choice("final", self.final, FINAL)
-        if not isinstance(self.importance, Importance):
-            check_choice("importance", self.importance, ("spectrum",))
-        if not isinstance(self.schedule, RankPolicy):
-            check_choice("schedule", self.schedule, ("fall",))
         if not isinstance(self.distill, (bool, Distillation)):
             raise ValueError(f"`distill` must be True, False or a Distillation, got {self.distill!r}")
         given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
@@ -113,6 +89,11 @@ class Recipe:
             self.target_macs = DEFAULT_TARGET_MACS
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Its fields by name, for reports and loggers: an object as a dict of its class and its own arguments."""
+        return {field.name: _described(getattr(self, field.name)) for field in fields(self)}
+
+    @property
     def target(self) -> tuple[Target, float]:
         """What is to be kept, and which share of it."""
         return next(
@@ -120,12 +101,12 @@ class Recipe:
         )
 
     def policy(self) -> RankPolicy:
-        """Which ranks when."""
-        if isinstance(self.schedule, RankPolicy):
-            return self.schedule
-        return FallToBudget(
-            self.sparsify_start, self.sparsify_end, self.budget_schedule, self.rank_updates, self.sparsity_schedule
-        )
+        """Which ranks when, in one run: a policy keeps where it is, and what the user gave serves many runs."""
+        return copy.deepcopy(self.schedule) if isinstance(self.schedule, RankPolicy) else FallToBudget()
+
+    def regularization(self) -> Regularizer:
+        """What the factors are regularized by."""
+        return self.regularizer if isinstance(self.regularizer, Regularizer) else Regularizer(self.regularizer)
 
     def measure(self) -> Importance:
         """What a rank carries."""
@@ -181,3 +162,10 @@ class Recipe:
                 f"`target_{unit}` must be at least {share_above(least)} for this model, its cost when every "
                 f"factorized layer keeps its fewest ranks, got {share!r}"
             )
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, (Importance, RankPolicy, Regularizer)):
+        return value
+    own = [name for name in inspect.signature(type(value)).parameters if name in vars(value)]
+    return {"class": type(value).__name__} | {name: _described(vars(value)[name]) for name in own}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_svd.arguments import check_choice, check_weight
 from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import exact_products, gram_defect
@@ -75,6 +76,34 @@ def _normalized(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SPARSITY: dict[str, Callable[[Tensor], ValueAndGradient]] = {"hoyer": hoyer, "hoyer_square": hoyer_square, "l1": l1}
+
+# Weights at which each penalty helps a falling budget without doing the pruning alone.
+SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, None: 0.0}
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """What the factors are regularized by: U and V towards orthonormal columns, s towards few singular values.
+
+    Args:
+        sparsity: The penalty of s, "hoyer", "hoyer_square" or "l1"; None for none.
+        sparsity_weight: Its full weight; None for 0.002, 0.0002 and 0.0005 respectively.
+        orthogonality_weight: Weight of the orthogonality penalty of U and V.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
+    """
+
+    sparsity: str | None = "hoyer"
+    sparsity_weight: float | None = None
+    orthogonality_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("sparsity", self.sparsity, (*SPARSITY, None))
+        check_weight("orthogonality_weight", self.orthogonality_weight)
+        if self.sparsity_weight is None:
+            object.__setattr__(self, "sparsity_weight", SPARSITY_WEIGHTS[self.sparsity])
+        check_weight("sparsity_weight", self.sparsity_weight)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,7 @@ class SVDTraining:
         self.model, self.total_steps, self.guard = model, total_steps, guard
         self.recipe = recipe or Recipe(**arguments)
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
+        self.regularizer = self.recipe.regularization()
         self.policy.begin(total_steps)
         self.cost: ModelCost | None = None
         self.penalties: Penalties | None = None
@@ -370,14 +371,14 @@ class SVDTraining:
 
     def add_gradients(self, optimizer: OptimizerOfFactors, step: int, scale: float = 1.0) -> None:
         """Add the regularizers' gradient; arguments as for :meth:`before_step`."""
-        assert self.recipe.sparsity_weight is not None
+        asked = self.regularizer
+        assert asked.sparsity_weight is not None
         off = self.paused or not self.regularized
-        self._note_strength(step, 0.0 if off else self.recipe.sparsity_weight * self.policy.strength(self.clock(step)))
+        self._note_strength(step, 0.0 if off else asked.sparsity_weight * self.policy.strength(self.clock(step)))
         layers = optimizer.regularized
         if layers and scale:
-            orthogonality, sparsity = self.recipe.orthogonality_weight, self.recipe.sparsity
             self.penalties = add_gradients(
-                layers, orthogonality, sparsity, self.strength, scale, optimizer.held(), step
+                layers, asked.orthogonality_weight, asked.sparsity, self.strength, scale, optimizer.held(), step
             )
 
     def _note_strength(self, step: int, strength: float) -> None:
@@ -568,7 +569,7 @@ class SVDTraining:
         report = replace(
             report_on(self.plan, self.layers, cost, self.spectra_before, all_dense=self.recipe.final == "dense"),
             **self.history(),
-            arguments=dict(arguments or asdict(self.recipe)),
+            arguments=dict(arguments or self.recipe.arguments),
         )
         pays = {name: cost.layers[name].pays(layer.rank) for name, layer in self.layers.items()}
         form = "pair" if self.recipe.final == "factored" else "decomposed"

@@ -121,8 +121,7 @@ def test_ranks_fall_and_freeze_where_they_should():
     [
         (1, "svd", {14, 24}),
         (3, "svd", {8, 11, 14, 24}),
-        # In the first step it is seen, once, which layers can become two.
-        (3, "dense", {0, 8, 11, 14, 24}),
+        (3, "dense", {8, 11, 14, 24}),
     ],
 )
 def test_svds_are_computed_where_ranks_are_cut_and_nowhere_else_in_training(cuts, full_rank_as, allowed, monkeypatch):

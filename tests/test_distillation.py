@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
-from lightning_svd import Distillation, SVDTraining, SVDTrainingCallback
+from lightning_svd import Distillation, FallToBudget, SVDTraining, SVDTrainingCallback
 from lightning_svd.layers.matrices import roundoff, wide
 
 # Lightning's and torch's own, as in the modules that the helpers are from.
@@ -123,7 +123,7 @@ def both(net, asked, trainer=None, dtype=torch.float64, arguments=None):
     for by_hand in (False, True):
         model = net(momentum=0.9).to(dtype)
         model.load_state_dict(start)
-        options = {"target_macs": 0.5, "sparsify_start": 0.25, "rank_updates": 3} | (arguments or {})
+        options = {"target_macs": 0.5, "schedule": FallToBudget(start=0.25, cuts=3)} | (arguments or {})
         callback = SVDTrainingCallback(**options, **({} if by_hand else {"distill": asked}))
         if by_hand:
             model.taught(asked)
@@ -208,7 +208,7 @@ def test_two_processes_train_as_one_does_by_hand(tmp_path):
 def taught(model, asked=True, **arguments):
     """A run in plain PyTorch, and its calls of the teacher."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    training = SVDTraining(model, optimizer, 10, target_macs=1.0, sparsity=None, distill=asked, **arguments)
+    training = SVDTraining(model, optimizer, 10, target_macs=1.0, regularizer=None, distill=asked, **arguments)
     calls = []
     for module in training.distiller.teacher.modules():
         module.register_forward_hook(lambda module, *_: calls.append(module))
@@ -458,7 +458,7 @@ class Resumed(ValidatedNet):
 def fit_and_keep(folder, ckpt_path=None, distill=True, seed=0):
     torch.manual_seed(seed)
     model, end = Resumed(momentum=0.9), {}
-    options = {"target_macs": 0.4, "sparsify_start": 0.2, "rank_updates": 4}
+    options = {"target_macs": 0.4, "schedule": FallToBudget(start=0.2, cuts=4)}
     callbacks = [SVDTrainingCallback(distill=distill, **options)]
     if folder:
         callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=5, save_top_k=-1))

@@ -113,7 +113,9 @@ class SmallNetForCLI(SmallNet):
 )
 def test_a_cli_names_a_wrong_argument(wrong, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    arguments = [f"--trainer.{name}=false" for name in QUIET] + ["--trainer.callbacks=SVDTrainingCallback"]
+    arguments = [f"--trainer.{name}=false" for name in QUIET] + [
+        "--trainer.callbacks=lightning_svd.SVDTrainingCallback"
+    ]
     with pytest.raises(SystemExit):
         LightningCLI(SmallNetForCLI, args=["fit", *arguments, *(f"--trainer.callbacks.{each}" for each in wrong)])
     assert message in capsys.readouterr().err

@@ -137,7 +137,7 @@ def test_layers_alike_are_cut_as_each_alone(left, monkeypatch):
         monkeypatch.setattr(run_module, "STACKED", entries)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 8), *(nn.Linear(8, 8) for _ in range(4)))
-        options = {"total_steps": 100, "sparsify_start": 0.02, "sparsify_end": 0.9, "budget_schedule": "constant"}
+        options = {"total_steps": 100, "schedule": FallToBudget(start=0.02, end=0.9, shape="constant")}
         optimizer = OPTIMIZERS["sgd"](model.parameters())
         run = SVDTraining(model, optimizer, choose_ranks=keep(left), **options)
         assert [len(stack) for stack in run_module._stacks(run.layers, [*run.layers])] == sizes

@@ -165,7 +165,7 @@ class Recipe:
 
 
 def _described(value: Any) -> Any:
-    if not isinstance(value, (Importance, RankPolicy, Regularizer)):
+    if not isinstance(value, (Distillation, Importance, RankPolicy, Regularizer)):
         return value
     own = [name for name in inspect.signature(type(value)).parameters if name in vars(value)]
     return {"class": type(value).__name__} | {name: _described(vars(value)[name]) for name in own}

@@ -74,9 +74,9 @@ class Form(ABC):
     def energies(self) -> Tensor:
         """What each stored rank carries, summed over groups, (r,), in float32 or wider; their sum is |W|_F^2."""
 
+    @abstractmethod
     def left_right(self) -> tuple[Tensor, Tensor]:
         """Factors (m, k) and (n, k) whose product is W, differentiable."""
-        raise NotImplementedError
 
     @classmethod
     def shapes(cls, view: View, rank: int) -> dict[str, tuple[int, ...]]:

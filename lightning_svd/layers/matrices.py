@@ -60,10 +60,19 @@ def svd(matrix: Tensor, name: str = "matrix") -> Factors:
         return Factors(U * signs, s, V * signs)
 
 
+def check_finite(weight: Tensor, name: str) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ValueError: Naming them, and saying how many are not.
+    """
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ValueError(f"`{name}`: expected finite weights, got {bad} NaN or infinite of {weight.numel()}")
+
+
 def _any_signs(matrix: Tensor, name: str) -> Factors:
-    if not torch.isfinite(matrix).all():
-        bad = int((~torch.isfinite(matrix)).sum())
-        raise ValueError(f"`{name}`: expected finite weights, got {bad} NaN or infinite of {matrix.numel()}")
+    check_finite(matrix, name)
     try:
         return _tall_svd(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # public, but not in __all__

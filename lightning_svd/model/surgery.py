@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split
-from lightning_svd.layers.forms import SVDForm
+from lightning_svd.layers.forms import DenseForm, SVDForm
 from lightning_svd.layers.layer import (
     FactorizedModule,
     Replaced,
@@ -23,7 +23,7 @@ from lightning_svd.layers.layer import (
     plain_pair,
     release,
 )
-from lightning_svd.layers.matrices import Factors
+from lightning_svd.layers.matrices import Factors, check_finite
 from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged
 from lightning_svd.layers.parts import attributes_of
 from lightning_svd.layers.views import View
@@ -102,6 +102,25 @@ def begin(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> dict[str, SVDL
         name: factorize(found[name], View.of(found[name], of.conv_mode or "channel"), name, form="dense")
         for name, of in chosen.items()
     }
+
+
+def trained_weights(layers: Mapping[str, SVDLayer]) -> dict[str, Tensor]:
+    """The weights of layers that train them still, by name: what :func:`undo` gives back, values and not copies."""
+    return {name: layer.form.weight().detach() for name, layer in layers.items() if isinstance(layer.form, DenseForm)}
+
+
+def check_dense(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that no decomposition has.
+
+    Args:
+        module: Whose layers they are.
+        weights: By the layers' names.
+
+    Raises:
+        ValueError: If one holds NaN or infinity; the message names its layer.
+    """
+    for name, weight in weights.items():
+        check_finite(weight, name or type(module).__name__)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
-from lightning_svd.model.surgery import begin, finish, undo
+from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.latency import time_layers
 from lightning_svd.report.data import Pause, RankChange, SVDReport, report_on
@@ -119,14 +119,14 @@ class SVDTraining:
         self.layers = begin(model, self.plan)
         self.bounds = self.recipe.bounds(self.plan)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
-        self._dense = {name: _weight_of(layer) for name, layer in self.layers.items()}
+        self._dense = trained_weights(self.layers)
         self.optimizers: list[OptimizerOfFactors] = []
         self.until_closed = ExitStack()
         if self.distiller is not None:
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
         try:
-            self._check_finite()
+            check_dense(model, self._dense)
             self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
             if state is None:
                 self._factorize()
@@ -205,13 +205,6 @@ class SVDTraining:
             spectrum = factors.s if factors.s.ndim == 1 else factors.s.amin(0)
             if 2 * numerical_rank(spectrum, self.layers[name].matrix_shape) >= spectrum.shape[-1]:
                 self._replace([self.layers[name].to_svd(factors)])
-
-    def _check_finite(self) -> None:
-        for name, weight in self._dense.items():
-            bad = int((~torch.isfinite(weight)).sum())
-            if bad:
-                label = name or type(self.model).__name__
-                raise ValueError(f"`{label}`: expected finite weights, got {bad} NaN or infinite of {weight.numel()}")
 
     def _exact(self, names: Sequence[str]) -> Iterator[tuple[str, Factors]]:
         """Exact factors layer by layer, as :meth:`_exact_of_stacks` has them."""
@@ -696,11 +689,6 @@ def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequen
         else of
         for of in plans
     ]
-
-
-def _weight_of(layer: SVDLayer) -> Tensor:
-    assert isinstance(layer.form, DenseForm)
-    return layer.form.weight().detach()
 
 
 def _stacks(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> list[tuple[str, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import leaves, mapped, untouched
+from lightning_svd.model.calls import leaves, logits_of, mapped, tensors_of, untouched
 from lightning_svd.ranks.statistics import NotFiniteError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -156,9 +156,7 @@ def inputs_in(batch: Any) -> int:
 
 def numbers_in(output: Any) -> list[Tensor]:
     """The tensors of an output with fractions, as real numbers; of one that has logits those alone."""
-    logits = getattr(output, "logits", None)
-    found = [leaf for leaf in ([logits] if isinstance(logits, Tensor) else leaves(output)) if isinstance(leaf, Tensor)]
-    real = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in found]
+    real = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tensors_of(output)]
     return [leaf for leaf in real if leaf.is_floating_point() and leaf.numel()]
 
 
@@ -167,5 +165,5 @@ def is_distribution(output: Any) -> bool:
 
     Not those of a single class, which are a regression's, nor maps of them, whose classes are not the last dimension.
     """
-    logits = getattr(output, "logits", None)
-    return isinstance(logits, Tensor) and logits.ndim in (1, 2, 3) and logits.shape[-1] > 1
+    logits = logits_of(output)
+    return logits is not None and logits.ndim in (1, 2, 3) and logits.shape[-1] > 1

@@ -100,6 +100,18 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def logits_of(output: Any) -> Tensor | None:
+    """The logits of an output that says which they are, as those of transformers do."""
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in an output; of one that has logits those alone."""
+    logits = logits_of(output)
+    return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)] if logits is None else [logits]
+
+
 # ------------------------------------------------------------------------------------------------- noting calls
 
 

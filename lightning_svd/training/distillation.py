@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_svd.arguments import check_choice, check_positive, check_weight
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import Call, CallWatcher, holders, leaves, run_again, without_fast_path
+from lightning_svd.model.calls import Call, CallWatcher, holders, logits_of, run_again, tensors_of, without_fast_path
 from lightning_svd.training import processes
 
 KINDS = ("auto", "logits", "features")
@@ -68,7 +68,7 @@ class Distillation:
 
     def of_logits(self, output: Any) -> bool:
         """Whether this output of a student is compared as logits."""
-        return self.kind == "logits" or (self.kind == "auto" and isinstance(getattr(output, "logits", None), Tensor))
+        return self.kind == "logits" or (self.kind == "auto" and logits_of(output) is not None)
 
     def gradient(self, y: Tensor, t: Tensor, of_logits: bool) -> Tensor:
         """The gradient of the weighted distance with respect to ``y``, in float32 or wider; the shape of ``y``."""
@@ -275,9 +275,7 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _compared(output: Any) -> list[Tensor]:
-    logits = getattr(output, "logits", None)
-    found = [logits] if isinstance(logits, Tensor) else leaves(output)
-    return [leaf for leaf in found if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim]
+    return [tensor for tensor in tensors_of(output) if tensor.is_floating_point() and tensor.ndim]
 
 
 def _shapes(tensors: list[Tensor]) -> str:

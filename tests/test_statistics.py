@@ -422,7 +422,8 @@ def test_half_precision_is_summed_in_float32(dtype):
     _, right = layer.form.left_right()
     features = x.to(dtype).double() @ right.detach().double()
     close(seen.features[0].double(), features.mT @ features, 1e-5)
-    assert {each.dtype for each in seen.sums()} == {torch.float32}
+    sums = (seen.total, seen.features, seen.squares, seen.tails, seen.gradients)
+    assert {each.dtype for each in sums} == {torch.float32}
     basis = in_metric_of_data(*layer.form.left_right(), seen, True)
     before = factored(layer, x.to(dtype)).float().detach()
     layer.to_svd(basis.factors)

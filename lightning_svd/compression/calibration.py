@@ -26,7 +26,12 @@ Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def collect(
-    data: CalibrationData, layers: Mapping[str, SVDLayer], with_gradients: bool, track: Track, seed: int = 0
+    data: CalibrationData,
+    layers: Mapping[str, SVDLayer],
+    with_gradients: bool,
+    track: Track,
+    seed: int = 0,
+    with_moments: bool = True,
 ) -> dict[str, Statistics]:
     """Statistics of layers over the batches, of those that were called.
 
@@ -40,6 +45,7 @@ def collect(
         with_gradients: Whether to run backward passes too.
         track: Shows progress.
         seed: Of what is drawn.
+        with_moments: Whether moments are wanted, and not only what the loss feels.
 
     Raises:
         ValueError: If the model fails, or a layer meets NaN or infinity.
@@ -48,7 +54,7 @@ def collect(
     inputs = 0
 
     def of(layer: SVDLayer) -> Statistics:
-        return seen.setdefault(layer.layer_name, Statistics(layer, with_gradients))
+        return seen.setdefault(layer.layer_name, Statistics(layer, with_gradients, with_moments))
 
     def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
         # Features now, not when the gradient comes: by then the model may have written into x.

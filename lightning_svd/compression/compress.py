@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,14 @@ from lightning_svd.compression.calibration import NoGradientError, Track, collec
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
 from lightning_svd.compression.report import CompressionReport
-from lightning_svd.layers.forms import DenseForm, SVDForm
+from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
 from lightning_svd.layers.pairs import bias_of
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, whole_layers
 from lightning_svd.model.counting import count_calls
-from lightning_svd.model.surgery import begin, finish, undo
+from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.ranks.statistics import Statistics, in_metric_of_data
@@ -110,6 +110,22 @@ def compress(
             raise
 
 
+class _Candidate(NamedTuple):
+    """A way to decide: factors in a metric, and what their ranks carry.
+
+    Attributes:
+        label: How it is called in a report.
+        metric: "spectrum", "outputs" or "fisher".
+        values: What each rank of each layer carries.
+        adds_up: As of :func:`~lightning_svd.ranks.allocation.keep_by_budget`.
+    """
+
+    label: str
+    metric: str
+    values: dict[str, Tensor]
+    adds_up: bool
+
+
 class _Compression:
     """A compression on its way: the model with its layers as U, s and V, ranks a prefix that moves back and forth."""
 
@@ -122,14 +138,12 @@ class _Compression:
         self.norms: Values = ()
         self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
         self.layers = begin(model, self.plan)
-        self.weights = {name: _weight_of(layer) for name, layer in self.layers.items()}
+        self.weights = trained_weights(self.layers)
         self.bounds = recipe.bounds(self.plan)
         self.tried: dict[str, float] = {}
         self.choice, self.values = "", dict[str, Tensor]()
         try:
-            for name, weight in self.weights.items():
-                if not torch.isfinite(weight).all():
-                    raise ValueError(f"`{name}`: expected finite weights, got NaN or infinite ones")
+            check_dense(model, self.weights)
             self.cost = self._learn_costs()
             for layer in self.track(self.layers.values(), "decomposing"):
                 layer.to_svd()
@@ -187,39 +201,39 @@ class _Compression:
 
     def choose(self, importances: Sequence[str]) -> None:
         """Find the ranks, and the factors, that move held-out outputs least."""
-        found: dict[str, tuple[str, dict[str, Tensor], bool]] = {}
+        found: list[_Candidate] = []
         seen: dict[str, Statistics] = {}
+
+        def judge(label: str, metric: str, values: dict[str, Tensor], adds_up: bool) -> None:
+            found.append(_Candidate(label, metric, values, adds_up))
+            with self._having(self._ranks(values, adds_up)):
+                self.tried[label] = self.distance()
+
         if "spectrum" in importances:
-            found["spectrum"] = "spectrum", {n: layer.energies() for n, layer in self.layers.items()}, False
-            self._try(*found["spectrum"], "spectrum")
+            judge("spectrum", "spectrum", {n: layer.energies() for n, layer in self.layers.items()}, False)
         if importances != ("spectrum",):
-            seen = self._collect("fisher" in importances, "outputs" in importances, 0)
+            seen = self._collect("fisher" in importances, "outputs" in importances)
         felt = all(each.gradients is not None for each in seen.values())
         for metric in ("outputs", "fisher"):
             if metric not in importances or (metric == "fisher" and not felt):
                 continue
-            carried = self._move(seen, metric == "fisher")
-            found[metric] = metric, carried, metric == "fisher"
-            self._try(*found[metric], metric)
+            judge(metric, metric, self._move(seen, metric == "fisher"), metric == "fisher")
             if felt:
-                label = f"{metric}, ranks by what the loss feels"
-                found[label] = metric, self._felt(), True
-                self._try(*found[label], label)
+                judge(f"{metric}, ranks by what the loss feels", metric, self._felt(), True)
         self.seen = seen
-        self.choice = min(self.tried, key=lambda label: self.tried[label])
+        self.choice, metric, self.values, self.adds_up = min(found, key=lambda each: self.tried[each.label])
         if math.isnan(self.tried[self.choice]):
             raise ValueError("the model's outputs for the held-out ones of `batches` are NaN or infinite")
-        metric, self.values, self.adds_up = found[self.choice]
         if metric == "spectrum":
             for layer in self.layers.values():
                 layer.to_svd()
             self.seen = {}
-        elif metric != next(reversed(found.values()))[0]:
+        elif metric != found[-1].metric:
             self._move(seen, metric == "fisher")
 
-    def _collect(self, with_gradients: bool, may_fail: bool, seed: int) -> dict[str, Statistics]:
+    def _collect(self, with_gradients: bool, may_fail: bool) -> dict[str, Statistics]:
         try:
-            return collect(self.data, self.layers, with_gradients, self.track, self.seed + seed)
+            return collect(self.data, self.layers, with_gradients, self.track, self.seed)
         except (NoGradientError, CallError):  # a model may be one for evaluation without gradients only
             if not (with_gradients and may_fail):
                 raise
@@ -227,7 +241,8 @@ class _Compression:
 
     def _felt(self) -> dict[str, Tensor]:
         """What the loss feels of each rank, of the layers as they stand."""
-        return {name: each.felt() for name, each in self._collect(True, False, 1).items()}
+        seen = collect(self.data, self.layers, True, self.track, self.seed + 1, with_moments=False)
+        return {name: each.felt() for name, each in seen.items()}
 
     def _move(self, seen: Mapping[str, Statistics], of_loss: bool) -> dict[str, Tensor]:
         """Give every layer the factors of a metric; returns what their ranks carry in it."""
@@ -239,10 +254,6 @@ class _Compression:
             layer.to_svd(basis.factors)
             carried[name] = basis.carried
         return carried
-
-    def _try(self, metric: str, values: dict[str, Tensor], adds_up: bool, label: str) -> None:
-        with self._having(self._ranks(values, adds_up)):
-            self.tried[label] = self.distance()
 
     def _ranks(self, values: Mapping[str, Tensor], adds_up: bool, share: float | None = None) -> dict[str, int]:
         kind, target = self.recipe.target
@@ -293,7 +304,7 @@ class _Compression:
         self.ranks = self._ranks(self.values, self.adds_up)
         self.shifts = self._shifts()
         if correct_bias and not self.seen:  # ranks by the weights alone
-            self.seen = self._collect(False, False, 0)
+            self.seen = self._collect(False, False)
         self._use(self.ranks)
         self.corrected = False
         if correct_bias is not False and self.seen:
@@ -378,11 +389,6 @@ class _Compression:
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
         )
-
-
-def _weight_of(layer: SVDLayer) -> Tensor:
-    assert isinstance(layer.form, DenseForm)
-    return layer.form.weight().detach()
 
 
 def _set(parameter: Tensor | None, values: Tensor) -> None:

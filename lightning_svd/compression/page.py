@@ -57,8 +57,7 @@ def render_compression(report: CompressionReport) -> str:
 def weighed(report: CompressionReport) -> list[Weighed]:
     """Every layer that was factorized, in the order of the model."""
     layers = report.ranks.layers
-    by_macs = report.target != "params" and bool(report.ranks.dense_macs)
-    costs = [(a.dense_macs, a.macs) if by_macs else (a.dense_params, a.params) for a in layers]
+    costs = [(a.dense_macs, a.macs) if _by_macs(report) else (a.dense_params, a.params) for a in layers]
     carried = [[max(0.0, each) if math.isfinite(each) else 0.0 for each in report.carried[a.name]] for a in layers]
     cost, importance = sum(dense for dense, _ in costs) or 1, math.fsum(map(math.fsum, carried)) or 1.0
     found = []
@@ -68,6 +67,10 @@ def weighed(report: CompressionReport) -> list[Weighed]:
         shares = math.fsum(ranks) / importance, math.fsum(kept) / importance
         found.append(Weighed(layer, dense / cost, now / cost, *shares, shift))
     return found
+
+
+def _by_macs(report: CompressionReport) -> bool:
+    return report.target != "params" and bool(report.ranks.dense_macs)
 
 
 def _sensitivity(report: CompressionReport) -> Section:
@@ -99,7 +102,7 @@ def _sensitivity(report: CompressionReport) -> Section:
         )
         for a in layers
     ]
-    unit = "MACs" if report.target != "params" and report.ranks.dense_macs else "parameters"
+    unit = "MACs" if _by_macs(report) else "parameters"
     return Section(
         "What layers carry, and what they cost",
         f"Importance is what a layer's ranks carry ({report.choice}), cost is {unit}. A long way to the left and a "

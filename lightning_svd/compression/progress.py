@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich.console import Console
 from rich.progress import Progress
 
 from lightning_svd.compression.calibration import Track
@@ -17,7 +18,5 @@ def tracking(shown: bool) -> Iterator[Track]:
     Args:
         shown: Whether to show anything.
     """
-    from rich.console import Console
-
     with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
         yield lambda items, text: progress.track([*items], description=text)

@@ -13,7 +13,7 @@ from lightning_svd.compression.data import CHANGED, DIVERGENCE
 from lightning_svd.report.data import SVDReport, finite
 from lightning_svd.report.tables import screen_table
 
-TARGETS = {"macs": "MACs", "params": "parameters", "energy": "energy"}  # as people say
+_UNITS = {"macs": "MACs", "params": "parameters", "energy": "energy"}  # as people say
 
 # A relative error of outputs, or a divergence, from which a model is another one.
 LARGE = {"relative squared error": 0.1, DIVERGENCE: 0.5, CHANGED: 0.1}
@@ -77,7 +77,7 @@ class CompressionReport:
     @property
     def unit(self) -> str:
         """What the budget is counted in, in words."""
-        return TARGETS.get(self.target, self.target)
+        return _UNITS.get(self.target, self.target)
 
     def curve_table(self) -> str:
         """How far outputs would move at other budgets, as a table for the terminal."""

@@ -33,20 +33,20 @@ class Statistics:
         inputs: How many inputs were seen.
         positions: How many positions the features have.
         total: Sum of z, (groups, r).
-        features: Sum of z z^T, (groups, r, r), in float32 or wider.
-        gradients: Sum of b b^T, (groups, r, r); None without a backward pass.
+        features: Sum of z z^T, (groups, r, r), in float32 or wider; None if moments are not wanted.
+        gradients: Sum of b b^T, (groups, r, r); None without a backward pass too.
         squares: Sum over inputs of (z_i b_i)^2, each z_i b_i summed over its positions, (r,): what the loss feels of
             scaling a rank, s_i dL/ds_i.
         tails: Sum over inputs of the square of the sum of z_j b_j over all j >= i, (r,): what it feels of these ranks
             together.
     """
 
-    def __init__(self, layer: SVDLayer, with_gradients: bool) -> None:
+    def __init__(self, layer: SVDLayer, with_gradients: bool, with_moments: bool = True) -> None:
         like, rank, groups = wide(layer.form.trained[0].detach()), layer.rank, layer.view.groups
         self.inputs = self.positions = 0
         self.total = like.new_zeros(groups, rank)
-        self.features = like.new_zeros(groups, rank, rank)
-        self.gradients = like.new_zeros(groups, rank, rank) if with_gradients else None
+        self.features = like.new_zeros(groups, rank, rank) if with_moments else None
+        self.gradients = like.new_zeros(groups, rank, rank) if with_moments and with_gradients else None
         self.squares, self.tails = like.new_zeros(rank), like.new_zeros(rank)
         self._scores: Tensor | None = None
 
@@ -62,7 +62,8 @@ class Statistics:
                 raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity in what it is given")
             self.positions += features.shape[1]
             self.total += features.sum(1)
-            self.features += features.mT @ features
+            if self.features is not None:
+                self.features += features.mT @ features
 
     def see_gradient(self, layer: SVDLayer, between: Tensor, gradient: Tensor, inputs: int) -> None:
         """Take note of the gradient of a call's output, in a batch of so many inputs.
@@ -70,7 +71,6 @@ class Statistics:
         Raises:
             NotFiniteError: If it is NaN or infinite; the message names the layer.
         """
-        assert self.gradients is not None
         with torch.enable_grad(), exact_products(gradient.device):
             left, _ = layer.form.left_right()
             between = between.detach().requires_grad_()
@@ -80,7 +80,8 @@ class Statistics:
             backs = _by_position(layer, back)
             if not torch.isfinite(backs).all():
                 raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity among the gradients of its output")
-            self.gradients += backs.mT @ backs
+            if self.gradients is not None:
+                self.gradients += backs.mT @ backs
             scores = _by_input(layer.view.by_input(between * back), inputs, layer.rank)
             if self._scores is None or self._scores.shape == scores.shape:
                 self._scores = scores if self._scores is None else self._scores + scores
@@ -95,11 +96,6 @@ class Statistics:
             self.tails += self._scores.flip(-1).cumsum(-1).flip(-1).square().sum(0)
             self._scores = None
 
-    def sums(self) -> list[Tensor]:
-        """All that adds up, for a sum over processes in place."""
-        own = [self.total, self.features, self.squares, self.tails]
-        return own if self.gradients is None else [*own, self.gradients]
-
     def felt(self) -> Tensor:
         """What the loss feels of each rank, per input, as a share of what dropping several adds up to, (r,).
 
@@ -113,6 +109,7 @@ class Statistics:
     @torch.no_grad()
     def move(self, basis: DataBasis) -> None:
         """Go on as if the layer had had these factors all the while; what the loss feels of ranks begins anew."""
+        assert self.features is not None
         dtype = self.features.dtype
         of_features, of_gradients = basis.of_features, basis.of_gradients
         self.total = (of_features.mT @ self.total.double().unsqueeze(-1)).squeeze(-1).to(dtype)
@@ -188,6 +185,7 @@ def in_metric_of_data(left: Tensor, right: Tensor, seen: Statistics, of_loss: bo
     """
     grouped = left.ndim > 2
     L, R = (factor.double() if grouped else factor.double().unsqueeze(0) for factor in (left, right))
+    assert seen.features is not None
     features = seen.features.double() / max(1, seen.positions)
     features = _shrunk(features, R.mT @ R, seen.positions, LEAST_WHITE)
     costs = plain = L.mT @ L
@@ -206,11 +204,11 @@ def in_metric_of_data(left: Tensor, right: Tensor, seen: Statistics, of_loss: bo
     U, V, tiny = L @ of_left, R @ of_right, torch.finfo(values.dtype).tiny
     u, v = (torch.linalg.vector_norm(factor, dim=-2).clamp_min(tiny) for factor in (U, V))
     found = U / u.unsqueeze(-2), u * v, V / v.unsqueeze(-2)
-    factors = Factors(*(wide_like(factor if grouped else factor.squeeze(0), left) for factor in found))
-    return DataBasis(factors, wide_like(carried.sum(0), left), of_right / v.unsqueeze(-2), of_left * v.unsqueeze(-2))
+    factors = Factors(*(_wide_like(factor if grouped else factor.squeeze(0), left) for factor in found))
+    return DataBasis(factors, _wide_like(carried.sum(0), left), of_right / v.unsqueeze(-2), of_left * v.unsqueeze(-2))
 
 
-def wide_like(tensor: Tensor, like: Tensor) -> Tensor:
+def _wide_like(tensor: Tensor, like: Tensor) -> Tensor:
     """``tensor`` in the dtype of ``like``, or in float32 if that is wider."""
     return tensor.to(torch.promote_types(like.dtype, torch.float32))
 

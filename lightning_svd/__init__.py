@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
-    from lightning_svd.ranks.importance import Importance, Spectrum
+    from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
     from lightning_svd.report.data import LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
-    from lightning_svd.training.policies import FallToBudget, RankPolicy
+    from lightning_svd.training.policies import FallToBudget, Finetune, RankPolicy
     from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
 
@@ -26,9 +26,12 @@ __all__ = [
     "CompressionReport",
     "Distillation",
     "FallToBudget",
+    "Finetune",
+    "Fisher",
     "Importance",
     "LayerPlan",
     "LayerReport",
+    "Outputs",
     "RankChange",
     "RankPolicy",
     "Regularizer",
@@ -66,9 +69,9 @@ _HOMES = {
     "save_low_rank": "files.low_rank",
     "to_onnx": "files.export",
     "SVDLayer": "layers.layer",
-    **dict.fromkeys(("FallToBudget", "RankPolicy"), "training.policies"),
+    **dict.fromkeys(("FallToBudget", "Finetune", "RankPolicy"), "training.policies"),
     **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
-    **dict.fromkeys(("Importance", "Spectrum"), "ranks.importance"),
+    **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
     **dict.fromkeys(("LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),

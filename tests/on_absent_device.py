@@ -18,6 +18,7 @@ from lightning_svd import add_gradients
 from lightning_svd.layers.layer import factorize, plain_pair
 from lightning_svd.layers.matrices import Factors
 from lightning_svd.layers.views import View
+from lightning_svd.training.observation import Observer
 from lightning_svd.training.optimizers import OptimizerOfFactors
 
 DEVICE = "absent"
@@ -80,6 +81,19 @@ def test_a_step_neither_mixes_devices_nor_waits_for_one(kind, form, optimizer):
         assert all(p.device.type == DEVICE for p in layer.form.trained)
         assert penalties.orthogonality.device.type == DEVICE or form in ("dense", "pair")
         assert layer.rebuilt().device.type == DEVICE and layer.rebuilt().shape == layer.view.weight_shape
+
+
+@pytest.mark.parametrize("form", ["dense", "svd, cut"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_batch_is_observed_without_waiting(kind, form):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer, x = fake_layer(kind, form.partition(",")[0], 3 if form == "svd, cut" else None)
+        observer = Observer(layer, {kind: layer}, with_gradients=True)
+        observer.begin_batch()
+        layer(x).square().mean().backward()
+        observer.end_batch()
+        assert observer.seen[kind].positions > 0
+        assert {sums.device.type for sums in observer.seen[kind].sums().values()} == {DEVICE}
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -22,7 +22,18 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_svd import FallToBudget, Regularizer, Spectrum, SVDLayer, SVDTrainingCallback, decompose, svd_layers
+from lightning_svd import (
+    FallToBudget,
+    Finetune,
+    Fisher,
+    Outputs,
+    Regularizer,
+    Spectrum,
+    SVDLayer,
+    SVDTrainingCallback,
+    decompose,
+    svd_layers,
+)
 from lightning_svd.layers.matrices import roundoff
 
 
@@ -485,10 +496,13 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
             "`regularizer` must be one of 'hoyer', 'hoyer_square', 'l1', None or a Regularizer, got 'l2'",
         ),
         ({"regularizer": {"sparsity": "l1"}}, r"`regularizer` must be one of .*, got \{'sparsity': 'l1'\}"),
-        ({"schedule": "rise"}, "`schedule` must be one of 'fall' or a RankPolicy, got 'rise'"),
-        ({"schedule": None}, "`schedule` must be one of 'fall' or a RankPolicy, got None"),
-        ({"schedule": FallToBudget}, "`schedule` must be one of 'fall' or a RankPolicy, got <class"),
-        ({"importance": "fisher"}, "`importance` must be one of 'spectrum' or an Importance, got 'fisher'"),
+        ({"schedule": "rise"}, "`schedule` must be one of 'fall', 'finetune' or a RankPolicy, got 'rise'"),
+        ({"schedule": None}, "`schedule` must be one of 'fall', 'finetune' or a RankPolicy, got None"),
+        ({"schedule": FallToBudget}, "`schedule` must be one of 'fall', 'finetune' or a RankPolicy, got <class"),
+        (
+            {"importance": "taylor"},
+            "`importance` must be one of 'auto', 'spectrum', 'outputs', 'fisher' or an Importance, got 'taylor'",
+        ),
         ({"min_rank": 0}, "`min_rank` must be an integer >= 1, got 0"),
         ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),
         ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
@@ -507,6 +521,8 @@ def test_constructor_names_the_argument_and_the_value(arguments, message):
     [
         ({}, {"schedule": FallToBudget(), "regularizer": Regularizer(), "importance": Spectrum()}),
         ({"regularizer": "l1"}, {"regularizer": Regularizer("l1")}),
+        ({"schedule": "finetune"}, {"schedule": Finetune(), "importance": Fisher()}),
+        ({"importance": "outputs"}, {"importance": Outputs()}),
         ({"regularizer": None}, {"regularizer": Regularizer(None)}),
     ],
 )
@@ -565,7 +581,7 @@ def test_the_report_shows_objects_by_their_class_and_their_own_arguments():
     assert shown == json.loads(json.dumps(callback.arguments))
     plain = SVDTrainingCallback(schedule=EveryFew(3)).arguments
     assert plain["schedule"] == {"class": "EveryFew", "few": 3}
-    assert (plain["regularizer"], plain["importance"]) == ("hoyer", "spectrum")
+    assert (plain["regularizer"], plain["importance"]) == ("hoyer", "auto")
 
 
 class NoLayers(SmallNet):

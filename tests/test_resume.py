@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from models import ValidatedNet, data, quiet_trainer
 from torch import nn
 
-from lightning_svd import FallToBudget, SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, Fisher, SVDTrainingCallback, svd_layers
 
 STEPS, BATCHES = 24, list(data())
 SGD = {"optimizer": "SGD", "momentum": 0.9, "weight_decay": 0.01}
@@ -80,12 +80,12 @@ def cloned(state):
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
-def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", **trainer):
+def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", importance="auto", **trainer):
     """Fit a new model in a new Trainer; everything that is left of it."""
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
     keep = Keep()
     schedule = FallToBudget(start=0.2, end=0.8, cuts=6)
-    ours = SVDTrainingCallback(target_macs=0.4, schedule=schedule, full_rank_as=full_rank_as)
+    ours = SVDTrainingCallback(target_macs=0.4, schedule=schedule, full_rank_as=full_rank_as, importance=importance)
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)
@@ -138,6 +138,19 @@ def test_resuming_at_any_step_ends_the_same(options, full_rank_as, tmp_path):
     for step in range(1, STEPS):
         resumed = fit(options, ckpt_path=tmp_path / f"step={step}.ckpt", full_rank_as=full_rank_as)
         assert_equal(resumed, expected, f"from step {step}")
+
+
+@pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
+def test_resuming_at_any_step_ends_the_same_where_ranks_are_judged_by_data(full_rank_as, tmp_path):
+    ours = {"full_rank_as": full_rank_as, "importance": Fisher(2)}
+    expected = fit(ADAM, every_step(tmp_path), **ours)
+    assert len(expected["report"]["timeline"]) >= 3
+    for step in range(1, STEPS):
+        assert_equal(fit(ADAM, ckpt_path=tmp_path / f"step={step}.ckpt", **ours), expected, f"from step {step}")
+    with pytest.raises(
+        ValueError, match="was written with an `importance` that needs data, asked for one that does not"
+    ):
+        fit(ADAM, ckpt_path=tmp_path / "step=2.ckpt")
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

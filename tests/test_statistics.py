@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from lightning_svd.compression.calibration import collect
-from lightning_svd.compression.data import CalibrationData, inputs_in, numbers_in
+from lightning_svd.compression.data import CalibrationData, numbers_in
 from lightning_svd.layers.layer import watching
 from lightning_svd.layers.matrices import reconstruct, truncate
+from lightning_svd.model.calls import inputs_in
 from lightning_svd.model.plan import plan
 from lightning_svd.model.surgery import begin
 from lightning_svd.ranks.statistics import Statistics, features_of, in_metric_of_data

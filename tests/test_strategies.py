@@ -107,8 +107,9 @@ class WithUnused(SmallNet):
         (WithUnused, {"find_unused_parameters": True}, [Unseeded()], {}),
         (SmallNet, {"static_graph": True, "gradient_as_bucket_view": True}, [], {}),
         (SmallNet, {}, [Unseeded()], {"full_rank_as": "dense"}),
+        (SmallNet, {}, [Unseeded()], {"importance": "fisher"}),
     ],
-    ids=["seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first"],
+    ids=["seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first", "by-data"],
 )
 @pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")
 def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before, arguments, tmp_path):

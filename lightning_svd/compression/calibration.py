@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.compression.data import CalibrationData, inputs_in, is_distribution, numbers_in
+from lightning_svd.compression.data import CalibrationData, is_distribution, numbers_in
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import in_backward, untouched
+from lightning_svd.model.calls import in_backward, inputs_in, untouched
 from lightning_svd.ranks.statistics import Statistics, features_of
 
 _WITHOUT = "give `importance='outputs'`, which needs none"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import leaves, logits_of, mapped, tensors_of, untouched
+from lightning_svd.model.calls import inputs_in, leaves, logits_of, mapped, tensors_of, untouched
 from lightning_svd.ranks.statistics import NotFiniteError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -147,11 +147,6 @@ def _divergence(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     shares, known = one.exp(), ~one.isnan().any(-1)
     terms = (shares * (one - other.log_softmax(-1))).where(shares > 0, torch.zeros_like(one))
     return terms.sum(-1)[known], known
-
-
-def inputs_in(batch: Any) -> int:
-    """How many inputs a batch has: the first dimension of its first tensor; 1 without one."""
-    return next((len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
 def numbers_in(output: Any) -> list[Tensor]:

@@ -52,6 +52,7 @@ _OF_A_RUN: dict[str, tuple[type, ...]] = {
     "spectra_before": (dict,),
     "cost": (dict, type(None)),
     "guard": (dict, type(None)),
+    "observed": (dict, type(None)),
 }
 _CHANGE = {"step", "epoch", "ranks", "macs_ratio", "params_ratio"}
 _ITEMS: dict[str, Callable[[Any], bool]] = {

@@ -164,7 +164,7 @@ class SVDLayer(FactorizedModule):
     def output_with(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """What :meth:`forward` computes of what is trained in the place of the weight, with this bias."""
         out = self.computed(x, bias)
-        return out if self.watch is None else self.watch(self, x, out, bias)
+        return out if self.watch is None else _told(self, x, out, bias)
 
     def computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """:meth:`output_with` without anybody being told of it."""
@@ -530,6 +530,13 @@ class SVDLayer(FactorizedModule):
             own["form"].parameters = {}
             return own
         return {key: value for key, value in own.items() if key not in _OWN}
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _told(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+    """The output that goes on, after a layer's watch was told of it; never part of a compiled graph."""
+    assert layer.watch is not None
+    return layer.watch(layer, x, out, bias)
 
 
 Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output

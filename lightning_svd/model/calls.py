@@ -112,6 +112,11 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)] if logits is None else [logits]
 
 
+def inputs_in(batch: Any) -> int:
+    """How many inputs a batch has: the first dimension of its first tensor; 1 without one."""
+    return next((len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
 # ------------------------------------------------------------------------------------------------- noting calls
 
 

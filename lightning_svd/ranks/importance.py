@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_svd.arguments import check_count
 from lightning_svd.layers.forms import SVDForm, exact_of, stacked
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
+from lightning_svd.ranks.statistics import DataBasis, Statistics, in_metric_of_data
 
 
 class Importance(ABC):
-    """A measure of what each rank of a layer is worth, in whose order ranks are kept."""
+    """A measure of what each rank of a layer is worth, in whose order ranks are kept.
+
+    Attributes:
+        adds_up: Whether what ranks of different layers carry is in one unit, see
+            :func:`~lightning_svd.ranks.allocation.keep_by_budget`.
+    """
+
+    adds_up: ClassVar[bool] = False
 
     @abstractmethod
     def factors(self, layer: SVDLayer) -> Factors:
@@ -54,3 +64,48 @@ class Spectrum(Importance):
     def values(self, factors: Factors) -> Tensor:
         squares = factors.s.square()
         return squares if squares.ndim == 1 else squares.sum(0)
+
+
+class OnData(Spectrum):
+    """What a rank does on the data of the training batches before ranks change; until then, the spectrum.
+
+    Args:
+        steps: Optimizer steps before each change of ranks in whose batches statistics are collected. Such a step
+            takes about twice the time, and each layer holds two r x r matrices meanwhile, r being its rank.
+
+    Raises:
+        ValueError: If ``steps`` is not a count.
+    """
+
+    of_loss: ClassVar[bool]
+
+    def __init__(self, steps: int = 2) -> None:
+        check_count("steps", steps)
+        self.steps = steps
+
+    def basis(self, layer: SVDLayer, seen: Statistics) -> DataBasis:
+        """Factors in the order of what their ranks do on data, and how much that is."""
+        left, right = (factor.detach() for factor in layer.form.left_right())
+        return in_metric_of_data(left, right, seen, self.of_loss)
+
+
+class Outputs(OnData):
+    """How much of a layer's outputs goes through a rank.
+
+    After Zhang et al. 2016 (arXiv 1505.06798); the same as the whitening of SVD-LLM (arXiv 2403.07378).
+    """
+
+    of_loss = False
+
+
+class Fisher(OnData):
+    """What the loss feels of a rank, by a layer's inputs and the gradients of its outputs.
+
+    To second order and in Kronecker factors, as Martens and Grosse 2015 (arXiv 1503.05671) have them.
+    """
+
+    of_loss = True
+    adds_up = True
+
+
+IMPORTANCES: dict[str, type[Importance]] = {"spectrum": Spectrum, "outputs": Outputs, "fisher": Fisher}

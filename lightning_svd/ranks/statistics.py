@@ -41,8 +41,9 @@ class Statistics:
             together.
     """
 
-    def __init__(self, layer: SVDLayer, with_gradients: bool, with_moments: bool = True) -> None:
+    def __init__(self, layer: SVDLayer, with_gradients: bool, with_moments: bool = True, checks: bool = True) -> None:
         like, rank, groups = wide(layer.form.trained[0].detach()), layer.rank, layer.view.groups
+        self.checks = checks  # which waits for the device
         self.inputs = self.positions = 0
         self.total = like.new_zeros(groups, rank)
         self.features = like.new_zeros(groups, rank, rank) if with_moments else None
@@ -58,7 +59,7 @@ class Statistics:
         """
         with torch.no_grad(), exact_products(between.device):
             features = _by_position(layer, between)
-            if not torch.isfinite(features).all():
+            if self.checks and not torch.isfinite(features).all():
                 raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity in what it is given")
             self.positions += features.shape[1]
             self.total += features.sum(1)
@@ -78,7 +79,7 @@ class Statistics:
             (back,) = torch.autograd.grad(out, between, wide(gradient.detach()))
         with torch.no_grad(), exact_products(gradient.device):
             backs = _by_position(layer, back)
-            if not torch.isfinite(backs).all():
+            if self.checks and not torch.isfinite(backs).all():
                 raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity among the gradients of its output")
             if self.gradients is not None:
                 self.gradients += backs.mT @ backs
@@ -95,6 +96,11 @@ class Statistics:
             self.squares += self._scores.square().sum(0)
             self.tails += self._scores.flip(-1).cumsum(-1).flip(-1).square().sum(0)
             self._scores = None
+
+    def sums(self) -> dict[str, Tensor]:
+        """The tensors among its attributes, by name; those of several processes add up."""
+        found = {name: getattr(self, name) for name in ("total", "features", "gradients", "squares", "tails")}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def felt(self) -> Tensor:
         """What the loss feels of each rank, per input, as a share of what dropping several adds up to, (r,).

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,7 +31,13 @@ class Change:
 
 
 class RankPolicy(ABC):
-    """When ranks change in a run, and to what."""
+    """When ranks change in a run, and to what.
+
+    Attributes:
+        importance: What ranks are judged by where the user does not say it.
+    """
+
+    importance: ClassVar[str] = "spectrum"
 
     @abstractmethod
     def begin(self, total_steps: int) -> None:
@@ -80,7 +87,7 @@ class FallToBudget(RankPolicy):
         end: Share of the run after which they stay, in (0, 1] and not before ``start``.
         shape: Of the fall, see :mod:`~lightning_svd.training.schedules`.
         cuts: In how many they fall.
-        ramp: Shape in which the sparsity strength ramps up until ``start``.
+        ramp: Shape in which the sparsity strength ramps up until ``start``; None for no sparsity penalty at all.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -90,7 +97,7 @@ class FallToBudget(RankPolicy):
     end: float = 0.7
     shape: str = "cubic"
     cuts: int = 20
-    ramp: str = "linear"
+    ramp: str | None = "linear"
 
     def __post_init__(self) -> None:
         check_share("start", self.start, zero=True)
@@ -99,7 +106,7 @@ class FallToBudget(RankPolicy):
             raise ValueError(f"`start` must be <= `end` ({self.end!r}), got {self.start!r}")
         check_choice("shape", self.shape, SHAPES)
         check_count("cuts", self.cuts, most=1_000_000)
-        check_choice("ramp", self.ramp, SHAPES)
+        check_choice("ramp", self.ramp, (*SHAPES, None))
         self.total_steps, self._steps = 1, [1]
 
     def begin(self, total_steps: int) -> None:
@@ -129,8 +136,26 @@ class FallToBudget(RankPolicy):
         return Change({name: min(rank, now[name]) for name, rank in wanted.items()}, final)
 
     def strength(self, step: int) -> float:
-        return strength(step / self.total_steps, self.start, self.end, self.ramp)
+        return strength(step / self.total_steps, self.start, self.end, self.ramp) if self.ramp else 0.0
 
     @property
     def pending(self) -> int | None:
         return self._steps[-1] if self._steps else None
+
+
+@dataclass(kw_only=True)
+class Finetune(FallToBudget):
+    """For a trained net: ranks fall soon, without a sparsity penalty, judged by what the loss feels on the data.
+
+    The arguments are those of :class:`FallToBudget`.
+    """
+
+    importance = "fisher"
+
+    start: float = 0.02
+    end: float = 0.2
+    cuts: int = 5
+    ramp: str | None = None
+
+
+SCHEDULES: dict[str, type[RankPolicy]] = {"fall": FallToBudget, "finetune": Finetune}

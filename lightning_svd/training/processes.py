@@ -69,6 +69,12 @@ def agree(check: Callable[[], None]) -> None:
         raise first
 
 
+def add_up(tensor: Tensor) -> None:
+    """Have the sum over all processes in a tensor."""
+    if size() > 1:
+        dist.all_reduce(tensor)
+
+
 def shared_out(
     pieces: Sequence[Piece], compute: Callable[[Piece], list[Tensor]], empty: Callable[[Piece], list[Tensor]]
 ) -> Iterator[tuple[Piece, list[Tensor]]]:

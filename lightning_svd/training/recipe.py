@@ -22,9 +22,9 @@ from lightning_svd.layers.views import CONV_MODES
 from lightning_svd.model.plan import LayerPlan, Targets, plan, read_plan
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.ranks.costs import ModelCost, Unit
-from lightning_svd.ranks.importance import Importance, Spectrum
+from lightning_svd.ranks.importance import IMPORTANCES, Importance
 from lightning_svd.training.distillation import Distillation
-from lightning_svd.training.policies import FallToBudget, RankPolicy
+from lightning_svd.training.policies import SCHEDULES, RankPolicy
 from lightning_svd.training.regularizers import SPARSITY, Regularizer
 
 DEFAULT_TARGET_MACS = 0.5
@@ -51,7 +51,7 @@ class Recipe:
     energy_threshold: float | None = None
     schedule: str | RankPolicy = "fall"
     full_rank_as: str = "svd"
-    importance: str | Importance = "spectrum"
+    importance: str | Importance = "auto"
     min_rank: int = 1
     round_to: int = 1
     regularizer: str | Regularizer | None = "hoyer"
@@ -70,9 +70,9 @@ class Recipe:
                 "give either `plan_file`, which says it for each layer, or `target_modules`, `exclude_modules`, "
                 "`conv_mode`, `rank_pattern`"
             )
-        check_choice("schedule", self.schedule, ("fall",), RankPolicy)
+        check_choice("schedule", self.schedule, SCHEDULES, RankPolicy)
         check_choice("full_rank_as", self.full_rank_as, ("svd", "dense"))
-        check_choice("importance", self.importance, ("spectrum",), Importance)
+        check_choice("importance", self.importance, ("auto", *IMPORTANCES), Importance)
         check_count("min_rank", self.min_rank)
         check_count("round_to", self.round_to)
         check_choice("regularizer", self.regularizer, (*SPARSITY, None), Regularizer)
@@ -102,15 +102,17 @@ class Recipe:
 
     def policy(self) -> RankPolicy:
         """Which ranks when, in one run: a policy keeps where it is, and what the user gave serves many runs."""
-        return copy.deepcopy(self.schedule) if isinstance(self.schedule, RankPolicy) else FallToBudget()
+        return copy.deepcopy(self.schedule) if isinstance(self.schedule, RankPolicy) else SCHEDULES[self.schedule]()
 
     def regularization(self) -> Regularizer:
         """What the factors are regularized by."""
         return self.regularizer if isinstance(self.regularizer, Regularizer) else Regularizer(self.regularizer)
 
     def measure(self) -> Importance:
-        """What a rank carries."""
-        return self.importance if isinstance(self.importance, Importance) else Spectrum()
+        """What a rank carries; "auto" leaves it to the schedule."""
+        if isinstance(self.importance, Importance):
+            return self.importance
+        return IMPORTANCES[self.policy().importance if self.importance == "auto" else self.importance]()
 
     def plan(self, model: nn.Module, include_frozen: bool = False) -> list[LayerPlan]:
         """Which layers are factorized.
@@ -142,7 +144,8 @@ class Recipe:
         kind, share = self.target
         if kind == "energy":
             return keep_by_energy(energies, cost.by("params"), share, **bounds)
-        return keep_by_budget(energies, cost.by(kind), share * cost.dense(kind), **bounds)
+        budget = share * cost.dense(kind)
+        return keep_by_budget(energies, cost.by(kind), budget, adds_up=self.measure().adds_up, **bounds)
 
     def check_reachable(self, cost: ModelCost, full_ranks: Mapping[str, int], bounds: Mapping[str, Any]) -> None:
         """Refuse a budget that no ranks can meet.

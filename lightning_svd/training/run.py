@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -16,18 +16,21 @@ from torch.optim import Optimizer
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm, set_factors_of
 from lightning_svd.layers.layer import Replaced, SVDLayer
-from lightning_svd.layers.matrices import Factors, numerical_rank, wide
+from lightning_svd.layers.matrices import Factors, check_finite, numerical_rank, wide
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
 from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
+from lightning_svd.ranks.importance import OnData
 from lightning_svd.ranks.latency import time_layers
 from lightning_svd.report.data import Pause, RankChange, SVDReport, report_on
 from lightning_svd.training import processes
 from lightning_svd.training.distillation import distiller_of
 from lightning_svd.training.guard import MetricGuard
+from lightning_svd.training.judging import Verdict
+from lightning_svd.training.observation import Observer
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
 from lightning_svd.training.recipe import Recipe
@@ -107,6 +110,7 @@ class SVDTraining:
         self.warnings: list[str] = []
         self.spectra_before: dict[str, list[float]] = {}
         self.backwards = self.last_cut = self._steps = 0
+        self._waits = self._observes = False
         self._refused: dict[str, str] = {}
         self._are_others = False
         self._on_reshape = on_reshape or (lambda: None)
@@ -125,6 +129,10 @@ class SVDTraining:
         if self.distiller is not None:
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
+        self.observer: Observer | None = None
+        if isinstance(self.importance, OnData):
+            self.observer = Observer(model, self.layers, self.importance.of_loss)
+            self.until_closed.callback(self.observer.rest)
         try:
             check_dense(model, self._dense)
             self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
@@ -145,6 +153,8 @@ class SVDTraining:
         if self.cost is None:
             self.recorder.start()
         self._tell_of_others()
+        if self.observer is not None and state is None:
+            self._plan_observation(0)
 
     # ------------------------------------------------------------------------------------------- for a loop of your own
 
@@ -157,6 +167,8 @@ class SVDTraining:
         Returns:
             The change of ranks, if there was one.
         """
+        if self.observer is not None:
+            self.observer.end_batch()
         self.learn_costs()
         for optimizer in self.optimizers:
             self.before_step(optimizer, self._steps)
@@ -306,9 +318,10 @@ class SVDTraining:
             return None
         self.recorder.stop()  # what follows are replays
         try:
-            few, inputs = cut(self.model, calls, FEW)
-            cost = count_calls(self.model, self.layers, few, inputs)
-            refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
+            with self.observer.resting() if self.observer is not None else nullcontext():
+                few, inputs = cut(self.model, calls, FEW)
+                cost = count_calls(self.model, self.layers, few, inputs)
+                refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
         except Exception as error:
             raise ValueError(
                 "the model was run once more in evaluation, to count what it costs and to see which layers can become "
@@ -328,6 +341,8 @@ class SVDTraining:
         self.plan = [replace(of, skipped=refused.get(of.name, of.skipped)) for of in self.plan]
         self.layers = {name: layer for name, layer in self.layers.items() if name not in refused}
         self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
+        if self.observer is not None:
+            self.observer.know(self.layers)
         for optimizer in self.optimizers:
             optimizer.know(self.layers.values())
         self._tell_of_others()
@@ -392,6 +407,8 @@ class SVDTraining:
             self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
         if self.cost is None:
             self.recorder.start()
+        if self.observer is not None and self._observes:
+            self.observer.begin_batch()
         for layer in self.layers.values():
             layer.forget_loaded()
         for optimizer in self.optimizers:
@@ -409,6 +426,8 @@ class SVDTraining:
 
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
+        if self.observer is not None:
+            self.observer.end_batch()
         for optimizer in self.optimizers:
             optimizer.merge()
             optimizer.enforced = False
@@ -440,7 +459,38 @@ class SVDTraining:
             self.warnings += [warning for warning in self.distiller.check() if warning not in self.warnings]
         if due is None:
             due = self.policy.is_due(self.clock(step))
-        return self.cut(step, epoch) if due and not self.paused and self.cost is not None else None
+        due = due and not self.paused and self.cost is not None
+        if self.observer is None:
+            return self.cut(step, epoch) if due else None
+        change = self.cut(step, epoch) if self._is_ready(due, self.observer) else None
+        self._plan_observation(step)
+        return change
+
+    # ------------------------------------------------------------------------------------------------ what data is like
+
+    def _plan_observation(self, step: int) -> None:
+        """Say whether the next batch is observed: ahead of a cut, or for one that waits."""
+        assert isinstance(self.importance, OnData)
+        soon = self.policy.pending is not None and self.policy.is_due(self.clock(step) + self.importance.steps)
+        self._observes = soon or self._waits
+
+    def _is_ready(self, due: bool, observer: Observer) -> bool:
+        """Whether there is enough to judge ranks by: an unforeseen cut waits, and one of what is not finite."""
+        assert isinstance(self.importance, OnData)
+        if due and not observer.batches:
+            self._waits = True
+        if self._waits:
+            due = not self.paused and observer.batches >= self.importance.steps
+        if due:
+            is_finite = observer.gather()
+            if not processes.decide(lambda: is_finite):
+                for name, layer in self.layers.items():
+                    for parameter in layer.form.trained:
+                        check_finite(parameter.detach(), name)
+                observer.forget()
+                due = False
+            self._waits = not due
+        return due
 
     # ------------------------------------------------------------------------------------------------------------ a cut
 
@@ -451,7 +501,8 @@ class SVDTraining:
             ValueError: If a layer's factors are not finite; the message names it.
         """
         before, clock = self.ranks(), self.clock(step)
-        energies = self._refactorize()
+        verdict = self._verdict() if self.observer is not None else None
+        energies = verdict.values if verdict else self._refactorize()
         change: Change = processes.decide(
             lambda: self.policy.change(
                 clock, self.full_ranks, before, lambda: self._choose_ranks(self._on_cpu(energies), self._known_cost)
@@ -459,9 +510,13 @@ class SVDTraining:
         )
         self.policy.resume(clock)
         self.last_cut = clock
-        coarse = [n for n, rank in change.ranks.items() if rank < self.layers[n].rank and _is_coarse(self.layers[n])]
-        for names, factors in self._exact_of_stacks(coarse):
-            self._take([self.layers[name] for name in names], factors)
+        fall = [name for name, rank in change.ranks.items() if rank < self.layers[name].rank]
+        if verdict:
+            for name, factors in verdict.cut({name: change.ranks[name] for name in fall}):
+                self._take_at(self.layers[name], factors)
+        else:
+            for names, factors in self._exact_of_stacks([name for name in fall if _is_coarse(self.layers[name])]):
+                self._take([self.layers[name] for name in names], factors)
         for name, rank in change.ranks.items():
             self._keep(name, rank)
         if change.final:
@@ -494,6 +549,25 @@ class SVDTraining:
             if takes:
                 self._take(layers, factors)
         return energies
+
+    def _verdict(self) -> Verdict:
+        """What ranks are worth by what was observed, which is then forgotten."""
+        assert isinstance(self.importance, OnData) and self.observer is not None
+        trained = {name: layer for name, layer in self.layers.items() if not isinstance(layer.form, PairForm)}
+        verdict = Verdict(trained, self.importance, self.observer.seen)
+        self.observer.forget()
+        if verdict.unseen:
+            count, names = len(verdict.unseen), ", ".join(verdict.unseen[:8])
+            warning = f"{count} layers met no data before ranks were cut and are judged by their weights: {names}"
+            self.warnings += [warning] if warning not in self.warnings else []
+        return verdict
+
+    def _take_at(self, layer: SVDLayer, factors: Factors) -> None:
+        """Let a layer take exact factors of a rank below its own."""
+        if isinstance(layer.form, DenseForm):
+            self._replace([layer.to_svd(factors)])
+        else:
+            self._take([layer], Factors(*(factor.unsqueeze(0) for factor in factors)))
 
     def _take(self, layers: Sequence[SVDLayer], factors: Factors) -> None:
         """Let layers alike take exact factors, stacked, in the place of those that they train."""
@@ -632,7 +706,13 @@ class SVDTraining:
             "cost": asdict(self.cost) if self.cost else None,
             "guard": self.guard.state_dict() if self.guard else None,
             "teacher": self.distiller.state_dict() if self.distiller else None,
+            "observed": self._observed(),
         }
+
+    def _observed(self) -> dict[str, Any] | None:
+        if self.observer is None:
+            return None
+        return {"waits": self._waits, "observes": self._observes, **self.observer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, at the beginning of a run or in the middle of one.
@@ -660,6 +740,13 @@ class SVDTraining:
         self.strengths = [(step, strength) for step, strength in state["strengths"]]
         self.warnings = list(state["warnings"])
         self.spectra_before = state["spectra_before"]
+        observed = state["observed"]
+        if (observed is None) != (self.observer is None):
+            needs = "needs data, asked for one that does not", "needs no data, asked for one that does"
+            raise ValueError(f"the checkpoint was written with an `importance` that {needs[observed is None]}")
+        if self.observer is not None and observed is not None:
+            self._waits, self._observes = observed["waits"], observed["observes"]
+            self.observer.load_state_dict(observed)
         if self.guard and state["guard"]:
             self.guard.load_state_dict(state["guard"])
         if state["cost"]:

@@ -1,0 +1,91 @@
+"""Ranks judged by what they do on data: how much each is worth, and the best factors of the ranks that are left."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.matrices import Factors, exact_products, refactorized, wide
+from lightning_svd.ranks.importance import OnData
+from lightning_svd.ranks.statistics import Statistics
+from lightning_svd.training import processes
+
+Bases = dict[str, tuple[Tensor, Tensor]]
+
+
+class Verdict:
+    """What ranks of layers are worth, and how layers are cut accordingly.
+
+    Layers are left as they are. Each is judged in one process, which also cuts it; all have the same in the end, bit
+    for bit.
+
+    Args:
+        layers: By name, as they were when statistics were collected.
+        importance: The metric.
+        seen: Statistics of every layer. They are let go of one by one.
+
+    Attributes:
+        values: What each rank carries, (r,), descending. Of a layer that no batch reached, what it carries of the
+            weight, as if that were worth what the median layer is.
+        unseen: The names of such layers.
+    """
+
+    def __init__(self, layers: Mapping[str, SVDLayer], importance: OnData, seen: dict[str, Statistics]) -> None:
+        self.layers, self.unseen = layers, [name for name in layers if not seen[name].positions]
+        self._bases: Bases = {}  # of the layers that this process judges
+        self._names = [*layers]
+        found = {}
+
+        def judge(name: str) -> list[Tensor]:
+            mine = seen.pop(name)
+            if name in self.unseen:
+                return [importance.values(importance.factors(layers[name]))]
+            basis = importance.basis(layers[name], mine)
+            like = basis.carried
+            self._bases[name] = basis.of_gradients.to(like), basis.of_features.to(like)
+            return [like]
+
+        for name, (values,) in processes.shared_out(self._names, judge, lambda name: [_like(layers[name], ())]):
+            found[name] = values
+        totals = torch.stack([values.sum() for values in found.values()]).tolist()
+        worth = [total for name, total in zip(found, totals, strict=True) if name not in self.unseen]
+        for name, total in zip(found, totals, strict=True):
+            if name in self.unseen and worth and total > 0:
+                found[name] = found[name] * (statistics.median(worth) / total)
+        self.values = found
+
+    def cut(self, ranks: Mapping[str, int]) -> Iterator[tuple[str, Factors]]:
+        """The exact SVD of the best layer of a lower rank, for each of these layers."""
+
+        def compute(name: str) -> list[Tensor]:
+            basis = self._bases.pop(name, None)
+            if name not in ranks:
+                return []
+            layer, rank = self.layers[name], ranks[name]
+            if basis is None:
+                return [factor[..., :rank] for factor in layer.form.exact(layer.layer_name)]
+            with torch.no_grad(), exact_products(basis[0].device):
+                left, right = (
+                    wide(factor.detach()) @ (of if factor.ndim > 2 else of.squeeze(0))[..., :rank]
+                    for factor, of in zip(layer.form.left_right(), basis, strict=True)
+                )
+                return [*refactorized(Factors(left, torch.ones_like(left[..., 0, :]), right), layer.layer_name)]
+
+        def empty(name: str) -> list[Tensor]:
+            (m, n), rank = self.layers[name].matrix_shape, ranks.get(name)
+            return [_like(self.layers[name], shape) for shape in ((m, rank), (rank,), (n, rank))] if rank else []
+
+        # As many at a time as when they were judged, so that each is cut where its basis is.
+        for name, tensors in processes.shared_out(self._names, compute, empty):
+            if tensors:
+                yield name, Factors(*tensors)
+
+
+def _like(layer: SVDLayer, shape: tuple[int, ...]) -> Tensor:
+    """Where what another process has computed of a layer is received; () for a number of each of its ranks."""
+    groups = (layer.view.groups,) if layer.view.groups > 1 and shape else ()
+    return wide(layer.form.trained[0].detach()).new_empty((*groups, *(shape or (layer.rank,))))

@@ -82,7 +82,7 @@ def compress(
         correct_bias: Whether biases make up for the mean of what is dropped; None for whether it helps.
         recalibrate: Whether running statistics of batch normalization are taken anew, if that helps.
         curve: Whether the report says how far outputs would move at other budgets.
-        inplace: Change ``model`` itself, which saves the memory of a copy.
+        inplace: Change ``model`` itself. A copy costs little more memory: what is to be factorized is not copied.
         progress: Show a progress bar.
         seed: Of what is drawn.
         layers: Which layers, as for :class:`~lightning_svd.training.recipe.Recipe`: ``target_modules``,
@@ -102,13 +102,15 @@ def compress(
         check_flag(name, flag)
     recipe = Recipe(target_macs=target_macs, target_params=target_params, **layers)
     with torch.inference_mode(False), tracking(progress) as track:
-        small = model if inplace else copy.deepcopy(model)
+        small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
         try:
             run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,))
             distances = run.curve() if curve else {}
             run.cut(correct_bias, recalibrate)
-            return small, run.finish(distances)
+            report = run.finish(distances)
+            _separate(small, shared)
+            return small, report
         except BaseException:
             run.undo()
             raise
@@ -442,6 +444,41 @@ class _Compression:
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
         )
+
+
+def _twin(model: ModuleT, recipe: Recipe) -> tuple[ModuleT, set[int]]:
+    """A copy for which the weights to be factorized are not copied: they are read, and most of them are let go.
+
+    Returns:
+        The copy, and where in memory it has what is the model's.
+    """
+    memo: dict[int, Any] = {}
+    shared = set()
+    for layer in recipe.plan(model, include_frozen=True):
+        if layer.skipped:
+            continue
+        owner = _nearest(model, layer.name)
+        for parameter in owner.parameters(recurse=False):
+            if type(parameter) is nn.Parameter and parameter.ndim > 1 and not parameter.is_inference():
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                shared.add(parameter.untyped_storage().data_ptr())
+    return copy.deepcopy(model, memo), shared
+
+
+def _nearest(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name; for a part of one in one piece that one."""
+    while True:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            name = name.rpartition(".")[0]
+
+
+def _separate(twin: nn.Module, shared: set[int]) -> None:
+    """Give a copy its own values where it still has another model's."""
+    for parameter in twin.parameters():
+        if parameter.untyped_storage().data_ptr() in shared:
+            parameter.data = parameter.detach().clone()
 
 
 def _set(parameter: Tensor | None, values: Tensor) -> None:

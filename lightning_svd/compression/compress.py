@@ -24,7 +24,7 @@ from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
 from lightning_svd.layers.pairs import bias_of
 from lightning_svd.model.calls import CallRecorder, cut
-from lightning_svd.model.checks import FEW, whole_layers
+from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
@@ -105,7 +105,7 @@ def compress(
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
         try:
-            run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,))
+            run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,), curve)
             distances = run.curve() if curve else {}
             run.cut(correct_bias, recalibrate)
             report = run.finish(distances)
@@ -183,7 +183,8 @@ class _Compression:
             recorder.stop()
         calls, inputs = cut(self.model, recorder.calls, FEW)
         cost = count_calls(self.model, self.layers, calls, inputs)
-        refused = whole_layers(self.model, calls, self.layers)
+        entries = max(int(AT_ONCE * sum(weight.numel() for weight in self.weights.values())), LITTLE // 4)
+        refused = whole_layers(self.model, calls, self.layers, entries=min(ENTRIES, entries))
         for name in self.layers.keys() - watched.keys():
             seen = name in recorder.seen
             refused[name] = "it is called with more than its input" if seen else "the calibration data never reaches it"
@@ -206,26 +207,49 @@ class _Compression:
 
     # ------------------------------------------------------------------------------------------------------- decide
 
-    def choose(self, importances: Sequence[str]) -> None:
-        """Find the ranks, and the factors, that move held-out outputs least."""
+    def choose(self, importances: Sequence[str], other_budgets: bool = False) -> None:
+        """Find the ranks, and the factors, that move held-out outputs least.
+
+        Args:
+            importances: What to try.
+            other_budgets: Whether all ranks that pay are to be there afterwards, and not only those that are chosen.
+        """
         found: list[_Candidate] = []
-        bases: dict[str, dict[str, Basis]] = {"spectrum": self._decompose("spectrum" in importances)}
+        bases: dict[str, dict[str, Basis]] = {}
+
+        def judge(candidates: Sequence[_Candidate]) -> None:
+            ranks = [self._ranks(candidate.values, candidate.adds_up) for candidate in candidates]
+            if not other_budgets:
+                for candidate in candidates:
+                    self._forget(
+                        bases[candidate.metric],
+                        [
+                            mine
+                            for mine, other in zip(ranks, candidates, strict=True)
+                            if other.metric == candidate.metric
+                        ],
+                    )
+            for mine, candidate in zip(ranks, candidates, strict=True):
+                with self._having(mine, bases[candidate.metric]):
+                    self.tried[candidate.label] = self.distance()
+            found.extend(candidates)
+
+        of_weights = self._decompose("spectrum" in importances)
         if "spectrum" in importances:
-            values = {name: basis.carried for name, basis in bases["spectrum"].items()}
-            found.append(_Candidate("spectrum", "spectrum", values, False))
-            self._judge(found[-1], bases["spectrum"])
+            bases["spectrum"] = of_weights
+            judge([_Candidate("spectrum", "spectrum", _carried(of_weights), False)])
         metrics = [metric for metric in ("outputs", "fisher") if metric in importances]
         if metrics:
             of_data, felt = self._calibrate(metrics, "outputs" in importances)
-            for metric in of_data:
-                values = {name: basis.carried for name, basis in of_data[metric].items()}
-                found.append(_Candidate(metric, metric, values, metric == "fisher"))
+            bases |= of_data
+            candidates = []
+            for metric, mine in of_data.items():
+                candidates.append(_Candidate(metric, metric, _carried(mine), metric == "fisher"))
                 if felt:
                     label = f"{metric}, ranks by what the loss feels"
-                    found.append(_Candidate(label, metric, felt[metric], True))
-                for candidate in found[-2 if felt else -1 :]:
-                    self._judge(candidate, of_data[metric])
-            bases |= of_data
+                    candidates.append(_Candidate(label, metric, felt[metric], True))
+            del mine, of_data
+            judge(candidates)
         best = min(found, key=lambda each: self.tried[each.label])
         if math.isnan(self.tried[best.label]):
             raise ValueError("the model's outputs for the held-out ones of `batches` are NaN or infinite")
@@ -234,9 +258,11 @@ class _Compression:
         if best.metric == "spectrum":
             self.means = {}
 
-    def _judge(self, candidate: _Candidate, bases: Mapping[str, Basis]) -> None:
-        with self._having(self._ranks(candidate.values, candidate.adds_up), bases):
-            self.tried[candidate.label] = self.distance()
+    def _forget(self, bases: dict[str, Basis], used: Sequence[Mapping[str, int]]) -> None:
+        """Let go of what is not used with any of these ranks; a dense layer uses none."""
+        for name, layer in self.layers.items():
+            ranks = [ranks[name] for ranks in used]
+            bases[name] = bases[name].cut(max((rank for rank in ranks if rank < layer.full_rank), default=0))
 
     def _decompose(self, with_bases: bool) -> dict[str, Basis]:
         """The layers' spectra, and bases in which a rank is one of their singular values."""
@@ -444,6 +470,10 @@ class _Compression:
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
         )
+
+
+def _carried(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
+    return {name: basis.carried for name, basis in bases.items()}
 
 
 def _twin(model: ModuleT, recipe: Recipe) -> tuple[ModuleT, set[int]]:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_svd import CompressionReport, compress
+from lightning_svd.compression import compress as compress_module
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer
 from lightning_svd.layers.parts import InParts
 
@@ -814,3 +815,28 @@ def test_progress_is_shown_on_standard_error_alone(capsys):
     model, batches = trained()
     compress(model, batches, progress=True)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("make", [mlp, Norms, Recurrent, Encoder])
+def test_a_copy_shares_nothing_with_the_model_in_the_end(make):
+    model, batches = trained(make)
+    small, report = quietly(model, batches, target_params=0.9)
+    assert {layer.form for layer in report.ranks.layers} == {"dense", "factored"}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    assert not any(tensor.untyped_storage().data_ptr() in own for tensor in (*small.parameters(), *small.buffers()))
+
+
+@pytest.mark.parametrize("make", [mlp, Norms, Recurrent, Encoder])
+def test_layers_in_groups_are_cut_as_all_at_once(make, monkeypatch):
+    model, batches = trained(make)
+    together = quietly(model, batches)[1]
+    for name in ("AT_ONCE", "LITTLE"):
+        monkeypatch.setattr(f"lightning_svd.compression.compress.{name}", 0)
+    monkeypatch.setattr("lightning_svd.compression.compress._Compression._learn_costs", without_activations)
+    apart = quietly(model, batches)[1]
+    assert apart.tried == together.tried and apart.distance == together.distance
+    assert apart.carried == together.carried
+
+
+def without_activations(run, learn=compress_module._Compression._learn_costs):
+    return learn(run)[0], 0

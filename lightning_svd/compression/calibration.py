@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_svd.compression.data import CalibrationData, is_distribution, num
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import in_backward, inputs_in, untouched
-from lightning_svd.ranks.statistics import Statistics, features_of
+from lightning_svd.ranks.statistics import Basis, Felt, Statistics, features_of
 
 _WITHOUT = "give `importance='outputs'`, which needs none"
 
@@ -32,6 +32,7 @@ def collect(
     track: Track,
     seed: int = 0,
     with_moments: bool = True,
+    only: Collection[str] | None = None,
 ) -> dict[str, Statistics]:
     """Statistics of layers over the batches, of those that were called.
 
@@ -41,29 +42,77 @@ def collect(
 
     Args:
         data: The batches, of a model that the layers are in.
-        layers: In a factorized form, by name.
+        layers: By name; of one that trains its dense weight the features are its outputs, or its inputs where those
+            are fewer.
         with_gradients: Whether to run backward passes too.
         track: Shows progress.
         seed: Of what is drawn.
         with_moments: Whether moments are wanted, and not only what the loss feels.
+        only: Of which of the layers statistics are wanted, by name; None for all of them.
 
     Raises:
         ValueError: If the model fails, or a layer meets NaN or infinity.
     """
     seen: dict[str, Statistics] = {}
+
+    def of(layer: SVDLayer) -> Statistics | None:
+        if only is not None and layer.layer_name not in only:
+            return None
+        if layer.layer_name not in seen:
+            seen[layer.layer_name] = Statistics(layer, with_gradients, with_moments)
+        return seen[layer.layer_name]
+
+    _run(data, layers, of, with_gradients, track, seed)
+    return seen
+
+
+def collect_felt(
+    data: CalibrationData, layers: Mapping[str, SVDLayer], bases: Mapping[str, Sequence[Basis]], track: Track, seed: int
+) -> dict[str, list[Tensor]]:
+    """What a loss feels of the ranks of several bases of each layer, from the same passes.
+
+    Args:
+        data: The batches, of a model that the layers are in.
+        layers: In the form that the bases are of, by name.
+        bases: Of each layer of which that is wanted.
+        track: Shows progress.
+        seed: Of what is drawn.
+
+    Raises:
+        ValueError: If the model fails, or a layer meets NaN or infinity.
+    """
+    felt = {name: Felt(layers[name], of_layer) for name, of_layer in bases.items()}
+    _run(data, layers, lambda layer: felt.get(layer.layer_name), True, track, seed)
+    return {name: [statistics.felt() for statistics in each.each] for name, each in felt.items()}
+
+
+def _run(
+    data: CalibrationData,
+    layers: Mapping[str, SVDLayer],
+    of: Callable[[SVDLayer], Statistics | Felt | None],
+    with_gradients: bool,
+    track: Track,
+    seed: int,
+) -> None:
+    """Pass the batches through the model, and tell what there is of a layer what it sees.
+
+    All layers are watched, whatever there is of them: gradients come from all of them on.
+    """
+    told: dict[str, Statistics | Felt] = {}
     inputs = 0
 
-    def of(layer: SVDLayer) -> Statistics:
-        return seen.setdefault(layer.layer_name, Statistics(layer, with_gradients, with_moments))
-
     def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+        statistics = of(layer)
+        if statistics is None:
+            return _with_gradient(out)
         # Features now, not when the gradient comes: by then the model may have written into x.
-        statistics, between = of(layer), features_of(layer, x)
+        between = features_of(layer, x, out, bias)
+        told[layer.layer_name] = statistics
         if not in_backward():  # where an activation checkpoint computes what was seen before
             statistics.see(layer, between)
         if not torch.is_grad_enabled():  # the model may have turned gradients off here
             return out
-        out = out + out.new_zeros(()).requires_grad_()  # so that gradients come here, whatever is frozen before
+        out = _with_gradient(out)
         note: Any = out.register_hook
         note(lambda gradient: statistics.see_gradient(layer, between, gradient, inputs))
         return out
@@ -79,9 +128,13 @@ def collect(
             output = data.call(batch)
             if with_gradients:
                 _backward(output, inputs if data.loss else None, generator)
-            for each in seen.values():
+            for each in told.values():
                 each.end_batch(inputs)
-    return seen
+
+
+def _with_gradient(out: Tensor) -> Tensor:
+    """The same values, to which gradients come whatever is frozen before."""
+    return out + out.new_zeros(()).requires_grad_() if torch.is_grad_enabled() else out
 
 
 @contextmanager

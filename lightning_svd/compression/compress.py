@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,21 +16,20 @@ from torch import Tensor, nn
 
 from lightning_svd.arguments import check_choice, check_count, check_flag
 from lightning_svd.compression.batch_norm import Values, put, recalibrated
-from lightning_svd.compression.calibration import NoGradientError, Track, collect
+from lightning_svd.compression.calibration import NoGradientError, Track, collect, collect_felt
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
 from lightning_svd.compression.report import CompressionReport
-from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import wide
 from lightning_svd.layers.pairs import bias_of
 from lightning_svd.model.calls import CallRecorder, cut
-from lightning_svd.model.checks import FEW, whole_layers
+from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
-from lightning_svd.ranks.statistics import Statistics, in_metric_of_data
+from lightning_svd.ranks.statistics import Basis, bases_of, sides, spectral_basis
 from lightning_svd.report.data import report_on
 from lightning_svd.training.recipe import Recipe
 
@@ -38,6 +38,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 IMPORTANCES = ("auto", "spectrum", "outputs", "fisher")
 # Shares of the cost at which a report says what the same calibration would give.
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+# Moments and whole bases, up to so many matrices of r x r for each layer, are held of as many layers at once as fit
+# into this share of the weights' bytes, or the bytes of the layers' outputs for a batch, which a pass may hold anyway,
+# or what is little: more passes cost time.
+BASES, AT_ONCE, LITTLE = 4, 0.5, 1 << 26
 
 
 def compress(
@@ -78,7 +82,7 @@ def compress(
         correct_bias: Whether biases make up for the mean of what is dropped; None for whether it helps.
         recalibrate: Whether running statistics of batch normalization are taken anew, if that helps.
         curve: Whether the report says how far outputs would move at other budgets.
-        inplace: Change ``model`` itself, which saves the memory of a copy.
+        inplace: Change ``model`` itself. A copy costs little more memory: what is to be factorized is not copied.
         progress: Show a progress bar.
         seed: Of what is drawn.
         layers: Which layers, as for :class:`~lightning_svd.training.recipe.Recipe`: ``target_modules``,
@@ -98,20 +102,22 @@ def compress(
         check_flag(name, flag)
     recipe = Recipe(target_macs=target_macs, target_params=target_params, **layers)
     with torch.inference_mode(False), tracking(progress) as track:
-        small = model if inplace else copy.deepcopy(model)
+        small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
         try:
-            run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,))
+            run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,), curve)
             distances = run.curve() if curve else {}
             run.cut(correct_bias, recalibrate)
-            return small, run.finish(distances)
+            report = run.finish(distances)
+            _separate(small, shared)
+            return small, report
         except BaseException:
             run.undo()
             raise
 
 
 class _Candidate(NamedTuple):
-    """A way to decide: factors in a metric, and what their ranks carry.
+    """A way to decide: bases in a metric, and what their ranks carry.
 
     Attributes:
         label: How it is called in a report.
@@ -127,7 +133,7 @@ class _Candidate(NamedTuple):
 
 
 class _Compression:
-    """A compression on its way: the model with its layers as U, s and V, ranks a prefix that moves back and forth."""
+    """A compression on its way: layers compute with their dense weight, or with factors of ranks that are tried."""
 
     def __init__(self, model: nn.Module, data: CalibrationData, recipe: Recipe, track: Track, seed: int) -> None:
         self.model, self.data, self.recipe, self.track, self.seed = model, data, recipe, track, seed
@@ -141,13 +147,13 @@ class _Compression:
         self.weights = trained_weights(self.layers)
         self.bounds = recipe.bounds(self.plan)
         self.tried: dict[str, float] = {}
-        self.choice, self.values = "", dict[str, Tensor]()
+        self.spectra: dict[str, list[float]] = {}
+        self.means: dict[str, Tensor] = {}  # of each layer's features
+        self.bases: dict[str, Basis] = {}  # of the choice
+        self.choice, self.values, self.adds_up = "", dict[str, Tensor](), False
         try:
             check_dense(model, self.weights)
-            self.cost = self._learn_costs()
-            for layer in self.track(self.layers.values(), "decomposing"):
-                layer.to_svd()
-            self.spectra = {name: layer.spectrum() for name, layer in self.layers.items()}
+            self.cost, self.activations = self._learn_costs()
         except BaseException:
             self.undo()
             raise
@@ -161,11 +167,12 @@ class _Compression:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 
-    def _learn_costs(self) -> ModelCost:
-        recorder, watched = CallRecorder(self.model, self.layers), set[str]()
+    def _learn_costs(self) -> tuple[ModelCost, int]:
+        """What the model costs, and how many bytes its layers put out for a batch."""
+        recorder, watched = CallRecorder(self.model, self.layers), Counter[str]()
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-            watched.add(layer.layer_name)
+            watched[layer.layer_name] += out.numel() * out.element_size()
             return out
 
         recorder.start()
@@ -176,11 +183,12 @@ class _Compression:
             recorder.stop()
         calls, inputs = cut(self.model, recorder.calls, FEW)
         cost = count_calls(self.model, self.layers, calls, inputs)
-        refused = whole_layers(self.model, calls, self.layers)
-        for name in self.layers.keys() - watched:
+        entries = max(int(AT_ONCE * sum(weight.numel() for weight in self.weights.values())), LITTLE // 4)
+        refused = whole_layers(self.model, calls, self.layers, entries=min(ENTRIES, entries))
+        for name in self.layers.keys() - watched.keys():
             seen = name in recorder.seen
             refused[name] = "it is called with more than its input" if seen else "the calibration data never reaches it"
-        return self._leave(refused, cost)
+        return self._leave(refused, cost), watched.total()
 
     def _leave(self, reasons: Mapping[str, str], cost: ModelCost) -> ModelCost:
         """Leave layers alone, as they were."""
@@ -199,61 +207,128 @@ class _Compression:
 
     # ------------------------------------------------------------------------------------------------------- decide
 
-    def choose(self, importances: Sequence[str]) -> None:
-        """Find the ranks, and the factors, that move held-out outputs least."""
+    def choose(self, importances: Sequence[str], other_budgets: bool = False) -> None:
+        """Find the ranks, and the factors, that move held-out outputs least.
+
+        Args:
+            importances: What to try.
+            other_budgets: Whether all ranks that pay are to be there afterwards, and not only those that are chosen.
+        """
         found: list[_Candidate] = []
-        seen: dict[str, Statistics] = {}
+        bases: dict[str, dict[str, Basis]] = {}
 
-        def judge(label: str, metric: str, values: dict[str, Tensor], adds_up: bool) -> None:
-            found.append(_Candidate(label, metric, values, adds_up))
-            with self._having(self._ranks(values, adds_up)):
-                self.tried[label] = self.distance()
+        def judge(candidates: Sequence[_Candidate]) -> None:
+            ranks = [self._ranks(candidate.values, candidate.adds_up) for candidate in candidates]
+            if not other_budgets:
+                for candidate in candidates:
+                    self._forget(
+                        bases[candidate.metric],
+                        [
+                            mine
+                            for mine, other in zip(ranks, candidates, strict=True)
+                            if other.metric == candidate.metric
+                        ],
+                    )
+            for mine, candidate in zip(ranks, candidates, strict=True):
+                with self._having(mine, bases[candidate.metric]):
+                    self.tried[candidate.label] = self.distance()
+            found.extend(candidates)
 
+        of_weights = self._decompose("spectrum" in importances)
         if "spectrum" in importances:
-            judge("spectrum", "spectrum", {n: layer.energies() for n, layer in self.layers.items()}, False)
-        if importances != ("spectrum",):
-            seen = self._collect("fisher" in importances, "outputs" in importances)
-        felt = all(each.gradients is not None for each in seen.values())
-        for metric in ("outputs", "fisher"):
-            if metric not in importances or (metric == "fisher" and not felt):
-                continue
-            judge(metric, metric, self._move(seen, metric == "fisher"), metric == "fisher")
-            if felt:
-                judge(f"{metric}, ranks by what the loss feels", metric, self._felt(), True)
-        self.seen = seen
-        self.choice, metric, self.values, self.adds_up = min(found, key=lambda each: self.tried[each.label])
-        if math.isnan(self.tried[self.choice]):
+            bases["spectrum"] = of_weights
+            judge([_Candidate("spectrum", "spectrum", _carried(of_weights), False)])
+        metrics = [metric for metric in ("outputs", "fisher") if metric in importances]
+        if metrics:
+            of_data, felt = self._calibrate(metrics, "outputs" in importances)
+            bases |= of_data
+            candidates = []
+            for metric, mine in of_data.items():
+                candidates.append(_Candidate(metric, metric, _carried(mine), metric == "fisher"))
+                if felt:
+                    label = f"{metric}, ranks by what the loss feels"
+                    candidates.append(_Candidate(label, metric, felt[metric], True))
+            del mine, of_data
+            judge(candidates)
+        best = min(found, key=lambda each: self.tried[each.label])
+        if math.isnan(self.tried[best.label]):
             raise ValueError("the model's outputs for the held-out ones of `batches` are NaN or infinite")
-        if metric == "spectrum":
-            for layer in self.layers.values():
-                layer.to_svd()
-            self.seen = {}
-        elif metric != found[-1].metric:
-            self._move(seen, metric == "fisher")
+        self.choice, self.values, self.adds_up = best.label, best.values, best.adds_up
+        self.bases = bases[best.metric]
+        if best.metric == "spectrum":
+            self.means = {}
 
-    def _collect(self, with_gradients: bool, may_fail: bool) -> dict[str, Statistics]:
-        try:
-            return collect(self.data, self.layers, with_gradients, self.track, self.seed)
-        except (NoGradientError, CallError):  # a model may be one for evaluation without gradients only
-            if not (with_gradients and may_fail):
-                raise
-            return collect(self.data, self.layers, False, self.track)
+    def _forget(self, bases: dict[str, Basis], used: Sequence[Mapping[str, int]]) -> None:
+        """Let go of what is not used with any of these ranks; a dense layer uses none."""
+        for name, layer in self.layers.items():
+            ranks = [ranks[name] for ranks in used]
+            bases[name] = bases[name].cut(max((rank for rank in ranks if rank < layer.full_rank), default=0))
 
-    def _felt(self) -> dict[str, Tensor]:
-        """What the loss feels of each rank, of the layers as they stand."""
-        seen = collect(self.data, self.layers, True, self.track, self.seed + 1, with_moments=False)
-        return {name: each.felt() for name, each in seen.items()}
+    def _decompose(self, with_bases: bool) -> dict[str, Basis]:
+        """The layers' spectra, and bases in which a rank is one of their singular values."""
+        bases = {}
+        for name, layer in self.track(self.layers.items(), "decomposing"):
+            left, right = sides(layer, self.weights[name])
+            if with_bases:
+                bases[name] = spectral_basis(left, right, name).cut(self._most(name))
+                values = bases[name].carried.sqrt()
+            else:
+                values = layer.singular_values()
+            self.spectra[name] = values.tolist()
+        return bases
 
-    def _move(self, seen: Mapping[str, Statistics], of_loss: bool) -> dict[str, Tensor]:
-        """Give every layer the factors of a metric; returns what their ranks carry in it."""
-        carried = {}
-        for name, layer in self.track(self.layers.items(), "ordering ranks"):
-            left, right = layer.form.left_right()
-            basis = in_metric_of_data(left, right, seen[name], of_loss)
-            seen[name].move(basis)
-            layer.to_svd(basis.factors)
-            carried[name] = basis.carried
-        return carried
+    def _most(self, name: str) -> int:
+        """The most ranks that a layer is ever given factors of."""
+        full = self.layers[name].full_rank
+        return min(self.cost.layers[name].break_even, int(self.bounds["max_ranks"].get(name, full)))
+
+    def _calibrate(
+        self, metrics: Sequence[str], may_fail: bool
+    ) -> tuple[dict[str, dict[str, Basis]], dict[str, dict[str, Tensor]]]:
+        """Of each metric the layers' bases, cut to what may be kept, and what the loss feels of all of their ranks."""
+        bases: dict[str, dict[str, Basis]] = {metric: {} for metric in metrics}
+        felt: dict[str, dict[str, Tensor]] = {metric: {} for metric in metrics}
+        with_gradients = "fisher" in metrics
+        for layers in self._groups():
+            seen = None
+            if with_gradients:
+                try:
+                    seen = collect(self.data, self.layers, True, self.track, self.seed, only=layers)
+                except (NoGradientError, CallError):  # a model may be one for evaluation without gradients only
+                    if not may_fail:
+                        raise
+                    with_gradients, metrics = False, ["outputs"]
+            if seen is None:
+                seen = collect(self.data, self.layers, False, self.track, only=layers)
+            whole: dict[str, list[Basis]] = {}
+            for name, layer in self.track(layers.items(), "ordering ranks"):
+                statistics = seen.pop(name)  # and with them the moments, which are as large as a weight
+                self.means[name] = statistics.total / statistics.positions
+                left, right = sides(layer, self.weights[name])
+                whole[name] = bases_of(left, right, statistics, [metric == "fisher" for metric in metrics])
+                del statistics
+            if with_gradients:
+                for name, values in collect_felt(self.data, self.layers, whole, self.track, self.seed + 1).items():
+                    for metric, value in zip(metrics, values, strict=True):
+                        felt[metric][name] = value
+            for name in layers:
+                for metric, basis in zip(metrics, whole.pop(name), strict=True):
+                    bases[metric][name] = basis.cut(self._most(name))
+        return {metric: bases[metric] for metric in metrics}, felt if with_gradients else {}
+
+    def _groups(self) -> Iterator[dict[str, SVDLayer]]:
+        """Layers whose moments are collected in the same passes, by how much memory there may be for them."""
+        sizes = {name: weight.numel() * weight.element_size() for name, weight in self.weights.items()}
+        bound = max(AT_ONCE * sum(sizes[name] for name in self.layers), self.activations, LITTLE)
+        group: dict[str, SVDLayer] = {}
+        held = 0
+        for name, layer in self.layers.items():
+            mine = BASES * 4 * layer.view.groups * layer.full_rank**2
+            if group and held + mine > bound:
+                yield group
+                group, held = {}, 0
+            group[name], held = layer, held + mine
+        yield group
 
     def _ranks(self, values: Mapping[str, Tensor], adds_up: bool, share: float | None = None) -> dict[str, int]:
         kind, target = self.recipe.target
@@ -268,18 +343,20 @@ class _Compression:
         return {name: rank if self.cost.layers[name].pays(rank) else full[name] for name, rank in ranks.items()}
 
     @contextmanager
-    def _having(self, ranks: Mapping[str, int]) -> Iterator[None]:
-        """Have layers use so many of their ranks inside, as they stand."""
-        before = {name: layer.rank for name, layer in self.layers.items()}
-        self._use(ranks)
+    def _having(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> Iterator[None]:
+        """Have layers compute with so many ranks of bases inside, and dense again afterwards."""
+        self._use(ranks, bases)
         try:
             yield
         finally:
-            self._use(before)
+            for name in ranks:
+                self.layers[name].to_dense(self.weights[name])
 
-    def _use(self, ranks: Mapping[str, int]) -> None:
+    def _use(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> None:
         for name, rank in ranks.items():
-            self.layers[name].form.rank = rank
+            layer = self.layers[name]
+            if rank < layer.full_rank:
+                layer.to_svd(bases[name].factors(*sides(layer, self.weights[name]), rank))
 
     def distance(self) -> float:
         """How far held-out outputs are from what they were."""
@@ -293,7 +370,7 @@ class _Compression:
                 ranks = self._ranks(self.values, self.adds_up, share)
             except ValueError:
                 break
-            with self._having(ranks):
+            with self._having(ranks, self.bases):
                 distances[share] = self.distance()
         return distances
 
@@ -303,17 +380,19 @@ class _Compression:
         """Use the ranks that were chosen, and make up for what is dropped."""
         self.ranks = self._ranks(self.values, self.adds_up)
         self.shifts = self._shifts()
-        if correct_bias and not self.seen:  # ranks by the weights alone
-            self.seen = self._collect(False, False)
-        self._use(self.ranks)
+        if correct_bias and not self.means:  # ranks by the weights alone
+            seen = collect(self.data, self.layers, False, self.track, with_moments=False)
+            self.means = {name: each.total / each.positions for name, each in seen.items()}
+        self._use(self.ranks, self.bases)
         self.corrected = False
-        if correct_bias is not False and self.seen:
+        if correct_bias is not False and self.means:
             before = self.distance()
             self._correct_biases()
             self.corrected = bool(self.biases)
             if correct_bias is None and self.distance() >= before:
                 self._restore_biases()
                 self.corrected = False
+        self.bases, self.means = {}, {}
         if recalibrate:
             self.norms = recalibrated(self.model, self.data, self.distance)
 
@@ -321,12 +400,13 @@ class _Compression:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""
         moved = dict.fromkeys(self.layers, 0.0)
         sizes = dict.fromkeys(self.layers, 0.0)
+        pairs = {name: self._pair(name) for name, rank in self.ranks.items() if rank < self.layers[name].full_rank}
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
             name = layer.layer_name
-            with self._having({name: self.ranks[name]}):
-                cut_out = layer.computed(x, bias)
-            moved[name] += float(wide(cut_out - out).square().sum())
+            if name in pairs:
+                cut_out = layer.view.apply_factors(x, *pairs[name], bias)
+                moved[name] += float(wide(cut_out - out).square().sum())
             sizes[name] += float(wide(out).square().sum())
             return out
 
@@ -334,23 +414,25 @@ class _Compression:
             self.data.outputs(self.data.held_out)
         return {name: moved[name] / sizes[name] if sizes[name] else 0.0 for name in self.layers}
 
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Both factors of a layer at its rank, in its dtype."""
+        layer, weight = self.layers[name], self.weights[name]
+        U, s, V = self.bases[name].factors(*sides(layer, weight), self.ranks[name])
+        return (U * s.unsqueeze(-2)).to(weight.dtype), V.to(weight.dtype)
+
     def _bias(self, name: str) -> Tensor | None:
         layer: Any = self.layers[name]
         return layer._part_of.bias_of(name.rpartition(".")[2]) if layer._part_of else bias_of(layer)
 
     def _correct_biases(self) -> None:
         for name, layer in self.layers.items():
-            bias, seen = self._bias(name), self.seen[name]
-            if bias is None or not layer.view.output_is_product or self.ranks[name] == layer.form.room:
+            bias = self._bias(name)
+            if bias is None or not layer.view.output_is_product or layer.form.name == "dense":
                 continue
-            form = layer.form
-            assert isinstance(form, SVDForm)
-            U, s, _ = (wide(factor.detach()) for factor in form.stored())
-            left = U * s.unsqueeze(-2) if layer.view.groups > 1 else (U * s).unsqueeze(0)
-            mean = seen.total / seen.positions
-            mean[..., : self.ranks[name]] = 0
+            left, right = sides(layer, self.weights[name])
+            dropped = self.bases[name].dropped(left, right, self.means[name], layer.rank)
             self.biases[name] = bias.detach().clone()
-            _set(bias, bias.detach() + (left @ mean.unsqueeze(-1)).flatten().to(bias))
+            _set(bias, bias.detach() + dropped.flatten().to(bias))
 
     def _restore_biases(self) -> None:
         for name, before in self.biases.items():
@@ -360,14 +442,13 @@ class _Compression:
     def finish(self, curve: Mapping[float, float]) -> CompressionReport:
         """Make the layers plain ones; returns the report."""
         distance = self.distance()
-        for layer in self.layers.values():
-            layer.to_svd(layer.form.exact(layer.layer_name))  # of its rank, orthonormal again
-        ranks = report_on(self.plan, self.layers, self.cost, self.spectra)
-        pays = {name: self.cost.layers[name].pays(layer.rank) for name, layer in self.layers.items()}
+        dense = {name for name, layer in self.layers.items() if layer.form.name == "dense"}
         for name, layer in self.layers.items():
-            if not pays[name]:
-                layer.to_dense(self.weights[name])  # the very values
-        finish(self.model, {name: "pair" if pays[name] else "dense" for name in self.layers})
+            if name not in dense:
+                layer.to_svd(layer.form.exact(layer.layer_name))  # of its rank, orthonormal again
+        unchanged = {name: self.spectra[name] for name in dense}
+        ranks = report_on(self.plan, self.layers, self.cost, self.spectra, spectra_after=unchanged)
+        finish(self.model, {name: "dense" if name in dense else "pair" for name in self.layers})
         left = {id(parameter) for parameter in self.model.parameters()}
         for parameter, gradient in self.gradients:
             if id(parameter) in left:
@@ -389,6 +470,45 @@ class _Compression:
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
         )
+
+
+def _carried(bases: Mapping[str, Basis]) -> dict[str, Tensor]:
+    return {name: basis.carried for name, basis in bases.items()}
+
+
+def _twin(model: ModuleT, recipe: Recipe) -> tuple[ModuleT, set[int]]:
+    """A copy for which the weights to be factorized are not copied: they are read, and most of them are let go.
+
+    Returns:
+        The copy, and where in memory it has what is the model's.
+    """
+    memo: dict[int, Any] = {}
+    shared = set()
+    for layer in recipe.plan(model, include_frozen=True):
+        if layer.skipped:
+            continue
+        owner = _nearest(model, layer.name)
+        for parameter in owner.parameters(recurse=False):
+            if type(parameter) is nn.Parameter and parameter.ndim > 1 and not parameter.is_inference():
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                shared.add(parameter.untyped_storage().data_ptr())
+    return copy.deepcopy(model, memo), shared
+
+
+def _nearest(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name; for a part of one in one piece that one."""
+    while True:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            name = name.rpartition(".")[0]
+
+
+def _separate(twin: nn.Module, shared: set[int]) -> None:
+    """Give a copy its own values where it still has another model's."""
+    for parameter in twin.parameters():
+        if parameter.untyped_storage().data_ptr() in shared:
+            parameter.data = parameter.detach().clone()
 
 
 def _set(parameter: Tensor | None, values: Tensor) -> None:

@@ -28,7 +28,11 @@ AMPLIFIED, MOST = 1e4, 0.1
 
 
 def whole_layers(
-    module: nn.Module, calls: Sequence[Call], layers: Mapping[str, SVDLayer], limit_s: float = 120.0
+    module: nn.Module,
+    calls: Sequence[Call],
+    layers: Mapping[str, SVDLayer],
+    limit_s: float = 120.0,
+    entries: int = ENTRIES,
 ) -> dict[str, str]:
     """The layers that cannot become two plain ones, and why, found by replaying calls with pairs in their place.
 
@@ -37,6 +41,7 @@ def whole_layers(
         calls: Of one batch; a few inputs are used where that is safe.
         layers: By name. Parts of attention and recurrent modules, which call them themselves, are taken to be fine.
         limit_s: When to give up; what is not cleared by then is blamed.
+        entries: Of pairs that are held at a time.
     """
     names = visible(module, layers)
     if not names or not calls:
@@ -45,7 +50,7 @@ def whole_layers(
     calls, _ = cut(module, calls, FEW)
     expected, blamed = replay(module, calls), dict[str, str]()
     allowed = _allowed(module, calls, expected)
-    for chunk in chunks({name: layers[name] for name in names}, ENTRIES):
+    for chunk in chunks({name: layers[name] for name in names}, entries):
         search = _Search(module, calls, lambda some: pairs_in_place(layers, some), expected, allowed, until, limit_s)
         blamed |= search.among(chunk)
     return blamed

@@ -9,10 +9,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_svd.arguments import check_count
-from lightning_svd.layers.forms import SVDForm, exact_of, stacked
+from lightning_svd.layers.forms import DenseForm, SVDForm, exact_of, stacked
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
-from lightning_svd.ranks.statistics import DataBasis, Statistics, in_metric_of_data
+from lightning_svd.ranks.statistics import Basis, Statistics, bases_of
+from lightning_svd.ranks.statistics import sides as sides_of
 
 
 class Importance(ABC):
@@ -83,10 +84,18 @@ class OnData(Spectrum):
         check_count("steps", steps)
         self.steps = steps
 
-    def basis(self, layer: SVDLayer, seen: Statistics) -> DataBasis:
-        """Factors in the order of what their ranks do on data, and how much that is."""
-        left, right = (factor.detach() for factor in layer.form.left_right())
-        return in_metric_of_data(left, right, seen, self.of_loss)
+    def basis(self, layer: SVDLayer, seen: Statistics) -> Basis:
+        """Ranks in the order of what they do on data, and how much that is."""
+        (basis,) = bases_of(*sides(layer), seen, (self.of_loss,))
+        return basis
+
+
+def sides(layer: SVDLayer) -> tuple[Tensor | None, Tensor | None]:
+    """L and R whose product ``L R^T`` a layer's matrix is, detached, with None for the identity."""
+    if isinstance(layer.form, DenseForm):
+        return sides_of(layer, layer.form.weight())
+    left, right = layer.form.left_right()
+    return left.detach(), right.detach()
 
 
 class Outputs(OnData):

@@ -295,6 +295,7 @@ def report_on(
     cost: ModelCost,
     spectra_before: Mapping[str, Sequence[float]],
     all_dense: bool = False,
+    spectra_after: Mapping[str, Sequence[float]] | None = None,
 ) -> SVDReport:
     """The report on factorized layers as they are now, without the history of a run.
 
@@ -304,6 +305,7 @@ def report_on(
         cost: Of their model.
         spectra_before: Name -> singular values when the layer was factorized.
         all_dense: The layers are going to be dense whatever their rank.
+        spectra_after: Name -> singular values now, of layers whose own are known.
     """
     inputs = max(1, cost.batch_size)
     rows = []
@@ -326,7 +328,7 @@ def report_on(
                 dense_params=price.dense_params,
                 params=params if factored else price.dense_params,
                 spectrum_before=tuple(spectra_before[name]),
-                spectrum_after=tuple(layer.spectrum()),
+                spectrum_after=tuple((spectra_after or {}).get(name) or layer.spectrum()),
                 dense_seconds=price.latency.dense if price.latency else None,
                 seconds=(price.latency.factored if factored else price.latency.dense) if price.latency else None,
             )

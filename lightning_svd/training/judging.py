@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.layers.matrices import Factors, exact_products, refactorized, wide
-from lightning_svd.ranks.importance import OnData
-from lightning_svd.ranks.statistics import Statistics
+from lightning_svd.layers.matrices import Factors, refactorized, wide
+from lightning_svd.ranks.importance import OnData, sides
+from lightning_svd.ranks.statistics import Basis, Statistics
 from lightning_svd.training import processes
-
-Bases = dict[str, tuple[Tensor, Tensor]]
 
 
 class Verdict:
@@ -36,7 +34,7 @@ class Verdict:
 
     def __init__(self, layers: Mapping[str, SVDLayer], importance: OnData, seen: dict[str, Statistics]) -> None:
         self.layers, self.unseen = layers, [name for name in layers if not seen[name].positions]
-        self._bases: Bases = {}  # of the layers that this process judges
+        self._bases: dict[str, Basis] = {}  # of the layers that this process judges
         self._names = [*layers]
         found = {}
 
@@ -44,10 +42,8 @@ class Verdict:
             mine = seen.pop(name)
             if name in self.unseen:
                 return [importance.values(importance.factors(layers[name]))]
-            basis = importance.basis(layers[name], mine)
-            like = basis.carried
-            self._bases[name] = basis.of_gradients.to(like), basis.of_features.to(like)
-            return [like]
+            self._bases[name] = importance.basis(layers[name], mine)
+            return [self._bases[name].carried]
 
         for name, (values,) in processes.shared_out(self._names, judge, lambda name: [_like(layers[name], ())]):
             found[name] = values
@@ -68,12 +64,7 @@ class Verdict:
             layer, rank = self.layers[name], ranks[name]
             if basis is None:
                 return [factor[..., :rank] for factor in layer.form.exact(layer.layer_name)]
-            with torch.no_grad(), exact_products(basis[0].device):
-                left, right = (
-                    wide(factor.detach()) @ (of if factor.ndim > 2 else of.squeeze(0))[..., :rank]
-                    for factor, of in zip(layer.form.left_right(), basis, strict=True)
-                )
-                return [*refactorized(Factors(left, torch.ones_like(left[..., 0, :]), right), layer.layer_name)]
+            return [*refactorized(basis.factors(*sides(layer), rank), layer.layer_name)]
 
         def empty(name: str) -> list[Tensor]:
             (m, n), rank = self.layers[name].matrix_shape, ranks.get(name)

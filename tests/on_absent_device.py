@@ -18,7 +18,7 @@ from lightning_svd import add_gradients
 from lightning_svd.layers.layer import factorize, plain_pair
 from lightning_svd.layers.matrices import Factors
 from lightning_svd.layers.views import View
-from lightning_svd.training.observation import Observer
+from lightning_svd.training.observation import Listener
 from lightning_svd.training.optimizers import OptimizerOfFactors
 
 DEVICE = "absent"
@@ -88,7 +88,7 @@ def test_a_step_neither_mixes_devices_nor_waits_for_one(kind, form, optimizer):
 def test_a_batch_is_observed_without_waiting(kind, form):
     with FakeTensorMode(allow_non_fake_inputs=True):
         layer, x = fake_layer(kind, form.partition(",")[0], 3 if form == "svd, cut" else None)
-        observer = Observer(layer, {kind: layer}, with_gradients=True)
+        observer = Listener(layer, {kind: layer})
         observer.begin_batch()
         layer(x).square().mean().backward()
         observer.end_batch()

@@ -15,7 +15,7 @@ from lightning_svd.layers.matrices import truncate
 from lightning_svd.model.plan import plan
 from lightning_svd.model.surgery import begin
 from lightning_svd.ranks.statistics import in_metric_of_data
-from lightning_svd.training.observation import Observer
+from lightning_svd.training.observation import Listener, Replayer
 from lightning_svd.training.policies import FallToBudget, Finetune
 
 INPUTS = 6
@@ -59,7 +59,7 @@ def batches(count):
 
 
 def noted(model, layers, many):
-    observer = Observer(model, layers, with_gradients=True)
+    observer = Listener(model, layers)
     for batch in many:
         observer.begin_batch()
         with torch.no_grad():  # as a validation does
@@ -92,6 +92,63 @@ def test_what_is_noted_in_training_is_what_a_calibration_collects(rerun):
             torch.testing.assert_close(factor * getattr(mine, key), getattr(theirs, key), msg=f"{name} {key}")
 
 
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_what_is_replayed_is_what_a_calibration_collects_and_leaves_no_trace(with_gradients):
+    torch.manual_seed(0)
+    model, many = Mixed().double(), batches(1)
+    layers = begin(model, plan(model))
+    for layer in layers.values():
+        layer.to_svd()
+    inputs = [x.detach() for x, _ in many]
+    expected = collect(CalibrationData(model, inputs, 100), layers, with_gradients, lambda items, _: items, seed=0)
+    observer = Replayer(model, layers, with_gradients)
+    observer.begin_batch()
+    loss_of(model, many[0]).backward()
+    parameters = [p for layer in layers.values() for p in layer.form.trained]
+    before, state = [p.grad.clone() for p in parameters], torch.get_rng_state()
+    observer.end_batch()
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, before, strict=True))
+    for name, mine in observer.seen.items():
+        assert mine.sums().keys() == expected[name].sums().keys()
+        for key, tensor in mine.sums().items():
+            torch.testing.assert_close(tensor, expected[name].sums()[key], msg=f"{name} {key}")
+
+
+class NotDifferentiable(torch.autograd.Function):
+    """Has a backward pass once, as for the loss that it was made for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.is_made_for = x.requires_grad and NotDifferentiable.works
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if not ctx.is_made_for:
+            raise RuntimeError("only in training")
+        return gradient
+
+    works = True
+
+
+def test_a_model_without_gradients_in_evaluation_is_refused_before_the_first_step():
+    class Net(nn.Sequential):
+        def forward(self, x):
+            NotDifferentiable.works = self.training
+            return NotDifferentiable.apply(super().forward(x))
+
+    model = Net(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    before = copy.deepcopy(model.state_dict())
+    run = SVDTraining(model, optimizer, 10, target_macs=0.4, schedule="finetune")
+    model(torch.randn(INPUTS, 12)).square().sum().backward()
+    with pytest.raises(ValueError, match=r"targets that are drawn .* fails: only in training: give .*targets='given'"):
+        run.step()
+    run.undo()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
 def test_without_an_open_batch_nothing_is_noted_and_a_model_keeps_no_hooks():
     model = Mixed().double()
     layers = begin(model, plan(model))
@@ -120,7 +177,9 @@ def trained(model, total, act=lambda run, step: None, rate=1e-3, **arguments):
 
 
 @pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
-@pytest.mark.parametrize("importance", [Outputs(3), Fisher(3)], ids=["outputs", "fisher"])
+@pytest.mark.parametrize(
+    "importance", [Outputs(3), Fisher(3), Fisher(3, targets="given")], ids=["outputs", "fisher", "fisher, given"]
+)
 def test_a_cut_keeps_the_best_layers_in_the_metric_of_what_was_noted(importance, full_rank_as):
     torch.manual_seed(0)
     model = Mixed().double()
@@ -158,7 +217,7 @@ def test_statistics_are_collected_ahead_of_cuts_and_never_else():
     observed = []
 
     def act(run, step):
-        observed.append(bool(run.observer._forwards))
+        observed.append(run.observer.is_open)
 
     schedule = FallToBudget(start=0.25, end=0.75, cuts=2)
     run = trained(Mixed().double(), 20, act, target_macs=0.4, importance=Outputs(2), schedule=schedule)
@@ -197,9 +256,9 @@ def test_a_cut_waits_while_gradients_are_not_finite():
 
     model.head.register_forward_hook(poison)
 
-    schedule = Finetune(start=0.0, end=0.2, cuts=1)
+    arguments = {"importance": Fisher(2, targets="given"), "schedule": Finetune(start=0.0, end=0.2, cuts=1)}
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    run = SVDTraining(model, optimizer, 20, target_macs=0.4, importance=Fisher(2), schedule=schedule)
+    run = SVDTraining(model, optimizer, 20, target_macs=0.4, **arguments)
     run.begin_batch([optimizer])
     for step, batch in enumerate(batches(12)):
         poison.step = step  # as in the first steps of a loss scaler
@@ -257,22 +316,26 @@ def test_finetuning_has_no_sparsity_and_ranks_fall_by_what_the_loss_feels():
 
 # Dynamo's own, as in `test_compile.py`.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_compiled_network_is_observed_all_the_same():
+@pytest.mark.parametrize(
+    "kind", [Listener, lambda model, layers: Replayer(model, layers, True)], ids=["given", "drawn"]
+)
+def test_a_compiled_network_is_observed_all_the_same(kind):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12)).double()
-    layers = begin(model, plan(model))
-    for layer in layers.values():
-        layer.to_svd()
+    net = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12)).double()
     x = torch.randn(INPUTS, 12, dtype=torch.float64)
     seen = []
-    for net in (model, torch.compile(model, backend="eager")):
-        observer = Observer(model, layers, with_gradients=True)
-        net(x).sum().backward()
+    for model in (nn.Sequential(net), nn.Sequential(torch.compile(copy.deepcopy(net), backend="eager"))):
+        layers = begin(model, plan(model))
+        for layer in layers.values():
+            layer.to_svd()
+        observer = kind(model, layers)
+        model(x).sum().backward()
         observer.begin_batch()
-        net(x).square().sum().backward()
+        model(x).square().sum().backward()
         observer.end_batch()
-        net(x).sum().backward()
-        seen.append(observer.seen)
-    for name, mine in seen[1].items():
-        for key, tensor in mine.sums().items():
-            torch.testing.assert_close(tensor, seen[0][name].sums()[key])
+        model(x).sum().backward()
+        seen.append([*observer.seen.values()])
+    for plain, compiled in zip(*seen, strict=True):
+        assert plain.positions == compiled.positions == INPUTS
+        for key, tensor in compiled.sums().items():
+            torch.testing.assert_close(tensor, plain.sums()[key])

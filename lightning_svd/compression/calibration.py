@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.compression.data import CalibrationData, is_distribution, numbers_in
+from lightning_svd.compression.data import CalibrationData
 from lightning_svd.layers.layer import SVDLayer, watching
-from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import in_backward, inputs_in, untouched
+from lightning_svd.model.targets import drawn_gradients, numbers_in
 from lightning_svd.ranks.statistics import Basis, Felt, Statistics, features_of
 
 _WITHOUT = "give `importance='outputs'`, which needs none"
@@ -151,31 +151,15 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _backward(output: Any, of_loss: int | None, generator: torch.Generator) -> None:
-    found = numbers_in(output)
-    tensors = [tensor for tensor in found if tensor.requires_grad]
+    tensors = [tensor for tensor in numbers_in(output) if tensor.requires_grad]
     if not tensors:
         raise NoGradientError(f"the model's output has no gradient: {_WITHOUT}")
-    draw = _from_logits if is_distribution(output) else _noise
     try:
         if of_loss is not None:
             torch.autograd.backward(tensors[0].sum() * of_loss)
         else:
-            torch.autograd.backward(tensors, [draw(tensor.detach(), generator) for tensor in tensors])
+            torch.autograd.backward(tensors, drawn_gradients(output, generator))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # not of every operator there is a derivative
         raise NoGradientError(f"the backward pass fails: {error}: {_WITHOUT}") from error
-
-
-def _from_logits(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the log likelihood of classes drawn from the logits (..., classes)."""
-    shares = wide(logits).softmax(-1)
-    rows = shares.flatten(0, -2) if shares.ndim > 1 else shares.unsqueeze(0)
-    drawn = torch.multinomial(rows.cpu(), 1, generator=generator).to(rows.device)
-    ones = torch.ones_like(drawn, dtype=rows.dtype)
-    return rows.scatter_add(-1, drawn, -ones).reshape(logits.shape).to(logits)
-
-
-def _noise(values: Tensor, generator: torch.Generator) -> Tensor:
-    size = wide(values).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.randn(values.shape, generator=generator).to(values) / size.to(values)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import inputs_in, leaves, logits_of, mapped, tensors_of, untouched
+from lightning_svd.model.calls import inputs_in, leaves, mapped, untouched
+from lightning_svd.model.targets import is_distribution, numbers_in
 from lightning_svd.ranks.statistics import NotFiniteError
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -147,18 +148,3 @@ def _divergence(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     shares, known = one.exp(), ~one.isnan().any(-1)
     terms = (shares * (one - other.log_softmax(-1))).where(shares > 0, torch.zeros_like(one))
     return terms.sum(-1)[known], known
-
-
-def numbers_in(output: Any) -> list[Tensor]:
-    """The tensors of an output with fractions, as real numbers; of one that has logits those alone."""
-    real = [torch.view_as_real(leaf) if leaf.is_complex() else leaf for leaf in tensors_of(output)]
-    return [leaf for leaf in real if leaf.is_floating_point() and leaf.numel()]
-
-
-def is_distribution(output: Any) -> bool:
-    """Whether an output says that it is the logits of a distribution, as those of transformers do.
-
-    Not those of a single class, which are a regression's, nor maps of them, whose classes are not the last dimension.
-    """
-    logits = logits_of(output)
-    return logits is not None and logits.ndim in (1, 2, 3) and logits.shape[-1] > 1

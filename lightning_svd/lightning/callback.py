@@ -169,11 +169,11 @@ class SVDTrainingCallback(CallbackWithRun):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        run = self._run
-        if run is None:
+        if (run := self._run) is None:
             return
         self._learn_costs(trainer, run)  # where no backward pass came, or not every layer was used
-        run.end_batch()
+        with trainer.precision_plugin.forward_context():  # in which calls may be run again
+            run.end_batch()
         done = trainers.steps_done(trainer)
         change = run.after_step(done, trainer.current_epoch, self.should_prune(run.clock(done)))
         if change is not None:
@@ -214,9 +214,9 @@ class SVDTrainingCallback(CallbackWithRun):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not in on_train_end, where checkpoints and averaging callbacks still act on the model as it was trained.
-        run, self._run = self._run, None
-        if run is None:
+        if (run := self._run) is None:
             return
+        self._run = None
         if trainers.is_trial(trainer):
             run.undo()
             pl_module.load_state_dict(self._before_trial)

@@ -387,6 +387,15 @@ def run_again(call: Call, watch: Callable[[Call], AbstractContextManager[Any]] |
 
 
 def _attempt(call: Call, watch: Callable[[Call], AbstractContextManager[Any]], grad: bool) -> Any:
+    with torch.set_grad_enabled(grad), watch(call):
+        output = call_again(call)
+    return mapped(output, lambda tensor: tensor.detach())
+
+
+def call_again(call: Call) -> Any:
+    """What a call returns now, on clones of its tensors, with a graph where gradients are enabled."""
+    grad = torch.is_grad_enabled()
+
     def fresh(tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):
             return tensor
@@ -394,9 +403,7 @@ def _attempt(call: Call, watch: Callable[[Call], AbstractContextManager[Any]], g
 
     # Clones: the model may write into what it gets.
     args, kwargs = mapped((call.args, call.kwargs), _once_each(fresh))
-    with torch.set_grad_enabled(grad), watch(call):
-        output = call.module(*args, **kwargs)
-    return mapped(output, lambda tensor: tensor.detach())
+    return call.module(*args, **kwargs)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_svd.arguments import check_count
+from lightning_svd.arguments import check_choice, check_count
 from lightning_svd.layers.forms import DenseForm, SVDForm, exact_of, stacked
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
@@ -72,13 +72,14 @@ class OnData(Spectrum):
 
     Args:
         steps: Optimizer steps before each change of ranks in whose batches statistics are collected. Such a step
-            takes about twice the time, and each layer holds two r x r matrices meanwhile, r being its rank.
+            takes two to three times as long, and each layer holds two r x r matrices meanwhile, r being its rank.
 
     Raises:
         ValueError: If ``steps`` is not a count.
     """
 
     of_loss: ClassVar[bool]
+    targets: str = "drawn"
 
     def __init__(self, steps: int = 2) -> None:
         check_count("steps", steps)
@@ -111,10 +112,24 @@ class Fisher(OnData):
     """What the loss feels of a rank, by a layer's inputs and the gradients of its outputs.
 
     To second order and in Kronecker factors, as Martens and Grosse 2015 (arXiv 1503.05671) have them.
+
+    Args:
+        steps: As of :class:`OnData`.
+        targets: What the loss is against: "drawn", targets drawn from what the model puts out itself, so that it makes
+            no difference how small the loss of a trained net is, or whether it is one that distils; or "given", those
+            of your own loss, in its own backward pass, which costs less.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
     """
 
     of_loss = True
     adds_up = True
+
+    def __init__(self, steps: int = 2, targets: str = "drawn") -> None:
+        super().__init__(steps)
+        check_choice("targets", targets, ("drawn", "given"))
+        self.targets = targets
 
 
 IMPORTANCES: dict[str, type[Importance]] = {"spectrum": Spectrum, "outputs": Outputs, "fisher": Fisher}

@@ -2,42 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.model.calls import CallWatcher, holders, inputs_in
+from lightning_svd.layers.layer import SVDLayer, Watch, watching
+from lightning_svd.model.calls import (
+    Call,
+    CallRecorder,
+    CallWatcher,
+    call_again,
+    holders,
+    in_backward,
+    inputs_in,
+    untouched,
+)
+from lightning_svd.model.targets import drawn_gradients, numbers_in
+from lightning_svd.ranks.importance import Importance, OnData
 from lightning_svd.ranks.statistics import Statistics, features_of
 from lightning_svd.training import processes
 
 
-class Observer(CallWatcher):
-    """Notes what goes through layers, and the gradients that come back, in the batches in which it is asked to.
+class Observer(ABC):
+    """Collects statistics of layers in the batches in which it is asked to.
 
-    A call counts when its gradient comes, so that neither validation nor a replay does, and what an activation
-    checkpoint computes again does once. Of each layer it keeps two r x r matrices, from the first batch that it notes
-    until ranks are judged.
+    Of each layer it keeps two r x r matrices, from the first such batch until ranks are judged.
 
     Args:
         model: What is trained.
         layers: Its factorized layers by name.
-        with_gradients: Whether moments of gradients are wanted too.
+        with_gradients: Whether statistics of gradients are wanted too.
 
     Attributes:
         seen: What was noted of each layer since ranks were judged last; empty if nothing was.
         batches: In how many batches.
+        is_open: Whether a batch is being observed.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SVDLayer], with_gradients: bool) -> None:
-        super().__init__()
         self.model, self.layers, self.with_gradients = model, layers, with_gradients
         self.seen: dict[str, Statistics] = {}
         self.batches = 0
-        self._inputs = self._most = 0  # of the present call, and the most of any in this batch
+        self.is_open = False
 
     def know(self, layers: Mapping[str, SVDLayer]) -> None:
         """Of the layers only these are left."""
@@ -47,58 +57,47 @@ class Observer(CallWatcher):
     # ------------------------------------------------------------------------------------------------------ a batch
 
     def begin_batch(self) -> None:
-        """Note from now on, what belongs to one batch."""
+        """Observe from now on, what belongs to one batch."""
         for name, layer in self.layers.items():
             if name not in self.seen:
-                self.seen[name] = Statistics(layer, self.with_gradients, checks=False)
-            vars(layer)["watch"] = self._watch
-        self._inputs = self._most = 0
-        self.watch(holders(self.model, self.layers.values()))
+                self.seen[name] = self._statistics(layer)
+        self.is_open = True
+        self._opened()
 
     def end_batch(self) -> None:
-        """Note no more; without effect where nothing is noted."""
-        if not self._forwards:
+        """The batch is over; without effect where none is observed."""
+        if not self.is_open:
             return
         self.rest()
+        self._closed()
         self.batches += 1
-        for each in self.seen.values():
-            each.end_batch(max(1, self._most))
 
+    def _statistics(self, layer: SVDLayer) -> Statistics:
+        return Statistics(layer, self.with_gradients, checks=False)
+
+    @abstractmethod
+    def _opened(self) -> None:
+        """A batch begins."""
+
+    @abstractmethod
+    def _closed(self) -> None:
+        """A batch is over, and nothing is watched any more."""
+
+    @abstractmethod
     def rest(self) -> None:
-        """Note no more."""
-        self.stop()
-        for layer in self.layers.values():
-            vars(layer)["watch"] = None
+        """Watch nothing any more."""
 
-    @contextmanager
-    def resting(self) -> Iterator[None]:
+    def resting(self) -> AbstractContextManager[None]:
         """Note nothing inside."""
-        for layer in self.layers.values():
-            vars(layer)["watch"] = None
-        try:
-            yield
-        finally:
-            for layer in self.layers.values() if self._forwards else ():
-                vars(layer)["watch"] = self._watch
+        return nullcontext()
 
-    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See how many inputs a call has."""
-        self._inputs = inputs_in((args, kwargs))
-        self._most = max(self._most, self._inputs)
+    @abstractmethod
+    def check(self, calls: Sequence[Call]) -> None:
+        """See whether statistics can be collected at all, with some calls of the model.
 
-    def _watch(self, layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-        if out.requires_grad:
-            # Features now, not when the gradient comes: by then the model may have written into x.
-            between, inputs = features_of(layer, x), self._inputs or len(x)
-
-            def note(gradient: Tensor) -> None:
-                statistics = self.seen.get(layer.layer_name)
-                if statistics is not None:
-                    statistics.see(layer, between)
-                    statistics.see_gradient(layer, between, gradient, inputs)
-
-            out.register_hook(note)  # type: ignore[no-untyped-call]
-        return out
+        Raises:
+            ValueError: If not.
+        """
 
     # ----------------------------------------------------------------------------------------------------- together
 
@@ -133,7 +132,170 @@ class Observer(CallWatcher):
         self.batches, self.seen = state["batches"], {}
         for name, saved in state["seen"].items():
             if name in self.layers:
-                mine = self.seen[name] = Statistics(self.layers[name], self.with_gradients, checks=False)
+                mine = self.seen[name] = self._statistics(self.layers[name])
                 mine.inputs, mine.positions = saved["inputs"], saved["positions"]
                 for key, tensor in mine.sums().items():
                     tensor.copy_(saved[key])
+
+
+class Listener(Observer, CallWatcher):
+    """Notes the gradients of the very loss that is trained, in its own backward pass.
+
+    A call counts when its gradient comes, so that neither validation nor a replay does, and what an activation
+    checkpoint computes again does once.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
+        Observer.__init__(self, model, layers, with_gradients=True)
+        CallWatcher.__init__(self)
+        self._inputs = self._most = 0  # of the present call, and the most of any in this batch
+
+    def _opened(self) -> None:
+        self._inputs = self._most = 0
+        self.watch(holders(self.model, self.layers.values()))
+        self._tell(self._watch)
+
+    def rest(self) -> None:
+        """Watch nothing any more."""
+        self.is_open = False
+        self.stop()
+        self._tell(None)
+
+    def _closed(self) -> None:
+        for each in self.seen.values():
+            each.end_batch(max(1, self._most))
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Note nothing inside."""
+        self._tell(None)
+        try:
+            yield
+        finally:
+            self._tell(self._watch if self.is_open else None)
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Nothing: what can be trained can be listened to."""
+
+    def _tell(self, watch: Watch | None) -> None:
+        for layer in self.layers.values():
+            vars(layer)["watch"] = watch
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """See how many inputs a call has."""
+        self._inputs = inputs_in((args, kwargs))
+        self._most = max(self._most, self._inputs)
+
+    def _watch(self, layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+        if out.requires_grad:
+            # Features now, not when the gradient comes: by then the model may have written into x.
+            between, inputs = features_of(layer, x, out, bias), self._inputs or len(x)
+
+            def note(gradient: Tensor) -> None:
+                statistics = self.seen.get(layer.layer_name)
+                if statistics is not None:
+                    statistics.see(layer, between)
+                    statistics.see_gradient(layer, between, gradient, inputs)
+
+            out.register_hook(note)  # type: ignore[no-untyped-call]
+        return out
+
+
+class Replayer(Observer):
+    """Runs what a batch called once more, in evaluation, against targets drawn from what comes out.
+
+    So it knows nothing of the loss, which may be zero for a net that is finetuned towards itself. Parameters' own
+    gradients, the state of random numbers and what modules remember stay as they are.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, SVDLayer], with_gradients: bool) -> None:
+        super().__init__(model, layers, with_gradients)
+        self._recorder = CallRecorder(model, layers)
+
+    def _opened(self) -> None:
+        self._recorder.start()
+
+    def rest(self) -> None:
+        """Watch nothing any more."""
+        self.is_open = False
+        self._recorder.stop()
+
+    def _closed(self) -> None:
+        calls, self._recorder.calls = self._recorder.calls, []
+        # Other draws in each batch and process.
+        self._collect(calls, self.seen, self.batches * processes.size() + processes.rank())
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """See whether statistics can be collected at all, with some calls of the model.
+
+        Raises:
+            ValueError: If not.
+        """
+        reached = self._collect(calls, {name: self._statistics(layer) for name, layer in self.layers.items()}, 0)
+        if self.with_gradients and not reached:
+            raise ValueError(f"{_DRAWN}, and no output of it has a gradient: {_INSTEAD}")
+
+    def _collect(self, calls: Sequence[Call], seen: Mapping[str, Statistics], seed: int) -> bool:
+        """Run calls again; returns whether a gradient came back from any."""
+        generator, reached = torch.Generator().manual_seed(seed), False
+        trained = [call for call in calls if call.grad] or calls
+        with untouched(self.model), torch.set_grad_enabled(self.with_gradients):
+            for call in trained:
+                told: dict[str, Statistics] = {}
+                inputs, probes = inputs_in((call.args, call.kwargs)), list[Tensor]()
+
+                def watch(
+                    layer: SVDLayer,
+                    x: Tensor,
+                    out: Tensor,
+                    bias: Tensor | None,
+                    told: dict[str, Statistics] = told,
+                    inputs: int = inputs,
+                    probes: list[Tensor] = probes,
+                ) -> Tensor:
+                    between = features_of(layer, x, out, bias)
+                    statistics = told[layer.layer_name] = seen[layer.layer_name]
+                    if not in_backward():  # where an activation checkpoint computes what was seen before
+                        statistics.see(layer, between)
+                    if not torch.is_grad_enabled():  # the model may have turned gradients off here
+                        return out
+                    probes.append(out.new_zeros(()).requires_grad_())
+                    out = out + probes[-1]
+                    note: Any = out.register_hook
+                    note(lambda gradient: statistics.see_gradient(layer, between, gradient, inputs))
+                    return out
+
+                with watching(self.layers.values(), watch):
+                    output = call_again(call)
+                    if self.with_gradients:
+                        reached |= _differentiate(output, probes, generator)
+                for each in told.values():
+                    each.end_batch(inputs)
+        return reached
+
+
+_DRAWN = "the importance asks for gradients of targets that are drawn from the model's own outputs"
+_INSTEAD = "give `importance=Fisher(targets='given')`, which takes those of the loss, or `importance='outputs'`"
+
+
+def _differentiate(output: Any, probes: Sequence[Tensor], generator: torch.Generator) -> bool:
+    """Have gradients come back to the probes, and nowhere else; returns whether there were any."""
+    tensors = [tensor for tensor in numbers_in(output) if tensor.requires_grad]
+    if not tensors or not probes:
+        return False
+    try:
+        found = torch.autograd.grad(tensors, probes, drawn_gradients(output, generator), allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # not of every operator there is a derivative
+        raise ValueError(f"{_DRAWN}, and that fails: {error}: {_INSTEAD}") from error
+    return any(gradient is not None for gradient in found)
+
+
+def observer_of(importance: Importance, model: nn.Module, layers: Mapping[str, SVDLayer]) -> Observer | None:
+    """What collects the statistics that an importance is measured by; None where it needs none."""
+    if not isinstance(importance, OnData):
+        return None
+    if importance.targets == "given":
+        return Listener(model, layers)
+    return Replayer(model, layers, importance.of_loss)

@@ -30,7 +30,7 @@ from lightning_svd.training import processes
 from lightning_svd.training.distillation import distiller_of
 from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.judging import Verdict
-from lightning_svd.training.observation import Observer
+from lightning_svd.training.observation import Observer, observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
 from lightning_svd.training.recipe import Recipe
@@ -129,9 +129,8 @@ class SVDTraining:
         if self.distiller is not None:
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
-        self.observer: Observer | None = None
-        if isinstance(self.importance, OnData):
-            self.observer = Observer(model, self.layers, self.importance.of_loss)
+        self.observer = observer_of(self.importance, model, self.layers)
+        if self.observer is not None:
             self.until_closed.callback(self.observer.rest)
         try:
             check_dense(model, self._dense)
@@ -327,6 +326,8 @@ class SVDTraining:
                 "the model was run once more in evaluation, to count what it costs and to see which layers can become "
                 f"two, and failed: {type(error).__name__}: {error}"
             ) from error
+        if self.observer is not None:
+            self.observer.check(few)
         cost = cost.without(refused)
         left = {name: rank for name, rank in self.full_ranks.items() if name not in refused}
         self.recipe.check_reachable(cost, left, self.bounds)

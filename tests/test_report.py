@@ -195,6 +195,11 @@ def test_names_that_look_like_markup_of_the_terminal_are_shown_as_they_are():
     assert "[red]x[/]" in text
 
 
+def test_text_has_no_codes_of_a_terminal_where_the_environment_asks_for_them(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks do
+    assert "\x1b" not in str(report_of(2))
+
+
 def test_macs_that_are_not_known_are_not_called_none():
     report = summarize(nn.Sequential(nn.Linear(4, 4)))
     assert "MACs" not in str(report) and "100.0% of the parameters" in str(report)

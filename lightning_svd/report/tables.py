@@ -43,7 +43,7 @@ def screen_table(
     for row in rows[:ROWS_ON_SCREEN]:
         table.add_row(*(Text(row[index]) for index in shown))  # as Text: a name may look like rich's markup
     out = io.StringIO()
-    Console(file=out, width=_columns(), no_color=True, force_jupyter=False).print(table)
+    Console(file=out, width=_columns(), no_color=True, force_jupyter=False, force_terminal=False).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     if len(rows) > ROWS_ON_SCREEN:
         lines += [f"... and {len(rows) - ROWS_ON_SCREEN} more layers", ""]

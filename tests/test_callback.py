@@ -507,7 +507,7 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),
         ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
         ({"log_every_n_steps": 0}, "`log_every_n_steps` must be an integer >= 1, got 0"),
-        ({"full_rank_as": "pair"}, "`full_rank_as` must be one of 'svd', 'dense', got 'pair'"),
+        ({"full_rank_as": "pair"}, "`full_rank_as` must be one of 'auto', 'svd', 'dense', got 'pair'"),
         ({"target_modules": 3}, "`target_modules` must be a name or a pattern, or a list of them, got 3"),
     ],
 )

@@ -35,9 +35,11 @@ class RankPolicy(ABC):
 
     Attributes:
         importance: What ranks are judged by where the user does not say it.
+        full_rank_as: What layers are trained as before the first cut where the user does not say it.
     """
 
     importance: ClassVar[str] = "spectrum"
+    full_rank_as: ClassVar[str] = "svd"
 
     @abstractmethod
     def begin(self, total_steps: int) -> None:
@@ -145,16 +147,18 @@ class FallToBudget(RankPolicy):
 
 @dataclass(kw_only=True)
 class Finetune(FallToBudget):
-    """For a trained net: ranks fall soon, without a sparsity penalty, judged by what the loss feels on the data.
+    """For a trained net: one cut, soon, judged by what the loss feels on data, and no sparsity penalty.
 
-    The arguments are those of :class:`FallToBudget`.
+    Until then layers are the dense ones: what an optimizer like Adam does to U, s and V in a few steps of a loss that is
+    small already, undoes more than a cut. The arguments are those of :class:`FallToBudget`.
     """
 
     importance = "fisher"
+    full_rank_as = "dense"
 
-    start: float = 0.02
-    end: float = 0.2
-    cuts: int = 5
+    start: float = 0.0
+    end: float = 0.02
+    cuts: int = 1
     ramp: str | None = None
 
 

@@ -50,7 +50,7 @@ class Recipe:
     target_params: float | None = None
     energy_threshold: float | None = None
     schedule: str | RankPolicy = "fall"
-    full_rank_as: str = "svd"
+    full_rank_as: str = "auto"
     importance: str | Importance = "auto"
     min_rank: int = 1
     round_to: int = 1
@@ -71,7 +71,7 @@ class Recipe:
                 "`conv_mode`, `rank_pattern`"
             )
         check_choice("schedule", self.schedule, SCHEDULES, RankPolicy)
-        check_choice("full_rank_as", self.full_rank_as, ("svd", "dense"))
+        check_choice("full_rank_as", self.full_rank_as, ("auto", "svd", "dense"))
         check_choice("importance", self.importance, ("auto", *IMPORTANCES), Importance)
         check_count("min_rank", self.min_rank)
         check_count("round_to", self.round_to)
@@ -103,6 +103,10 @@ class Recipe:
     def policy(self) -> RankPolicy:
         """Which ranks when, in one run: a policy keeps where it is, and what the user gave serves many runs."""
         return copy.deepcopy(self.schedule) if isinstance(self.schedule, RankPolicy) else SCHEDULES[self.schedule]()
+
+    def begins_dense(self) -> bool:
+        """Whether layers train their dense weights until the first cut; "auto" leaves it to the schedule."""
+        return (self.policy().full_rank_as if self.full_rank_as == "auto" else self.full_rank_as) == "dense"
 
     def regularization(self) -> Regularizer:
         """What the factors are regularized by."""

@@ -208,7 +208,7 @@ class SVDTraining:
     # ------------------------------------------------------------------------------------------------------------ begin
 
     def _factorize(self) -> None:
-        if self.recipe.full_rank_as == "dense":
+        if self.recipe.begins_dense():
             return
         for name, factors in self._exact([*self.layers]):
             # Where most singular values are zero, as in a layer that begins at zero, U and V get no gradient: it trains
@@ -476,9 +476,9 @@ class SVDTraining:
         self._observes = soon or self._waits
 
     def _is_ready(self, due: bool, observer: Observer) -> bool:
-        """Whether there is enough to judge ranks by: an unforeseen cut waits, and one of what is not finite."""
+        """Whether there is enough to judge ranks by: the first cut waits for that, an unforeseen one, one after NaN."""
         assert isinstance(self.importance, OnData)
-        if due and not observer.batches:
+        if due and not (observer.batches and self.last_cut):
             self._waits = True
         if self._waits:
             due = not self.paused and observer.batches >= self.importance.steps

@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test lint types contracts docs unit notebooks compatibility format clean
+.PHONY: help install demo test lint types contracts docs unit notebooks compatibility stress format clean
 
 help:
 	@echo "make demo    train a small ResNet dense and low-rank, compare, write a report (about 2 minutes)"
@@ -12,6 +12,7 @@ help:
 	@echo "make docs    the documentation as HTML, in docs/_build"
 	@echo "make notebooks  run the notebooks"
 	@echo "make compatibility  write docs/compatibility.md from the tests"
+	@echo "make stress  kill runs, damage files, malform arguments; write docs/reliability.md (about 20 minutes)"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
 
@@ -58,6 +59,11 @@ notebooks: install
 
 compatibility: install
 	@$(BIN)/python tests/compatibility.py
+
+stress: install
+	@for script in constructors damage kills; do \
+		$(BIN)/python tests/stress/$$script.py --json tests/stress/results/$$script.json || exit 1; done
+	@$(BIN)/python tests/stress/pages.py
 
 format: install
 	@$(BIN)/ruff check --fix .

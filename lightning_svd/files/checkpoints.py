@@ -80,7 +80,7 @@ _OF_A_RUN: dict[str, tuple[tuple[type, ...], Fits]] = {
     "timeline": ((list,), each(_IS_CHANGE)),
     "strengths": ((list,), each(row(is_count, is_number))),
     "warnings": ((list,), each(is_text)),
-    "spectra_before": ((dict,), by_name(each(is_finite))),
+    "spectra_before": ((dict,), by_name(each(lambda value: is_finite(value) and value >= 0))),
     "cost": ((dict, type(None)), _IS_COST),
     "guard": (
         (dict, type(None)),
@@ -141,6 +141,8 @@ def check_state(state: Any, who: str) -> None:
     for key in ("layers", "current_layers"):
         if key in state:
             _check_layers(state[key], damaged)
+    if "layers" not in state and _OF_A_RUN.keys() & state.keys():
+        raise ValueError(f"{damaged}: `layers` is missing")
     if "layers" in state and not state["is_finished"]:
         for key, (kinds, fits) in _OF_A_RUN.items():
             if (
@@ -156,6 +158,8 @@ def check_state(state: Any, who: str) -> None:
             raise ValueError(f"{damaged}: `teacher` has an entry of another kind")
         if state["layers"].keys() - state["spectra_before"].keys():
             raise ValueError(f"{damaged}: `spectra_before` lacks layers")
+        if state["spectra_before"].keys() - state["layers"].keys() - state["refused"].keys():
+            raise ValueError(f"{damaged}: `layers` lacks some that were factorized")
         if state["cost"] and state["layers"].keys() - state["cost"]["layers"].keys():
             raise ValueError(f"{damaged}: `cost` lacks layers")
 

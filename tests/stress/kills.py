@@ -12,6 +12,7 @@ full.
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -71,7 +72,7 @@ def fit(variant, *callbacks, ckpt_path=None):
 
 
 def in_child(work, kill_after=None):
-    """How a child process ends that does this: its exit code, or minus a signal's number; killed after so many seconds."""
+    """How a child process ends that does this, killed after so many seconds: its exit code, or minus a signal."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -116,7 +117,7 @@ def try_runs(tally, variants, steps):
         last = expected["report"]["timeline"][-1]["step"] if expected["report"]["timeline"] else 0
         assert last, "no rank was cut: there is nothing to lose"
         count = -(-runs.STEPS // 3) if "batches" in variant else runs.STEPS
-        for step in range(1, min(steps, count)):
+        for step in (step for step in steps if step < count):
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
                 code = in_child(lambda step=step, folder=folder, variant=variant: killed_at(variant, step, folder))
@@ -227,7 +228,7 @@ def write_onnx(value, path):
     to_onnx(Net(value, 200), path, torch.zeros(2, 200))
 
 
-def kinds():
+def all_kinds():
     yield Written("checkpoint", write_checkpoint, read_checkpoint, Net)
     yield Written("low-rank file", save_low_rank, lambda path: of_module(load_low_rank(Net(), path)), small)
     yield Written("dense safetensors", write_weights, _read_safetensors, Net)
@@ -258,10 +259,10 @@ def _read_html(path):
     return one_value(values)
 
 
-def try_writers(tally, times, seed=0):
-    """Kill a process that writes one file over another, at random moments of the writing."""
+def try_writers(tally, times, seed=0, kinds=None):
+    """Kill a process that writes two files over each other, in turns, at random moments."""
     rng = random.Random(seed)
-    for kind in kinds():
+    for kind in kinds or all_kinds():
         old, new = kind.prepare(1.0), kind.prepare(2.0)
         with tempfile.TemporaryDirectory() as name:
             path = Path(name) / f"file{SUFFIXES.get(kind.name, '')}"
@@ -272,10 +273,14 @@ def try_writers(tally, times, seed=0):
             seconds = time.monotonic() - start
             assert kind.read(path) == 2.0
             for _ in range(times):
-                if kind.read(path) != 1.0:
-                    kind.write(old, path)
-                moment = rng.uniform(0.0, 1.1) * seconds
-                in_child(lambda path=path, kind=kind, new=new: kind.write(new, path), kill_after=moment)
+                kind.write(old, path)
+                moment = 0.05 + rng.uniform(0.0, 4.0) * seconds
+
+                def write(kind=kind, values=(new, old), path=path):
+                    for value in itertools.cycle(values):
+                        kind.write(value, path)
+
+                in_child(write, kill_after=moment)
                 try:
                     value = kind.read(path)
                     came = {1.0: OLD, 2.0: NEW}.get(value, HALF)
@@ -289,12 +294,12 @@ def try_writers(tally, times, seed=0):
 SUFFIXES = {"ONNX": ".onnx", "plan": ".yaml", "checkpoint": ".ckpt"}
 
 
-def try_full_disks(tally, times, seed=0):
+def try_full_disks(tally, times, seed=0, kinds=None):
     """Write one file over another on a disk that takes only so many bytes."""
     rng = random.Random(seed)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    for kind in kinds():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python itself has it
+    for kind in kinds or all_kinds():
         old, new = kind.prepare(1.0), kind.prepare(2.0)
         for number in range(times):
             with tempfile.TemporaryDirectory() as name:
@@ -330,7 +335,7 @@ def run(steps, writes, variants=VARIANTS):
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        try_runs(tally, variants, steps)
+        try_runs(tally, variants, range(1, steps))
         if writes:
             try_writers(tally, writes)
             try_full_disks(tally, max(4, writes // 2))

@@ -20,35 +20,43 @@ sample of each runs with the tests. An outcome that is no column never came.
 SECTIONS = {
     "kills": (
         "Killed runs, killed writers, full disks",
-        """A process that trains is killed (SIGKILL) at the start of a step, another resumes from the last file, and all that
-it ends with is compared with a run that was never stopped: weights, factors, optimizer, report and final model; of a run
-with averaged weights the report and the final model. Then a process that writes one file over another is killed at a
-random moment, and files are written over others on a disk that takes only so many bytes.""",
-        """**Promised.** A run ends with the same bits wherever it was killed, with data and noise that are functions of the step.
-A file is the old one or the new one, whole: it is written beside its place and moved there. A writer that cannot write
-says so in one line that names the file, and leaves nothing beside it; one that is killed may leave a file
-`.NAME.*.part`, which may be deleted. **Not promised:** the same of an asynchronous or sharded checkpoint writer, whose
-files are its own; of ONNX of more than a gigabyte, whose weights are in a second file.""",
+        """\
+A process that trains is killed (SIGKILL) at the start of a step, another resumes from the last file, and all
+that it ends with is compared with a run that was never stopped: weights, factors, optimizer, report and final
+model; of a run with averaged weights the report and the final model. Then a process that writes two files over
+each other in turns is killed at a random moment, and files are written over others on a disk that takes only so many
+bytes.""",
+        """\
+**Promised.** A run ends with the same bits wherever it was killed, with data and noise that are functions of
+the step. A file is the old one or the new one, whole: it is written beside its place and moved there. A writer
+that cannot write says so in one line that names the file, and leaves nothing beside it; one that is killed may
+leave a file `.NAME.*.part`, which may be deleted. **Not promised:** the same of an asynchronous or sharded
+checkpoint writer, whose files are its own; of ONNX of more than a gigabyte, whose weights are in a second file.""",
     ),
     "damage": (
         "Damaged files",
-        """Bytes of a file are cut off, changed, zeroed, added and taken out; entries are taken out, added, and given values of
-other kinds, shapes and dtypes, NaN among them; and there are files of other kinds, empty ones, folders, text, and pickles
-with code. Each is given to every reader of such files.""",
-        """**Promised.** What is refused is refused in one line that names the file, with the model as it was: its values, its
-parameters, their dtypes and `requires_grad`; the command shows no traceback, and nothing in a file is run. "Read whole"
-are files whose damage is none to this reader, or cannot be told: where a byte changes among the numbers of a tensor, the
-file says another number, and no such file has a checksum that is read. **Not promised:** anything of what Lightning counts
-(`loops`), of the states of schedulers and the settings of optimizers, which are taken as they are; of files that a
-module with a `on_load_checkpoint` or a loader of its own makes fit.""",
+        """\
+Bytes of a file are cut off, changed, zeroed, added and taken out; entries are taken out, added, and given
+values of other kinds, shapes and dtypes, NaN among them; and there are files of other kinds, empty ones,
+folders, text, and pickles with code. Each is given to every reader of such files.""",
+        """\
+**Promised.** What is refused is refused in one line that names the file, with the model as it was: its values,
+its parameters, their dtypes and `requires_grad`; the command shows no traceback, and nothing in a file is run.
+"Read whole" are files whose damage is none to this reader, or cannot be told: where a byte changes among the
+numbers of a tensor, the file says another number, and no such file has a checksum that is read. **Not
+promised:** anything of what Lightning counts (`loops`), of the states of schedulers and the settings of
+optimizers, which are taken as they are; of files that a module with an `on_load_checkpoint` or a loader of its
+own makes fit.""",
     ),
     "constructors": (
         "Malformed arguments",
-        """Configurations are drawn at random from values that mean something; in malformed ones some are replaced by what does
-not: other types, strings and flags for numbers, NaN, infinity, negative and huge numbers, tensors and arrays, unknown
-names, pairs that contradict each other.""",
-        """**Promised.** Whoever gives an argument that means nothing is told so where it is written, a `ValueError` or `TypeError`
-in one line that names the argument, and not in the middle of a fit.""",
+        """\
+Configurations are drawn at random from values that mean something; in malformed ones some are replaced by what
+does not: other types, strings and flags for numbers, NaN, infinity, negative and huge numbers, tensors and
+arrays, unknown names, pairs that contradict each other.""",
+        """\
+**Promised.** Whoever gives an argument that means nothing is told so where it is written, a `ValueError` or
+`TypeError` in one line that names the argument, and not in the middle of a fit.""",
     ),
 }
 

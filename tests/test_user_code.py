@@ -707,6 +707,730 @@ def save_and_load_hooks_of_the_module(fit):
     return Seen(model.keys)
 
 
+
+# ------------------------------------------------------------------------------------------------- copies and averages
+
+COPIES = "Copies and averages"
+
+
+class WithTarget(Net):
+    """A target network beside the one that trains, inside the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.target = copy.deepcopy(self.net).requires_grad_(False)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=0.1)
+
+    def loss(self, batch):
+        with torch.no_grad():
+            aim = self.target(batch[0])
+        return super().loss(batch) + F.mse_loss(self(batch[0]), aim)
+
+
+@people(COPIES)
+def polyak_over_parameters(fit):
+    """A target network follows by `p.data.copy_(tau * q + (1 - tau) * p)` over two `parameters()` lists"""
+
+    class Polyak(WithTarget):
+        def on_train_batch_end(self, *_):
+            for p, q in zip(self.target.parameters(), self.net.parameters(), strict=True):
+                p.data.copy_(0.3 * q.data + 0.7 * p.data)
+
+    model, before = Polyak(), At("on_train_batch_start", lambda _, m: (weights(m.target), weights(m.net)))
+    targets = At("on_train_batch_end", lambda _, m: (weights(m.target), weights(m.net)))
+    fit(model, before, targets)
+    for (old, _), (new, online) in zip(before.seen, targets.seen, strict=True):
+        moved = 0.1 if fit.form == "cut" else 0.0  # a cut may have come since
+        if not moved:
+            assert_same(new, {key: 0.3 * online[key] + 0.7 * old[key] for key in old})
+    return Seen([targets.seen[0][0].keys(), model.losses[0]], targets.seen)
+
+
+@people(COPIES)
+def polyak_over_state_dicts(fit):
+    """A target network follows by `load_state_dict` of a mix of two state dicts"""
+
+    class Polyak(WithTarget):
+        def on_train_batch_end(self, *_):
+            own, other = self.target.state_dict(), self.net.state_dict()
+            self.target.load_state_dict({key: 0.7 * own[key] + 0.3 * other[key] for key in own})
+
+    targets = At("on_train_batch_end", lambda _, m: weights(m.target))
+    fit(Polyak(), targets)
+    return Seen(targets.seen[0].keys(), targets.seen)
+
+
+@people(COPIES)
+def a_target_that_is_replaced(fit):
+    """DQN: the target network takes the whole state dict every few steps"""
+
+    class Hard(WithTarget):
+        def on_train_batch_end(self, *_):
+            if self.global_step % 2 == 0:
+                self.target.load_state_dict(self.net.state_dict())
+                assert_same(self.target(torch.ones(2, 12)), self.net(torch.ones(2, 12)))
+
+    targets = At("on_train_batch_end", lambda _, m: weights(m.target))
+    fit(Hard(), targets)
+    return Seen(targets.seen[0], targets.seen)
+
+
+@people(COPIES)
+def averaged_model(fit):
+    """`torch.optim.swa_utils.AveragedModel`, made in `on_train_start`, updated after each step"""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    class Averaged(Net):
+        def on_train_start(self):
+            self.mean = AveragedModel(self.net)
+            self.ema = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+
+        def on_train_batch_end(self, *_):
+            self.mean.update_parameters(self.net)
+            self.ema.update_parameters(self.net)
+
+    after = At("on_train_batch_end", lambda _, m: weights(m.net))
+    both = At("on_train_batch_end", lambda _, m: (weights(m.mean.module), weights(m.ema.module)))
+    fit(Averaged(), both, first=[after])
+    if fit.form != "cut":
+        mean, ema = both.seen[-1]
+        assert_same(mean, {key: sum(w[key] for w in after.seen) / len(after.seen) for key in mean})
+    return Seen(both.seen[0][0].keys(), both.seen)
+
+
+@people(COPIES)
+def averaged_model_with_buffers(fit):
+    """`AveragedModel(..., use_buffers=True)` of a net with batch norm, then `update_bn`"""
+    from torch.optim.swa_utils import AveragedModel, update_bn
+
+    class Averaged(Net):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(1, nn.BatchNorm1d(16))
+
+        def on_train_start(self):
+            vars(self)["mean"] = AveragedModel(self.net, use_buffers=True)
+
+        def on_train_batch_end(self, *_):
+            self.mean.update_parameters(self.net)
+
+    after = At("on_train_batch_end", lambda _, m: weights(m.mean.module))
+    model = fit(Averaged(), after)
+    update_bn(blobs(), model.mean)
+    return Seen(after.seen[0].keys(), [after.seen, weights(model.mean.module)])
+
+
+class Shadow(Callback):
+    """The average of a tutorial: a dict of tensors, put into the model for validation and taken out again."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.shadow = {name: p.data.clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for name, p in pl_module.named_parameters():
+            if p.requires_grad:
+                self.shadow[name] = (0.5 * self.shadow[name] + 0.5 * p.data).clone()
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        self.backup = {}
+        for name, p in pl_module.named_parameters():
+            if p.requires_grad:
+                self.backup[name] = p.data
+                p.data = self.shadow[name]
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.sanity_checking:
+            return
+        for name, p in pl_module.named_parameters():
+            if p.requires_grad:
+                p.data = self.backup[name]
+
+
+class Validated(Net):
+    """Keeps the losses of its validation."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.val_losses = []
+
+    def validation_step(self, batch, batch_idx):
+        self.val_losses.append(self.loss(batch))
+        self.log("val_loss", self.val_losses[-1])
+
+
+@people(COPIES, warns="what was loaded into it")
+def shadow_weights_for_validation(fit):
+    """An average by hand over `named_parameters()`, put in by `p.data = shadow` for validation and taken out again"""
+    shadow, after = Shadow(), At("on_train_batch_end", lambda _, m: weights(m))
+    around = At("on_train_epoch_end", lambda _, m: weights(m))
+    model = fit(Validated(), shadow, after, around, val=blobs())
+    assert all(name in after.seen[0] for name in shadow.shadow)
+    for epoch, state in enumerate(around.seen):
+        assert_same(state, after.seen[2 * epoch + 1])  # what is trained is what it was before the validation
+    return Seen(list(shadow.shadow), [shadow.shadow, model.val_losses])
+
+
+@people(COPIES)
+def model_ema_by_state_dict_values(fit):
+    """timm's `ModelEma`: `ema_v.copy_(decay * ema_v + (1 - decay) * model_v)` over two state dicts' values"""
+
+    class Ema(Callback):
+        def on_fit_start(self, trainer, pl_module):
+            self.module = copy.deepcopy(pl_module.net).eval()
+
+        @torch.no_grad()
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            for mine, theirs in zip(self.module.state_dict().values(), pl_module.net.state_dict().values(), strict=True):
+                mine.copy_(0.5 * mine + 0.5 * theirs)
+
+    before, after = Ema(), Ema()
+    fit(Net(), after, first=[before])
+    assert [type(layer) for layer in after.module] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    if fit.form != "cut":
+        assert_same(weights(after.module), weights(before.module))
+    return Seen(list(weights(after.module)), weights(after.module))
+
+
+class MeanTeacher(Net):
+    """A teacher that is an average of the student, a consistency loss between the two."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = mlp()
+        for student, teacher in zip(self.net.parameters(), self.teacher.parameters(), strict=True):
+            teacher.data.copy_(student.data)
+            teacher.requires_grad = False
+
+    def loss(self, batch):
+        noisy = batch[0] + 0.01
+        return super().loss(batch) + (self.net(noisy).softmax(1) - self.teacher(batch[0]).softmax(1)).square().mean()
+
+    def on_before_zero_grad(self, optimizer):
+        alpha = min(1 - 1 / (self.global_step + 1), 0.9)
+        for student, teacher in zip(self.net.parameters(), self.teacher.parameters(), strict=True):
+            teacher.data.mul_(alpha).add_(student.data, alpha=1 - alpha)
+
+
+@people(COPIES)
+def mean_teacher(fit):
+    """Mean teacher: frozen by `p.requires_grad = False`, updated by `teacher.data.mul_(a).add_(student.data)`"""
+    model, teachers = MeanTeacher(), At("on_train_batch_end", lambda _, m: weights(m.teacher))
+    fit(model, teachers)
+    if fit.callback:
+        assert all(layer.name.startswith("net") for layer in fit.callback.report.layers)
+    return Seen([teachers.seen[0].keys(), model.losses[0]], [teachers.seen, model.losses])
+
+
+@people(COPIES)
+def byol(fit):
+    """BYOL: online encoder and predictor, a momentum encoder made by `deepcopy`"""
+
+    class BYOL(Net):
+        def __init__(self):
+            super().__init__()
+            self.predictor = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+            self.momentum = copy.deepcopy(self.net)
+            for p in self.momentum.parameters():
+                p.requires_grad = False
+
+        def loss(self, batch):
+            one, other = batch[0] + 0.1, batch[0] - 0.1
+            aim = self.momentum(other).detach()
+            return 2 - 2 * F.cosine_similarity(self.predictor(self.net(one)), aim).mean()
+
+        @torch.no_grad()
+        def on_train_batch_end(self, *_):
+            for p, q in zip(self.net.parameters(), self.momentum.parameters(), strict=True):
+                q.data = 0.9 * q.data + 0.1 * p.data
+
+    model, momenta = BYOL(), At("on_train_batch_end", lambda _, m: weights(m.momentum))
+    fit(model, momenta)
+    return Seen([momenta.seen[0].keys(), model.losses[0]], [momenta.seen, model.losses])
+
+
+@people(COPIES)
+def moco(fit):
+    """MoCo: a momentum encoder and a queue of keys in a buffer"""
+
+    class MoCo(Net):
+        def __init__(self):
+            super().__init__()
+            self.keys = copy.deepcopy(self.net)
+            self.keys.requires_grad_(False)
+            self.register_buffer("queue", F.normalize(torch.randn(4, 32), dim=0))
+            self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+
+        def loss(self, batch):
+            query = F.normalize(self.net(batch[0]), dim=1)
+            with torch.no_grad():
+                for q, k in zip(self.net.parameters(), self.keys.parameters(), strict=True):
+                    k.data = k.data * 0.9 + q.data * 0.1
+                key = F.normalize(self.keys(batch[0] + 0.01), dim=1)
+            logits = torch.cat([(query * key).sum(1, keepdim=True), query @ self.queue.clone()], dim=1)
+            start = int(self.pointer)
+            self.queue[:, start : start + len(key)] = key.T
+            self.pointer[0] = (start + len(key)) % 32
+            return F.cross_entropy(logits / 0.2, torch.zeros(len(key), dtype=torch.long))
+
+    model = MoCo()
+    queues = At("on_train_batch_end", lambda _, m: (m.queue.clone(), int(m.pointer), weights(m.keys)))
+    fit(model, queues)
+    return Seen([queues.seen[0], model.losses[0]], [queues.seen, model.losses])
+
+
+@people(COPIES)
+def the_best_copy(fit):
+    """`copy.deepcopy` of the best network so far, used after the fit"""
+
+    class Best(Validated):
+        best = None
+
+        def on_validation_epoch_end(self):
+            vars(self)["best"] = copy.deepcopy(self.net)
+
+    model = fit(Best(), val=blobs(), num_sanity_val_steps=0)
+    assert [type(layer) for layer in model.best] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    return Seen(list(weights(model.best)), weights(model.best))
+
+
+@people(COPIES)
+def a_vector_of_all_parameters(fit):
+    """`parameters_to_vector`, changed, and `vector_to_parameters` back"""
+
+    def shrink(trainer, pl_module):
+        vector = nn.utils.parameters_to_vector(pl_module.parameters()).detach()
+        nn.utils.vector_to_parameters(vector * 0.9, pl_module.parameters())
+        assert_same(nn.utils.parameters_to_vector(pl_module.parameters()), vector * 0.9)
+        return vector
+
+    seen = At("on_train_batch_end", shrink)
+    model = fit(Net(), seen)
+    return Seen(len(seen.seen[-1]), [seen.seen, net(model)])
+
+
+@people(COPIES)
+def distance_to_the_start(fit):
+    """L2-SP: the squared distance to the weights at the start, from a dict over `named_parameters()`, in the loss"""
+
+    class Near(Net):
+        def on_train_start(self):
+            self.start = {name: p.clone().detach() for name, p in self.named_parameters()}
+
+        def loss(self, batch):
+            self.distance = sum((p - self.start[name]).square().sum() for name, p in self.named_parameters())
+            return super().loss(batch) + self.distance
+
+    model, distances = Near(), At("on_train_batch_end", lambda _, m: m.distance.detach())
+    fit(model, distances)
+    assert distances.seen[0] < 1e-20 < distances.seen[1]
+    return Seen(model.losses[0], [distances.seen, net(model)])
+
+
+# ------------------------------------------------------------------------------------------- losses that read weights
+
+LOSSES = "Losses that read weights"
+
+
+def fit_penalty(fit, penalty):
+    """Trains with a penalty on the module in its loss; the first loss, and all of them."""
+
+    class Penalized(Net):
+        def loss(self, batch):
+            return super().loss(batch) + 0.01 * penalty(self)
+
+    model = fit(Penalized())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(LOSSES)
+def l1_of_a_weight(fit):
+    """L1 of one layer's weight: `self.net[2].weight.abs().sum()`"""
+    return fit_penalty(fit, lambda m: m.net[2].weight.abs().sum())
+
+
+@people(LOSSES)
+def norms_of_named_weights(fit):
+    """`torch.norm(p, 2)` over `named_parameters()` with 'weight' in the name, or over `parameters()` with `p.dim() > 1`"""
+    return fit_penalty(
+        fit,
+        lambda m: sum(torch.norm(p, 2) for name, p in m.named_parameters() if "weight" in name)
+        + sum(p.pow(2.0).sum() for p in m.parameters() if p.dim() > 1),
+    )
+
+
+@people(LOSSES)
+def orthogonality_of_a_weight(fit):
+    """`(W @ W.T - I).norm()` of a layer's weight"""
+    return fit_penalty(fit, lambda m: (m.net[2].weight @ m.net[2].weight.T - torch.eye(16)).norm())
+
+
+@people(LOSSES)
+def spectral_norms_of_weights(fit):
+    """Spectral norms: `torch.linalg.matrix_norm(W, 2)` and `torch.linalg.svdvals(W)` in the loss"""
+    return fit_penalty(
+        fit, lambda m: torch.linalg.matrix_norm(m.net[2].weight, 2) + torch.linalg.svdvals(m.net[0].weight).sum()
+    )
+
+
+@people(LOSSES)
+def power_iteration_in_the_loss(fit):
+    """A spectral penalty by power iteration with vectors that are kept in a buffer"""
+
+    def penalty(m):
+        W = m.net[2].weight
+        if not hasattr(m, "u"):
+            m.register_buffer("u", torch.ones(16) / 4)
+        with torch.no_grad():
+            v = F.normalize(W.t().mv(m.u), dim=0)
+            m.u = F.normalize(torch.mv(W, v), dim=0)
+        return torch.dot(m.u, W @ v)
+
+    return fit_penalty(fit, penalty)
+
+
+@people(LOSSES)
+def group_lasso(fit):
+    """Group lasso: `W.norm(dim=0).sum()`, by layers with `isinstance(m, nn.Linear)`"""
+    return fit_penalty(fit, lambda m: sum(c.weight.norm(dim=0).sum() for c in m.modules() if isinstance(c, nn.Linear)))
+
+
+@people(LOSSES)
+def all_parameters_in_one_vector(fit):
+    """`torch.cat([p.view(-1) for p in self.parameters()]).norm(1)`"""
+    return fit_penalty(fit, lambda m: torch.cat([p.view(-1) for p in m.parameters()]).norm(1))
+
+
+@people(LOSSES)
+def path_norms(fit):
+    """A product of absolute weights through the net: a path norm"""
+
+    def penalty(m):
+        x = torch.ones(1, 12)
+        for layer in m.net:
+            if hasattr(layer, "weight"):
+                x = F.linear(x, layer.weight.abs())
+        return x.sum()
+
+    return fit_penalty(fit, penalty)
+
+
+class Embedded(LightningModule):
+    """Tokens through an embedding and a net."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.embed = nn.Embedding(10, 12)
+        self.net = mlp(12, 16, 12)
+        self.losses = []
+
+    def logits(self, hidden):
+        return F.linear(hidden, self.embed.weight)
+
+    def training_step(self, batch, batch_idx):
+        tokens = (batch[0].abs() * 10).long() % 10
+        loss = F.cross_entropy(self.logits(self.net(self.embed(tokens[:, :1]).squeeze(1))), tokens[:, 1])
+        self.losses.append(loss.detach())
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@people(LOSSES)
+def tied_by_function(fit):
+    """Weights tied by use: `F.linear(x, self.embed.weight)` as the output layer"""
+    model = fit(Embedded())
+    return Seen(model.losses[0], [model.losses, net(model), model.embed.weight])
+
+
+@people(LOSSES, options={"target_modules": ["embed", "net.0", "net.2"]}, warns="layers stay dense", target=0.8)
+def tied_by_function_and_named(fit):
+    """The same with the embedding named in `target_modules`"""
+    model = fit(Embedded())
+    return Seen(model.losses[0], [model.losses, net(model), model.embed.weight])
+
+
+@people(LOSSES, stays={"head": "weight tied to another module's"}, target=0.9)
+def tied_by_assignment(fit):
+    """Weights tied by `self.head.weight = self.embed.weight`"""
+
+    class Tied(Embedded):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(12, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+        def logits(self, hidden):
+            return self.head(hidden)
+
+    model = fit(Tied())
+    assert model.head.weight is model.embed.weight
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(LOSSES, refused=r"`head\.weight` cannot be replaced .*exclude_modules=\['head'\]")
+def tied_in_the_fit(fit):
+    """Weights tied in `on_train_start`, after the layers were factorized"""
+
+    class Tied(Net):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 4)
+            self.head, self.body = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.net = nn.Sequential(nn.Linear(12, 16), self.body, nn.ReLU(), self.head, nn.Linear(16, 4))
+
+        def on_train_start(self):
+            self.head.weight = self.body.weight
+
+    fit(Tied())
+
+
+@people(LOSSES)
+def a_hypernetwork(fit):
+    """A hypernetwork writes the weights of a second net, which `functional_call` runs"""
+
+    class Hyper(Net):
+        def __init__(self):
+            super().__init__()
+            self.hyper = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 12 * 16 + 16))
+            vars(self)["base"] = nn.Linear(12, 16)
+
+        def loss(self, batch):
+            made = self.hyper(torch.eye(4)[0])
+            weights = {"weight": made[: 12 * 16].view(16, 12), "bias": made[12 * 16 :]}
+            hidden = torch.func.functional_call(self.base, weights, (batch[0],))
+            return super().loss(batch) + hidden.square().mean()
+
+    model = fit(Hyper())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+# -------------------------------------------------------------------------------------------- derivatives in the step
+
+DERIVATIVES = "Derivatives inside the step"
+
+
+@people(DERIVATIVES)
+def r1_penalty(fit):
+    """R1: the squared gradient of the scores with respect to real inputs, in the loss"""
+
+    class R1(Net):
+        def loss(self, batch):
+            x = batch[0].requires_grad_()
+            slope = torch.autograd.grad(self(x).sum(), x, create_graph=True)[0]
+            return super().loss(batch) + 5 * slope.flatten(1).square().sum(1).mean()
+
+    model = fit(R1())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES)
+def function_transforms_of_the_net(fit):
+    """`torch.func.jvp`, `jacrev` and `vmap` of the net as a function of its input"""
+
+    class Transforms(Net):
+        def loss(self, batch):
+            x = batch[0]
+            _, along = torch.func.jvp(self.net, (x,), (torch.ones_like(x),))
+            jacobian = torch.func.vmap(torch.func.jacrev(self.net))(x)
+            return super().loss(batch) + along.square().mean() + jacobian.square().mean()
+
+    model = fit(Transforms())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES)
+def gradients_of_each_sample(fit):
+    """Gradients of each sample: `vmap(grad(f))` of `functional_call` with detached parameters"""
+
+    def per_sample(trainer, pl_module):
+        x, y = next(iter(blobs()))
+        given = {name: p.detach() for name, p in pl_module.net.named_parameters()}
+
+        def loss(given, x, y):
+            return F.cross_entropy(torch.func.functional_call(pl_module.net, given, (x[None],)), y[None])
+
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(given, x, y)
+
+    seen = At("on_train_batch_start", per_sample)
+    fit(Net(), seen)
+    return Seen(seen.seen[0], seen.seen)
+
+
+@people(DERIVATIVES, refused=r"`net\.0\.weight` .*exclude_modules")
+def gradients_with_respect_to_weights(fit):
+    """`torch.autograd.grad(loss, self.parameters(), create_graph=True)`: a penalty on the gradient's norm"""
+
+    class Flat(Net):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            gradients = torch.autograd.grad(loss, [*self.parameters()], create_graph=True)
+            return loss + 0.1 * sum(g.square().sum() for g in gradients)
+
+    fit(Flat())
+
+
+@people(DERIVATIVES, refused=r"`net\.0\.weight` .*exclude_modules")
+def gradients_with_respect_to_weights_unused(fit):
+    """The same with `allow_unused=True`, which forgives weights that got no gradient"""
+
+    class Flat(Net):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            gradients = torch.autograd.grad(loss, [*self.parameters()], create_graph=True, allow_unused=True)
+            return loss + 0.1 * sum(g.square().sum() for g in gradients if g is not None)
+
+    fit(Flat())
+
+
+@people(DERIVATIVES, refused=r"`net\.2\.weight` .*exclude_modules")
+def gradnorm(fit):
+    """GradNorm: the gradient of each loss with respect to one shared layer's weight"""
+
+    class GradNorm(Net):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            return loss + torch.autograd.grad(loss, self.net[2].weight, retain_graph=True, create_graph=True)[0].norm()
+
+    fit(GradNorm())
+
+
+@people(DERIVATIVES, refused=r"`net\.0\.weight` .*exclude_modules")
+def hessian_vector_products(fit):
+    """Hessian-vector products over `self.parameters()`, for the sharpness"""
+
+    def sharpness(trainer, pl_module):
+        parameters = [*pl_module.parameters()]
+        loss = pl_module.loss(next(iter(blobs())))
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True)
+        along = sum((g * torch.ones_like(p)).sum() for g, p in zip(gradients, parameters, strict=True))
+        return torch.autograd.grad(along, parameters)
+
+    fit(Net(), At("on_train_batch_end", sharpness))
+
+
+@people(DERIVATIVES, refused=r"`net\.0\.weight` .*exclude_modules")
+def maml(fit):
+    """MAML: an inner step from `named_parameters()`, the outer loss by `functional_call`"""
+
+    class MAML(Net):
+        def loss(self, batch):
+            fast = dict(self.net.named_parameters())
+            inner = F.cross_entropy(torch.func.functional_call(self.net, fast, (batch[0],)), batch[1])
+            slopes = torch.autograd.grad(inner, [*fast.values()], create_graph=True)
+            fast = {name: p - 0.1 * g for (name, p), g in zip(fast.items(), slopes, strict=True)}
+            return F.cross_entropy(torch.func.functional_call(self.net, fast, (batch[0],)), batch[1])
+
+    fit(MAML())
+
+
+@people(DERIVATIVES)
+def maml_by_function_transforms(fit):
+    """MAML by `torch.func.grad` over a dict of the parameters"""
+
+    class MAML(Net):
+        def loss(self, batch):
+            def inner(given):
+                return F.cross_entropy(torch.func.functional_call(self.net, given, (batch[0],)), batch[1])
+
+            given = {name: p.clone() for name, p in self.net.named_parameters()}
+            slopes = torch.func.grad(inner)(given)
+            return inner({name: p - 0.1 * slopes[name] for name, p in given.items()})
+
+    model = fit(MAML())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES)
+def virtual_adversarial_training(fit):
+    """Virtual adversarial training: a direction from a backward pass with respect to the input"""
+
+    class VAT(Net):
+        def loss(self, batch):
+            x = batch[0]
+            with torch.no_grad():
+                aim = self(x).softmax(1)
+            d = (1e-2 * torch.ones_like(x)).requires_grad_()
+            F.kl_div(self(x + d).log_softmax(1), aim, reduction="batchmean").backward()
+            d = F.normalize(d.grad, dim=1)
+            self.zero_grad()
+            return super().loss(batch) + F.kl_div(self(x + d).log_softmax(1), aim, reduction="batchmean")
+
+    model = fit(VAT())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES)
+def sam_in_manual_optimization(fit):
+    """SAM in two passes over `optimizer.param_groups`, in manual optimization"""
+
+    class SAM(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            loss = self.loss(batch)
+            self.losses.append(loss.detach())
+            self.manual_backward(loss)
+            climbed = [(p, p.grad * 0.05) for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+            with torch.no_grad():
+                for p, step in climbed:
+                    p.add_(step)
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            with torch.no_grad():
+                for p, step in climbed:
+                    p.sub_(step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model = fit(SAM())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES, refused=r"`net\.0\.weight` .*exclude_modules")
+def sam_over_parameters(fit):
+    """SAM over `self.parameters()`: `p.add_(p.grad * scale)`"""
+
+    class SAM(Net):
+        def on_after_backward(self):
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.add_(p.grad * 0.05)
+
+    fit(SAM())
+
+
+@people(DERIVATIVES)
+def two_backward_passes(fit):
+    """`manual_backward` twice before a step, once with `retain_graph=True`"""
+
+    class Twice(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            output = self(batch[0])
+            loss = F.cross_entropy(output, batch[1])
+            self.losses.append(loss.detach())
+            self.manual_backward(loss, retain_graph=True)
+            self.manual_backward(0.1 * output.square().mean())
+            optimizer.step()
+
+    model = fit(Twice())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
 # ---------------------------------------------------------------------------------------------------------- the tests
 
 

@@ -200,6 +200,8 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
             _refuse(target.source, f"was to be changed by `{name}`")
     if name in _HOOKS and isinstance(first, mine):
         _refuse(first.source, f"takes no `{name}`")
+    if func is torch.autograd.grad:
+        _refuse_derivatives(args, kwargs)
     values: dict[int, Tensor] = {}
     result = func(*_plain(args, values), **_plain(kwargs, values))
     if name in _VIEWS and isinstance(first, mine) and not torch.compiler.is_compiling():
@@ -254,6 +256,19 @@ def _refuse(source: Source, what: str) -> NoReturn:
         f"`{source.weight_name()}` {what}, but its layer trains U, s and V in its place, where that would be lost: "
         f"leave the layer out, `exclude_modules={names}`, or write whole weights by `load_state_dict` or `copy_`"
     )
+
+
+def _refuse_derivatives(args: Any, kwargs: Any) -> None:
+    """Refuse a derivative with respect to a weight: no graph leads to it, and with ``allow_unused`` none would come."""
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+    sources = [each.source for each in _flattened([inputs]) if isinstance(each, (DenseWeight, DenseView))]
+    if sources:
+        names = [name for source in sources for name in source.layer_names()]
+        raise RuntimeError(
+            f"`{sources[0].weight_name()}` has no derivative, of which `torch.autograd.grad` was asked, since its layer "
+            f"trains U, s and V in its place: leave the layer out, `exclude_modules={names}`, or differentiate a "
+            "function of given weights, by `torch.func.grad` and `torch.func.functional_call`"
+        )
 
 
 def _name_of(func: Any) -> str:

@@ -1453,6 +1453,910 @@ def two_backward_passes(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
+
+# ------------------------------------------------------------------------------------------------ writes into weights
+
+WRITES = "Writes into weights"
+LOST = r"`net\.\d\.weight` was to be changed by `{}`.*exclude_modules=\['net\.\d'\]"
+
+
+def initialize(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+@people(WRITES)
+def initialized_before(fit):
+    """`model.apply(initialize)` in `setup` and in `configure_optimizers`"""
+
+    class Late(Net):
+        def setup(self, stage):
+            self.apply(initialize)
+
+        def configure_optimizers(self):
+            self.net[4].reset_parameters()
+            return super().configure_optimizers()
+
+    start = At("on_train_start", lambda _, m: weights(m))
+    fit(Late(), start)
+    return Seen(start.seen)
+
+
+@people(WRITES, refused=LOST.format("uniform_"))
+def initialized_late(fit):
+    """`model.apply(initialize)` in `on_fit_start` or `on_train_start`, with `isinstance(m, nn.Linear)`"""
+
+    class Late(Net):
+        def on_fit_start(self):
+            self.apply(initialize)
+
+    fit(Late())
+
+
+@people(WRITES, refused=LOST.format("uniform_"))
+def the_head_reset(fit):
+    """`self.net[4].reset_parameters()` in `on_train_start`: a new head"""
+
+    class Reset(Net):
+        def on_train_start(self):
+            self.net[4].reset_parameters()
+
+    fit(Reset())
+
+
+@people(WRITES, refused=r"`net\.4\.weight` .*exclude_modules|cannot be replaced")
+def the_head_replaced(fit):
+    """`self.net[4] = nn.Linear(16, 4)` in `on_train_start`: another module, which no optimizer has"""
+
+    class Replaced(Net):
+        def on_train_start(self):
+            self.net[4] = nn.Linear(16, 4)
+
+    fit(Replaced())
+
+
+@people(WRITES, refused=LOST.format("mul_"))
+def masks_after_each_step(fit):
+    """`p.data.mul_(mask)` over `named_parameters()` after each step"""
+
+    class Masked(Net):
+        def on_train_start(self):
+            self.masks = {name: torch.ones_like(p) for name, p in self.named_parameters()}
+
+        def on_train_batch_end(self, *_):
+            for name, p in self.named_parameters():
+                p.data.mul_(self.masks[name])
+
+    fit(Masked())
+
+
+@people(WRITES)
+def masks_by_whole_values(fit):
+    """`p.data = p.data * mask` or `p.copy_(p * mask)` after each step, while every rank is kept"""
+
+    class Masked(Net):
+        @torch.no_grad()
+        def on_train_batch_end(self, *_):
+            if fit.form != "cut":
+                self.net[0].weight.data = self.net[0].weight.data * torch.ones(16, 12).triu()
+                self.net[2].weight.copy_(self.net[2].weight * torch.ones(16, 16).tril())
+                assert_same(self.net[2].weight.detach().clone(), self.net[2].weight.tril())
+
+    after = At("on_train_batch_start", lambda _, m: weights(m))
+    model = fit(Masked(), after)
+    if fit.form != "cut":
+        assert not after.seen[-1]["net.2.weight"].triu(1).abs().max() > 1e-12
+    return Seen(None, [after.seen, net(model)])
+
+
+@people(WRITES)
+def max_norm(fit):
+    """A bound on each unit's norm: `layer.weight.copy_(torch.renorm(layer.weight, 2, 0, 1.0))` after each step"""
+
+    def bound(trainer, pl_module):
+        if fit.form == "cut" and trainer.global_step > 1:
+            return
+        with torch.no_grad():
+            for layer in pl_module.net:
+                if isinstance(layer, nn.Linear):
+                    layer.weight.copy_(torch.renorm(layer.weight, 2, 0, 0.5))
+        assert all(m.weight.norm(dim=1).max() < 0.5 + 1e-9 for m in pl_module.net if isinstance(m, nn.Linear))
+
+    model = fit(Net(), At("on_train_batch_end", bound))
+    return Seen(None, net(model))
+
+
+@people(WRITES, refused=LOST.format("div_"))
+def weights_normalized(fit):
+    """`layer.weight.data.div_(layer.weight.data.norm(dim=1, keepdim=True))` after each step"""
+    fit(Net(), At("on_train_batch_end", lambda _, m: m.net[2].weight.data.div_(m.net[2].weight.data.norm(dim=1)[:, None])))
+
+
+@people(WRITES, refused=LOST.format("add_"))
+def noise_on_weights(fit):
+    """`p.add_(noise)` on all parameters before each step"""
+
+    @torch.no_grad()
+    def shake(trainer, pl_module):
+        for p in pl_module.parameters():
+            p.add_(0.01 * torch.ones_like(p))
+
+    fit(Net(), At("on_train_batch_start", shake))
+
+
+@people(WRITES, refused=r"`net\.0\.weight` .*exclude_modules")
+def gradient_descent_by_hand(fit):
+    """`p -= lr * p.grad` over `self.parameters()`, without an optimizer's step"""
+
+    class ByHand(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.zero_grad()
+            self.manual_backward(self.loss(batch))
+            with torch.no_grad():
+                for p in self.parameters():
+                    p -= 0.1 * p.grad
+            self.optimizers().step()
+
+    fit(ByHand())
+
+
+@people(WRITES)
+def a_whole_net_copied_in(fit):
+    """`with torch.no_grad(): p.copy_(q)` of another net's parameters, in `on_train_start`"""
+    torch.manual_seed(9)
+    other = mlp()
+
+    class Copied(Net):
+        @torch.no_grad()
+        def on_train_start(self):
+            for p, q in zip(self.net.parameters(), other.parameters(), strict=True):
+                p.copy_(q)
+
+    start = At("on_train_batch_start", lambda _, m: weights(m.net))
+    model = fit(Copied(), start)
+    assert_same(start.seen[0], weights(other))
+    return Seen([start.seen[0], model.losses[0]], [start.seen, model.losses])
+
+
+@people(WRITES)
+def foreach_copy(fit):
+    """`torch._foreach_copy_` of another net's parameters into this one's"""
+    torch.manual_seed(9)
+    other = mlp()
+
+    @torch.no_grad()
+    def take(trainer, pl_module):
+        torch._foreach_copy_([*pl_module.net.parameters()], [*other.parameters()])
+
+    start = At("on_train_batch_start", lambda _, m: weights(m.net))
+    fit(Net(), start, first=[At("on_train_start", take)])
+    assert_same(start.seen[0], weights(other))
+    return Seen(start.seen[0], start.seen)
+
+
+@people(WRITES, refused=LOST.format("_foreach_lerp_"))
+def foreach_lerp(fit):
+    """`torch._foreach_lerp_` of all parameters towards others: a slow and a fast net"""
+
+    @torch.no_grad()
+    def pull(trainer, pl_module):
+        torch._foreach_lerp_([*pl_module.net.parameters()], [p.clone() for p in pl_module.net.parameters()], 0.5)
+
+    fit(Net(), At("on_train_batch_end", pull))
+
+
+@people(WRITES)
+def layers_swapped_by_state_dicts(fit):
+    """Population-based training: the weights of one layer loaded into another, by state dicts"""
+
+    def exchange(trainer, pl_module):
+        if trainer.global_step == 0:
+            state = pl_module.net[2].state_dict()
+            pl_module.net[2].load_state_dict({"weight": state["weight"].T, "bias": state["bias"] * 0})
+
+    start = At("on_train_batch_end", lambda _, m: weights(m.net))
+    model = fit(Net(), start, first=[At("on_train_batch_start", exchange)])
+    return Seen(model.losses[0], [start.seen, model.losses])
+
+
+# ---------------------------------------------------------------------------------------------- files and several fits
+
+FILES = "Files, and several fits"
+
+
+@people(FILES)
+def loaded_with_a_prefix(fit):
+    """A file with a prefix stripped, `strict=False`, into a part of the module, in `on_fit_start`"""
+    torch.manual_seed(9)
+    saved = {f"module.encoder.{key}": value for key, value in weights(mlp()).items()} | {"module.other": torch.ones(1)}
+
+    class Pretrained(Net):
+        def on_fit_start(self):
+            state = {key.removeprefix("module.encoder."): value for key, value in saved.items()}
+            found = self.net.load_state_dict(state, strict=False)
+            assert found.missing_keys == [] and found.unexpected_keys == ["module.other"]
+
+    start = At("on_train_start", lambda _, m: weights(m.net))
+    model = fit(Pretrained(), start)
+    return Seen([start.seen, model.losses[0]], model.losses)
+
+
+@people(FILES)
+def loaded_where_shapes_fit(fit):
+    """Only what fits is loaded: `{k: v for k, v in saved.items() if k in own and v.shape == own[k].shape}`"""
+    torch.manual_seed(9)
+    saved = weights(mlp(outputs=7))
+
+    class Pretrained(Net):
+        def on_train_start(self):
+            own = self.net.state_dict()
+            own.update({key: value for key, value in saved.items() if key in own and value.shape == own[key].shape})
+            self.net.load_state_dict(own)
+
+    start = At("on_train_batch_start", lambda _, m: weights(m.net))
+    model = fit(Pretrained(), start)
+    return Seen([start.seen[0], model.losses[0]], [start.seen, model.losses])
+
+
+@people(FILES)
+def a_size_that_does_not_fit(fit):
+    """A file of other sizes, loaded with `strict=False`: torch's own error"""
+
+    class Pretrained(Net):
+        message = None
+
+        def on_train_start(self):
+            with pytest.raises(RuntimeError, match="net.2.weight") as caught:
+                self.load_state_dict({"net.2.weight": torch.ones(3, 3)}, strict=False)
+            self.message = type(caught.value).__name__
+
+    model, start = Pretrained(), At("on_train_batch_start", lambda _, m: weights(m.net))
+    fit(model, start)
+    return Seen([model.message, start.seen[0]], start.seen)
+
+
+@people(FILES)
+def a_new_model_for_each_fold(fit):
+    """k folds: the same initial state dict into a new model, for each fold a new callback"""
+    initial, losses, ends = copy.deepcopy(Net().state_dict()), [], []
+    for _ in range(2):
+        model = Net()
+        model.load_state_dict(initial)
+        fit(model)
+        losses.append(model.losses[0])
+        ends.append(net(model))
+    return Seen(losses, ends)
+
+
+@people(FILES)
+def one_model_for_all_folds_copied(fit):
+    """k folds: `copy.deepcopy(model)` for each fold"""
+    model, losses = Net(), []
+    for _ in range(2):
+        twin = copy.deepcopy(model)
+        fit(twin)
+        losses.append(twin.losses)
+    assert not model.losses
+    return Seen([fold[0] for fold in losses], losses)
+
+
+@people(FILES, options={"final": "dense"})
+def one_model_reset_for_each_fold(fit):
+    """k folds: one model, reset by `load_state_dict` of its first state, `final="dense"`, one callback"""
+    model = Net()
+    initial, losses, reports = copy.deepcopy(model.state_dict()), [], []
+    for fold in range(2):
+        model.load_state_dict(initial)
+        model.losses = []
+        fit(model, again=fold > 0)
+        losses.append(model.losses)
+        reports.append(fit.callback and fit.callback.report)
+    assert fit.callback is None or reports[0] is not reports[1]
+    if fit.form == "cut":
+        assert torch.linalg.matrix_rank(model.net[2].weight) < 12
+    return Seen([fold[0] for fold in losses], losses)
+
+
+@people(FILES)
+def fit_twice(fit):
+    """`trainer.fit` twice with the same model, the second time with a new Trainer"""
+    model = Net()
+    fit(model)
+    first = len(model.losses)
+    assert model.losses[first - 1].isfinite()
+    fit(model, again=True)
+    return Seen([first, len(model.losses)], model.losses[:6])
+
+
+@people(FILES)
+def early_stopping_and_the_best(fit):
+    """`EarlyStopping` and `ModelCheckpoint`; afterwards `Net.load_from_checkpoint(best_model_path)`"""
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    best = ModelCheckpoint("files", monitor="val_loss", filename="{epoch}")
+    fit(Validated(), EarlyStopping("val_loss", patience=5), best, val=blobs(), enable_checkpointing=True)
+    loaded = Validated.load_from_checkpoint(best.best_model_path)
+    assert [type(layer) for layer in loaded.net] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+    return Seen(list(loaded.state_dict()), weights(loaded))
+
+
+@people(FILES)
+def the_best_reloaded_in_the_fit(fit):
+    """The best weights so far are loaded in `on_train_end`, by `load_state_dict(torch.load(path)["state_dict"])`"""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    best = ModelCheckpoint("files", monitor="val_loss", filename="{epoch}")
+
+    class Reloads(Validated):
+        def on_train_end(self):
+            self.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+
+    model = fit(Reloads(), val=blobs(), first=[best], enable_checkpointing=True)
+    return Seen(None, net(model))
+
+
+@people(FILES, refused=r"low-rank|lightning_svd|load_low_rank")
+def the_best_reloaded_after_the_fit(fit):
+    """The same after the fit, into a model that is low-rank by then"""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    best = ModelCheckpoint("files", monitor="val_loss", filename="{epoch}")
+    fit.form = fit.form if fit.form == "reference" else "cut"
+    model = fit(Validated(), best, val=blobs(), enable_checkpointing=True)
+    model.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+
+
+@people(FILES)
+def snapshots_of_a_cycle(fit):
+    """Snapshot ensembles: state dicts kept by `deepcopy(model.state_dict())`, each loaded into a new dense model"""
+    snapshots = At("on_train_epoch_end", lambda _, m: (copy.deepcopy(m.state_dict()), m(torch.ones(2, 12)).detach()))
+    fit(Net(), snapshots)
+    for state, output in snapshots.seen:
+        twin = Net()
+        twin.load_state_dict(state)
+        assert_same(twin(torch.ones(2, 12)), output)
+    return Seen(list(snapshots.seen[0][0]), snapshots.seen)
+
+
+@people(FILES)
+def state_dicts_without_copies(fit):
+    """`model.state_dict()` kept without a copy follows the weights in a dense run; here it is what they were"""
+    kept = At("on_train_start", lambda _, m: m.state_dict())
+    fit(Net(), kept)
+    return Seen({key: value.shape for key, value in kept.seen[0].items()})
+
+
+@people(FILES)
+def keys_with_keep_vars(fit):
+    """`state_dict(keep_vars=True)`: the very parameters"""
+
+    def look(trainer, pl_module):
+        state = pl_module.state_dict(keep_vars=True)
+        named = dict(pl_module.named_parameters())
+        assert all(state[name] is p for name, p in named.items())
+        return {name: (p.requires_grad, p.shape) for name, p in state.items()}
+
+    seen = At("on_train_batch_end", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(FILES)
+def whole_pickles_in_the_fit(fit):
+    """`torch.save(self.net, path)` after each epoch, and `torch.load` of it: plain layers"""
+
+    def save(trainer, pl_module):
+        torch.save(pl_module.net, "net.pt")
+        loaded = torch.load("net.pt", weights_only=False)
+        assert [type(layer) for layer in loaded] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+        assert_same(loaded(torch.ones(1, 12)), pl_module.net(torch.ones(1, 12)))
+        return list(loaded.state_dict()), weights(loaded)
+
+    seen = At("on_train_epoch_end", save)
+    fit(Net(), seen)
+    return Seen(seen.seen[0][0], seen.seen)
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+OPTIMIZERS = "Optimizers"
+
+
+def fit_with(fit, make):
+    """Trains with an optimizer; the first loss, and all."""
+    model = fit(Net(make))
+    assert all(loss.isfinite() for loss in model.losses)
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(OPTIMIZERS)
+def adafactor(fit):
+    """`torch.optim.Adafactor`, whose state is a row and a column for each matrix"""
+    return fit_with(fit, lambda m: torch.optim.Adafactor(m.parameters(), lr=0.01, weight_decay=0.1))
+
+
+@people(OPTIMIZERS)
+def foreach_and_not(fit):
+    """`foreach=True` for some parameters, `foreach=False` for others"""
+
+    def make(m):
+        groups = [{"params": m.net[:3].parameters(), "foreach": True}, {"params": m.net[3:].parameters()}]
+        return torch.optim.AdamW(groups, lr=0.01, foreach=False)
+
+    return fit_with(fit, make)
+
+
+@people(OPTIMIZERS)
+def rates_as_tensors(fit):
+    """A rate that is a tensor, `lr=torch.tensor(0.01)`, with `capturable=True` or `fused=True`"""
+    return fit_with(fit, lambda m: torch.optim.Adam(m.parameters(), lr=torch.tensor(0.01), fused=True))
+
+
+@people(OPTIMIZERS)
+def maximizing(fit):
+    """`maximize=True` with the negated loss"""
+
+    class Ascends(Net):
+        def training_step(self, batch, batch_idx):
+            return -super().training_step(batch, batch_idx)
+
+    model = fit(Ascends(lambda m: torch.optim.SGD(m.parameters(), lr=0.1, maximize=True)))
+    return Seen(model.losses[0], model.losses)
+
+
+class TwoNets(LightningModule):
+    """A generator and a discriminator, each with an optimizer, in manual optimization with ``toggle_optimizer``."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.automatic_optimization = False
+        self.generator, self.critic = mlp(12, 16, 12), mlp(12, 16, 1)
+        self.losses, self.toggled = [], []
+
+    def training_step(self, batch, batch_idx):
+        x, noise = batch[0], torch.linspace(0, 1, 96).view(8, 12)
+        for_generator, for_critic = self.optimizers()
+        self.toggle_optimizer(for_critic)
+        self.toggled.append([name for name, p in self.named_parameters() if p.requires_grad])
+        loss = F.softplus(-self.critic(x)).mean() + F.softplus(self.critic(self.generator(noise).detach())).mean()
+        self.losses.append(loss.detach())
+        for_critic.zero_grad()
+        self.manual_backward(loss)
+        for_critic.step()
+        self.untoggle_optimizer(for_critic)
+        self.toggle_optimizer(for_generator)
+        self.toggled.append([name for name, p in self.named_parameters() if p.requires_grad])
+        for_generator.zero_grad()
+        self.manual_backward(F.softplus(-self.critic(self.generator(noise))).mean())
+        for_generator.step()
+        self.untoggle_optimizer(for_generator)
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(part.parameters(), lr=0.01) for part in (self.generator, self.critic)]
+
+
+@people(OPTIMIZERS)
+def toggled_optimizers(fit):
+    """A GAN with `toggle_optimizer` and `untoggle_optimizer`: which parameters train in which half"""
+    model = fit(TwoNets())
+    assert all(p.requires_grad for p in model.parameters())
+    if fit.form == "cut":  # the last form has other names by the end
+        return Seen()
+    return Seen([model.toggled, model.losses[0]], [model.losses, weights(model)])
+
+
+@people(OPTIMIZERS)
+def an_epoch_for_each_optimizer(fit):
+    """Two optimizers that take turns by epochs, the other half frozen by `requires_grad_(False)`"""
+
+    class Turns(TwoNets):
+        def training_step(self, batch, batch_idx):
+            turn = self.current_epoch % 2
+            self.generator.requires_grad_(turn == 0)
+            self.critic.requires_grad_(turn == 1)
+            optimizer = self.optimizers()[turn]
+            loss = F.mse_loss(self.generator(batch[0]), batch[0]) + self.critic(batch[0]).square().mean()
+            self.losses.append(loss.detach())
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    epochs = At("on_train_epoch_end", lambda _, m: (weights(m.generator), weights(m.critic)))
+    model = fit(Turns(), epochs)
+    if fit.form != "cut":
+        assert_same(epochs.seen[1][0], epochs.seen[0][0])
+        assert_same(epochs.seen[2][1], epochs.seen[1][1])
+    return Seen([epochs.seen[0][1], model.losses[0]], [epochs.seen, model.losses])
+
+
+class Soap(torch.optim.Optimizer):
+    """A short SOAP: Adam in the eigenbasis of two averages of G G^T, each as large as a side of the parameter."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                G = p.grad if p.ndim == 2 else p.grad.view(1, -1)
+                state = self.state[p]
+                if not state:
+                    state |= {"L": G @ G.T, "R": G.T @ G, "m": torch.zeros_like(G), "v": torch.zeros_like(G)}
+                for key, product in (("L", G @ G.T), ("R", G.T @ G)):
+                    state[key].lerp_(product, 0.1)
+                left, right = (torch.linalg.eigh(state[key])[1] for key in ("L", "R"))
+                turned = left.T @ G @ right
+                state["m"].lerp_(G, 0.1)
+                state["v"].lerp_(turned.square(), 0.1)
+                step = left @ ((left.T @ state["m"] @ right) / (state["v"].sqrt() + 1e-3)) @ right.T
+                p.sub_(group["lr"] * step.view_as(p))
+        return loss
+
+
+@people(OPTIMIZERS)
+def soap(fit):
+    """SOAP: preconditioners as large as the sides of each matrix"""
+    return fit_with(fit, lambda m: Soap(m.parameters(), lr=0.01))
+
+
+class Lookahead:
+    """A wrapper that is no `Optimizer`: it keeps slow weights of its own, by the groups that it sees in each step."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.slow, self.count = optimizer, {}, 0
+
+    def after_step(self, optimizer, args, kwargs):
+        self.count += 1
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if self.count % 2 == 0 and p in self.slow and self.slow[p].shape == p.shape:
+                p.data.lerp_(self.slow[p], 0.5)
+            self.slow[p] = p.data.clone()
+
+
+@people(OPTIMIZERS)
+def step_hooks_of_an_optimizer(fit):
+    """`register_step_post_hook` and `register_step_pre_hook`, which walk the groups: Lookahead by a hook"""
+
+    def make(m):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        optimizer.register_step_post_hook(Lookahead(optimizer).after_step)
+        return optimizer
+
+    return fit_with(fit, make)
+
+
+@people(OPTIMIZERS)
+def per_parameter_optimizers(fit):
+    """`optimizer.state` and `optimizer.state_dict()` are looked at after each step"""
+
+    def look(trainer, pl_module):
+        state = trainer.optimizers[0].state_dict()
+        assert len(state["state"]) == sum(len(g["params"]) for g in trainer.optimizers[0].param_groups)
+        return [{key: g[key] for key in ("lr", "weight_decay", "betas")} for g in state["param_groups"]]
+
+    seen = At("on_train_batch_end", look)
+    fit(Net(lambda m: torch.optim.AdamW(m.parameters(), lr=0.01)), seen)
+    return Seen(seen.seen)
+
+
+@people(OPTIMIZERS, needs=("schedulefree",))
+def schedule_free(fit):
+    """`schedulefree.AdamWScheduleFree`, its modes set in `on_train_epoch_start` and `on_validation_start`"""
+    import schedulefree
+
+    class Free(Validated):
+        def on_train_epoch_start(self):
+            self.optimizers().optimizer.train()
+
+        def on_validation_start(self):
+            if not self.trainer.sanity_checking:
+                self.optimizers().optimizer.eval()
+
+        def on_validation_end(self):
+            if not self.trainer.sanity_checking:
+                self.optimizers().optimizer.train()
+
+    def make(m):
+        return schedulefree.AdamWScheduleFree(m.parameters(), lr=0.01, foreach=False)
+
+    model = fit(Free(make), val=blobs(), num_sanity_val_steps=0)
+    return Seen(model.losses[0], [model.losses, model.val_losses])
+
+
+@people(OPTIMIZERS, needs=("torchao",))
+def low_bit_adam(fit):
+    """torchao's `AdamW8bit`, whose moments are quantized"""
+    from torchao.optim import AdamW8bit
+
+    return fit_with(fit, lambda m: AdamW8bit(m.parameters(), lr=0.01, block_size=64))
+
+
+# ----------------------------------------------------------------------------------------- gradients and their clipping
+
+GRADIENTS = "Gradients"
+
+
+@people(GRADIENTS)
+def grad_norms_are_logged(fit):
+    """Lightning's `grad_norm(self, norm_type=2)` in `on_before_optimizer_step`"""
+    from lightning.pytorch.utilities import grad_norm
+
+    class Logs(Net):
+        norms = ()
+
+        def on_before_optimizer_step(self, optimizer):
+            norms = grad_norm(self, norm_type=2)
+            self.log_dict(norms)
+            self.norms = [*self.norms, {key: float(value) for key, value in norms.items()}]
+
+    model = fit(Logs())
+    assert all(value > 0 for value in model.norms[0].values())
+    return Seen([[*norms] for norms in model.norms], model.norms)
+
+
+@people(GRADIENTS)
+def the_total_norm_by_hand(fit):
+    """`torch.stack([p.grad.norm() for p in parameters() if p.grad is not None]).norm()` or `p.grad.data.norm(2).item() ** 2`"""
+
+    def total(trainer, pl_module):
+        found = [p.grad.detach().norm() for p in pl_module.parameters() if p.grad is not None]
+        by_hand = sum(p.grad.data.norm(2).item() ** 2 for p in pl_module.parameters()) ** 0.5
+        assert by_hand == pytest.approx(float(torch.stack(found).norm()))
+        return float(torch.stack(found).norm())
+
+    seen = At("on_before_optimizer_step", total)
+    fit(Net(), seen)
+    return Seen(len(seen.seen), seen.seen)
+
+
+@people(GRADIENTS)
+def which_gradients_are_none(fit):
+    """Unused parameters: `[name for name, p in named_parameters() if p.grad is None]`"""
+
+    class Unused(Net):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(16, 16)
+
+    names = At("on_after_backward", lambda _, m: [n for n, p in m.named_parameters() if p.grad is None])
+    fit(Unused(), names)
+    return Seen(names.seen)
+
+
+@people(GRADIENTS)
+def steps_skipped_where_gradients_are_not_finite(fit):
+    """`if not torch.isfinite(p.grad).all(): self.zero_grad()` in `on_after_backward`"""
+
+    class Skips(Net):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            return loss * torch.inf if self.global_step == 2 else loss
+
+        def on_after_backward(self):
+            if not all(torch.isfinite(p.grad).all() for p in self.parameters() if p.grad is not None):
+                self.zero_grad()
+
+    after = At("on_train_batch_end", lambda _, m: weights(m.net))
+    fit(Skips(), after)
+    assert all(value.isfinite().all() for value in after.seen[-1].values())
+    return Seen(None, after.seen)
+
+
+@people(GRADIENTS)
+def clipped_by_hand(fit):
+    """`clip_grad_norm_` and `clip_grad_value_` over `self.parameters()` in `on_after_backward`"""
+
+    class Clips(Net):
+        norms = ()
+
+        def on_after_backward(self):
+            nn.utils.clip_grad_value_(self.parameters(), 0.05)
+            self.norms = [*self.norms, float(nn.utils.clip_grad_norm_(self.parameters(), 0.01))]
+
+    model = fit(Clips())
+    return Seen(len(model.norms), [model.norms, model.losses, net(model)])
+
+
+@people(GRADIENTS)
+def clipping_overridden(fit):
+    """`configure_gradient_clipping` overridden, with `self.clip_gradients`, in other ways by epoch"""
+
+    class Clips(Net):
+        asked = ()
+
+        def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+            self.asked = [*self.asked, gradient_clip_val]
+            how = "norm" if self.current_epoch else "value"
+            self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm=how)
+
+    model = fit(Clips())
+    return Seen(model.asked, [model.losses, net(model)])
+
+
+@people(GRADIENTS)
+def the_step_overridden(fit):
+    """`optimizer_step` overridden: warm-up of the rate by hand, and every third step left out"""
+
+    class Warm(Net):
+        calls = ()
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 4)
+            self.calls = [*self.calls, optimizer.param_groups[0]["lr"]]
+            if len(self.calls) % 3:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+    model = fit(Warm(), max_steps=6, max_epochs=6)
+    return Seen([model.calls, model.losses[0]], [model.losses, net(model)])
+
+
+@people(GRADIENTS)
+def order_of_the_hooks(fit):
+    """The hooks of a step in their order and number, with accumulation"""
+
+    class Order(Net):
+        calls: list = []
+
+        def on_before_zero_grad(self, optimizer):
+            self.calls.append("zero")
+
+        def on_before_backward(self, loss):
+            self.calls.append("before backward")
+
+        def on_after_backward(self):
+            self.calls.append("after backward")
+
+        def on_before_optimizer_step(self, optimizer):
+            self.calls.append("before step")
+
+        def lr_scheduler_step(self, scheduler, metric):
+            self.calls.append("rate")
+            scheduler.step()
+
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
+
+    model = Order()
+    model.calls = []
+    fit(model, accumulate_grad_batches=2)
+    return Seen(model.calls, model.losses)
+
+
+@people(GRADIENTS)
+def accumulated_by_hand(fit):
+    """Accumulation by hand in manual optimization: a step every second batch"""
+
+    class Accumulates(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = self.loss(batch) / 2
+            self.losses.append(loss.detach())
+            self.manual_backward(loss)
+            if batch_idx % 2:
+                self.optimizers().step()
+                self.optimizers().zero_grad()
+
+    model = fit(Accumulates())
+    return Seen(model.losses[:2], [model.losses, net(model)])
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` has no gradient.*exclude_modules=\['net\.0'\]")
+def elastic_weight_consolidation(fit):
+    """Fisher information for EWC: `p.grad.pow(2)` over `named_parameters()`"""
+    fit(Net(), At("on_after_backward", lambda _, m: {n: p.grad.pow(2) for n, p in m.named_parameters()}))
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` has no gradient.*exclude_modules=\['net\.0'\]")
+def gradients_are_centralized(fit):
+    """Gradient centralization: `p.grad.sub_(p.grad.mean(1, keepdim=True))`"""
+
+    def centralize(trainer, pl_module):
+        for p in pl_module.parameters():
+            if p.dim() > 1:
+                p.grad.sub_(p.grad.mean(1, keepdim=True))
+
+    fit(Net(), At("on_after_backward", centralize))
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` has no gradient.*exclude_modules=\['net\.0'\]")
+def gradient_noise(fit):
+    """Noise on gradients: `p.grad += noise`"""
+
+    def shake(trainer, pl_module):
+        for p in pl_module.parameters():
+            p.grad += 0.01 * torch.ones_like(p)
+
+    fit(Net(), At("on_after_backward", shake))
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` has no gradient.*exclude_modules=\['net\.0'\]")
+def adaptive_clipping(fit):
+    """Adaptive clipping (AGC): a norm for each unit, `p.grad.norm(2, dim=1, keepdim=True)`"""
+
+    def clip(trainer, pl_module):
+        for p in pl_module.parameters():
+            most = p.detach().norm(2, dim=-1, keepdim=True).clamp(min=1e-3) * 0.01
+            norm = p.grad.norm(2, dim=-1, keepdim=True)
+            p.grad.copy_(torch.where(norm > most, p.grad * (most / norm), p.grad))
+
+    fit(Net(), At("on_after_backward", clip))
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` (was to be given a gradient|has no gradient).*exclude_modules=\['net\.0'\]")
+def gradients_are_kept_and_put_back(fit):
+    """Gradient surgery: `kept = [p.grad.clone() for p in parameters()]`, later `p.grad = kept[i]`"""
+
+    def keep(trainer, pl_module):
+        kept = [p.grad.clone() for p in pl_module.parameters()]
+        for p, gradient in zip(pl_module.parameters(), kept, strict=True):
+            p.grad = gradient
+
+    fit(Net(), At("on_after_backward", keep))
+
+
+@people(GRADIENTS, refused=r"`net\.\d\.weight` .*exclude_modules")
+def a_backward_pass_for_some_inputs(fit):
+    """`self.manual_backward(loss, inputs=[*self.net.parameters()])`"""
+
+    class Inputs(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch), inputs=[*self.net.parameters()])
+            optimizer.step()
+
+    fit(Inputs())
+
+
+@people(GRADIENTS)
+def zero_grad_by_hand(fit):
+    """`p.grad = None`, `p.grad.zero_()` and `self.zero_grad(set_to_none=False)` by hand"""
+
+    class Zeros(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            for p in self.parameters():
+                if p.grad is not None and batch_idx:
+                    p.grad.detach_()
+                    p.grad.zero_()
+                p.grad = None if not batch_idx else p.grad
+            loss = self.loss(batch)
+            self.losses.append(loss.detach())
+            self.manual_backward(loss)
+            optimizer.step()
+            self.zero_grad(set_to_none=False)
+            assert all(p.grad is None or float(p.grad.norm()) == 0.0 for p in self.parameters())
+
+    model = fit(Zeros())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
 # ---------------------------------------------------------------------------------------------------------- the tests
 
 

@@ -265,7 +265,7 @@ def _refuse_derivatives(args: Any, kwargs: Any) -> None:
     if sources:
         names = [name for source in sources for name in source.layer_names()]
         raise RuntimeError(
-            f"`{sources[0].weight_name()}` has no derivative, of which `torch.autograd.grad` was asked, since its layer "
+            f"`{sources[0].weight_name()}` has no derivative, of which `torch.autograd.grad` was asked: its layer "
             f"trains U, s and V in its place: leave the layer out, `exclude_modules={names}`, or differentiate a "
             "function of given weights, by `torch.func.grad` and `torch.func.functional_call`"
         )

@@ -27,7 +27,7 @@ from lightning_svd.layers.parts import InParts
 # A loop over time steps calls one module thousands of times: of calls that look alike this many are kept, the others
 # are counted as repetitions of the last; and of all calls together no more than that.
 ALIKE, KEPT = 32, 10_000
-# What a model or a hook of it remembers is restored after a replay: so many containers deep, and no deeper in large ones.
+# What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
 _CONTAINERS = (list, dict, set, deque)
 DEEP, MANY = 2, 1000
 

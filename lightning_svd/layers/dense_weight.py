@@ -182,7 +182,7 @@ def _stand_in(shape: torch.Size, like: Tensor) -> Tensor:
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """What a function returns for the values of weights and views among its arguments."""
     name = _name_of(func)
-    first = next(_flattened(args), None)
+    first = next(_flattened((args, kwargs)), None)  # by keyword too, as torch's initializations pass it on
     mine = (DenseWeight, DenseView)
     if name == "equal" and args[0].shape != args[1].shape:
         return False  # as who looks a weight up among many asks of each
@@ -190,7 +190,7 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
         for target, given in zip(args[0], args[1], strict=True):
             target.copy_(given)
         return None
-    written = [*_flattened(args[:1])] if name.startswith("_foreach") else [first]
+    written = [*_flattened(args[:1])] if name.startswith("_foreach") and args else [first]
     written = [*written, *_flattened(kwargs.get("out"))] if _writes(name) else [*_flattened(kwargs.get("out"))]
     for target in written:
         if isinstance(target, mine):
@@ -288,6 +288,11 @@ def _set_trained(face: DenseWeight, flag: bool = True) -> DenseWeight:
         return torch.Tensor.requires_grad_(face, flag)  # type: ignore[return-value]
 
 
+def _is_trained(face: DenseWeight) -> bool:
+    # Whoever goes by an optimizer's parameters, as `toggle_optimizer` does, freezes the factors.
+    return any(parameter.requires_grad for parameter in face.source.trained_parameters())
+
+
 def _set_gradient(face: DenseWeight, value: Tensor | None = None) -> None:
     if isinstance(value, DenseGradient) and value.source is face.source:
         return
@@ -319,6 +324,7 @@ def _is_about(func: Any) -> bool:
 
 # What only a weight, or a view of all of it, answers in its own way.
 _OWN: dict[Any, Any] = {
+    _T.requires_grad.__get__: _is_trained,
     _T.requires_grad.__set__: _set_trained,
     _T.requires_grad_: _set_trained,
     _T.grad.__get__: DenseGradient.of,

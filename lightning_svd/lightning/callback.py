@@ -14,6 +14,7 @@ from lightning_svd.arguments import check_count
 from lightning_svd.lightning import loggers, trainers
 from lightning_svd.lightning.callback_with_run import CallbackWithRun, with_recipe_arguments
 from lightning_svd.lightning.checkpoint_io import SVDCheckpointIO
+from lightning_svd.model.surgery import check_in_place
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.data import plan_table
 from lightning_svd.training.guard import guard_on
@@ -104,6 +105,7 @@ class SVDTrainingCallback(CallbackWithRun):
             state=self._to_resume,
         )
         self._run, self.plan, self.report, self._to_resume = run, run.plan, None, None
+        self._finished = None
         trainers.connect(trainer, run)
         rank_zero_info(plan_table(self.plan))
         if pl_module.example_input_array is not None:
@@ -114,11 +116,17 @@ class SVDTrainingCallback(CallbackWithRun):
         if trainer.is_global_zero:
             self._spectra = loggers.log_start(trainer.loggers, self.arguments, run, trainer.global_step)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            check_in_place(pl_module, self._run.layers)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw_spectra(trainer, trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._run is not None:
+            if self._run.cost is None:
+                check_in_place(pl_module, self._run.layers)
             self._run.begin_batch(trainer.optimizers)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -143,7 +151,10 @@ class SVDTrainingCallback(CallbackWithRun):
             if pl_module.automatic_optimization:
                 # What `loss + penalty` would weigh in the last, shorter window of an accumulation, or a skipped step.
                 scale *= self._run.backwards / trainer.accumulate_grad_batches
-            self._run.before_step(self._run.optimizer(optimizer), trainers.steps_done(trainer), scale)
+            ours = self._run.optimizer(optimizer)
+            if scale and not ours.gradients_added:
+                ours.check_gradients()
+            self._run.before_step(ours, trainers.steps_done(trainer), scale)
 
     def add_gradients(self, trainer: Trainer, optimizer: Optimizer) -> None:
         """Add the regularizers' gradient now, for code of your own that clips between ``manual_backward`` and ``step``.

@@ -9,19 +9,23 @@ by itself holds in all four. The page docs/user-code.md lists the patterns; ``us
 import copy
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+import user_code
 from lightning.pytorch import Callback, LightningModule, Trainer
 from models import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_svd import FallToBudget, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, Regularizer, SVDTrainingCallback, svd_layers
 
 # ------------------------------------------------------------------------------------------------------ the harness
 
@@ -43,7 +47,11 @@ class Pattern:
         refused: What the error says, as a regular expression; None if it works.
         stays: Layers that are left dense because of it, each with a part of the reason.
         needs: Packages that it needs.
-        target: What the run with cuts is to keep of the MACs.
+        kind: The argument that says what the run with cuts is to keep.
+        target: What that is.
+        options: Other arguments of the callback.
+        says: The warning that it comes with, as a regular expression.
+        broken: Why it does not work yet.
     """
 
     area: str
@@ -53,8 +61,8 @@ class Pattern:
     needs: tuple[str, ...] = ()
     target: float = 0.6
     kind: str = "target_macs"
-    warns: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    says: str | None = None
     broken: str | None = None
 
     @property
@@ -874,7 +882,7 @@ class Validated(Net):
         self.log("val_loss", self.val_losses[-1])
 
 
-@people(COPIES, warns="what was loaded into it")
+@people(COPIES)
 def shadow_weights_for_validation(fit):
     """An average by hand over `named_parameters()`, put in by `p.data = shadow` for validation and taken out again"""
     shadow, after = Shadow(), At("on_train_batch_end", lambda _, m: weights(m))
@@ -1068,7 +1076,7 @@ def l1_of_a_weight(fit):
 
 @people(LOSSES)
 def norms_of_named_weights(fit):
-    """`torch.norm(p, 2)` over `named_parameters()` with 'weight' in the name, or over `parameters()` with `p.dim() > 1`"""
+    """`torch.norm(p, 2)` over `named_parameters()` with 'weight' in the name, or where `p.dim() > 1`"""
     return fit_penalty(
         fit,
         lambda m: (
@@ -1167,7 +1175,6 @@ def tied_by_function(fit):
 @people(
     LOSSES,
     options={"target_modules": ["embed", "net.0", "net.2"]},
-    warns="layers stay dense",
     kind="target_params",
     target=0.9,
 )
@@ -1728,7 +1735,7 @@ def a_size_that_does_not_fit(fit):
         message = None
 
         def on_train_start(self):
-            with pytest.raises(RuntimeError, match="net.2.weight") as caught:
+            with pytest.raises(RuntimeError, match=r"net\.2\.weight") as caught:
                 self.load_state_dict({"net.2.weight": torch.ones(3, 3)}, strict=False)
             self.message = type(caught.value).__name__
 
@@ -2124,7 +2131,7 @@ def grad_norms_are_logged(fit):
 
 @people(GRADIENTS)
 def the_total_norm_by_hand(fit):
-    """`torch.stack([p.grad.norm() for p in parameters() if p.grad is not None]).norm()` or `p.grad.data.norm(2).item() ** 2`"""
+    """`torch.stack([p.grad.norm() for p in parameters()]).norm()` or `p.grad.data.norm(2).item() ** 2`"""
 
     def total(trainer, pl_module):
         found = [p.grad.detach().norm() for p in pl_module.parameters() if p.grad is not None]
@@ -2226,7 +2233,7 @@ def order_of_the_hooks(fit):
     """The hooks of a step in their order and number, with accumulation"""
 
     class Order(Net):
-        calls: list = []
+        calls = None
 
         def on_before_zero_grad(self, optimizer):
             self.calls.append("zero")
@@ -2376,7 +2383,504 @@ def zero_grad_by_hand(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
+# -------------------------------------------------------------------------------------------------- looking at modules
+
+MODULES = "Looking at modules"
+
+
+@people(MODULES, refused=r"`net\.0`: .*exact class.*exclude_modules=\['net\.0', 'net\.2', 'net\.4'\]")
+def exact_types_in_forward(fit):
+    """`if type(layer) is nn.Linear` in `forward`"""
+
+    class Exact(Net):
+        def forward(self, x):
+            for layer in self.net:
+                x = layer(x)
+                if type(layer) is nn.Linear:
+                    x = x.tanh()
+            return x
+
+    fit(Exact())
+
+
+@people(MODULES)
+def types_in_a_callback(fit):
+    """`isinstance(m, (nn.Linear, nn.Conv2d))` and `"Linear" in m.__class__.__name__` over `model.modules()`"""
+
+    def look(trainer, pl_module):
+        kinds = [m.__class__.__name__.find("Linear") != -1 for m in pl_module.modules()]
+        return kinds, [name for name, m in pl_module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+
+    seen = At("on_train_batch_start", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def attributes_of_layers(fit):
+    """`in_features`, `out_features`, `bias is None`, `weight.shape`, `weight.requires_grad`, `weight.is_leaf`"""
+
+    def look(trainer, pl_module):
+        layers = [m for m in pl_module.modules() if hasattr(m, "weight")]
+        return [
+            (m.in_features, m.out_features, m.bias is None, m.weight.shape, m.weight.requires_grad, m.weight.is_leaf)
+            for m in layers
+        ]
+
+    seen = At("on_train_batch_start", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def numbers_of_parameters(fit):
+    """`sum(p.numel() for p in model.parameters() if p.requires_grad)`, `remove_duplicate=False`, `get_parameter`"""
+
+    def look(trainer, pl_module):
+        assert pl_module.get_parameter("net.2.weight") is pl_module.net[2].weight
+        return (
+            sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+            [(name, tuple(p.shape)) for name, p in pl_module.named_parameters(remove_duplicate=False)],
+            len(list(pl_module.parameters())),
+            sum(p.numel() * p.element_size() for p in pl_module.parameters()),
+        )
+
+    seen = At("on_train_batch_end", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def model_summary(fit):
+    """`ModelSummary(model, max_depth=-1)` in the middle of a fit: numbers of parameters by module"""
+    from lightning.pytorch.utilities.model_summary import ModelSummary
+
+    def look(trainer, pl_module):
+        summary = ModelSummary(pl_module, max_depth=-1)
+        return summary.total_parameters, summary.trainable_parameters, summary.layer_names, summary.param_nums
+
+    seen = At("on_train_epoch_start", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def modules_in_python_lists(fit):
+    """Layers that are kept a second time in a list, a dict and a tuple, and called from there"""
+
+    class Listed(Net):
+        def __init__(self):
+            super().__init__()
+            self.listed = [self.net[0], self.net[2]]
+            self.by_name = {"head": self.net[4]}
+
+        def forward(self, x):
+            for layer in self.listed:
+                x = F.relu(layer(x))
+            return self.by_name["head"](x)
+
+    model = fit(Listed())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(MODULES, says="1 layers stay dense .net.4.: .*'Sequential' object has no attribute 'weight'", target=0.8)
+def partials_and_lambdas(fit):
+    """`functools.partial(layer)`, a lambda, and a bound method `layer.forward`, kept before the fit"""
+
+    class Kept(Net):
+        def __init__(self):
+            super().__init__()
+            self.first = functools.partial(self.net[0])
+            self.second = lambda x: self.net[2](x)
+            self.third = self.net[4].forward
+
+        def forward(self, x):
+            return self.third(F.relu(self.second(F.relu(self.first(x)))))
+
+    model = Kept()
+    outputs = At("on_train_end", lambda _, m: m(torch.ones(2, 12)).detach())
+    fit(model, outputs)
+    assert_same(model.net(torch.ones(2, 12)), outputs.seen[0])
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(MODULES)
+def a_module_dict(fit):
+    """Branches in an `nn.ModuleDict`, chosen by a key of the batch, some never used"""
+
+    class Branches(Net):
+        def __init__(self):
+            super().__init__()
+            self.branches = nn.ModuleDict({key: nn.Linear(4, 4) for key in "abc"})
+
+        def forward(self, x):
+            key = "ab"[self.global_step % 2]
+            return self.branches[key](self.net(x))
+
+    model = fit(Branches())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(MODULES)
+def apply_on_all(fit):
+    """`model.apply(fn)`, with a function that counts and one that sets attributes"""
+
+    def look(trainer, pl_module):
+        names = []
+        pl_module.apply(lambda m: names.append(type(m).__name__.removeprefix("SVD")))
+        pl_module.apply(lambda m: setattr(m, "visited", True))
+        assert all(m.visited for m in pl_module.modules())
+        return names
+
+    seen = At("on_train_epoch_start", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def train_and_eval_of_parts(fit):
+    """`self.net[:2].eval()` in each step, and `model.train()` after validation: modes by module"""
+
+    class Modes(Net):
+        def on_train_batch_start(self, *_):
+            self.net[:2].eval()
+
+    seen = At("on_before_optimizer_step", lambda _, m: [child.training for child in m.modules()])
+    fit(Modes(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def another_dtype_in_the_middle(fit):
+    """`model.float()` and back, `.half()` of a copy, `.to(memory_format=...)` in the middle of a fit"""
+
+    def move(trainer, pl_module):
+        half = copy.deepcopy(pl_module.net).half()
+        pl_module.net.to(memory_format=torch.channels_last).double()
+        return [p.dtype for p in half.parameters()], [p.dtype for p in pl_module.parameters()]
+
+    seen = At("on_train_epoch_end", move)
+    model = fit(Net(), seen)
+    return Seen(seen.seen, net(model))
+
+
+class Convolutions(Net):
+    """Convolutions in channels-last memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1))
+        self.convolutions.to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        maps = self.convolutions(x.view(-1, 1, 3, 4).contiguous(memory_format=torch.channels_last))
+        return self.net(maps.mean((2, 3)))
+
+
+@people(MODULES)
+def channels_last(fit):
+    """Convolutions in `channels_last`, whose weights are asked for their strides"""
+    strides = At("on_train_batch_end", lambda _, m: m.convolutions[2].state_dict()["weight"].shape)
+    model = fit(Convolutions(), strides)
+    return Seen([strides.seen, model.losses[0]], model.losses)
+
+
+@people(MODULES)
+def compiled_in_the_fit(fit):
+    """`self.net = torch.compile(self.net)` in `on_train_start`"""
+
+    class Compiles(Net):
+        def on_train_start(self):
+            self.net = torch.compile(self.net, backend="eager")
+
+    model = Compiles()
+    try:
+        fit(model)
+    finally:
+        torch.compiler.reset()
+    if fit.form == "cut":
+        assert fit.callback.report.macs_ratio <= 0.6
+    return Seen(model.losses[0], model.losses)
+
+
+@people(MODULES)
+def nets_with_checkpointing(fit):
+    """`torch.utils.checkpoint.checkpoint`, both kinds, in `forward`"""
+    from torch.utils.checkpoint import checkpoint
+
+    class Saves(Net):
+        def forward(self, x):
+            hidden = checkpoint(self.net[:2], x, use_reentrant=False)
+            hidden = checkpoint(self.net[2:4], hidden, use_reentrant=True)
+            return self.net[4](hidden)
+
+    model = fit(Saves())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+# ----------------------------------------------------------------------------------------------------- other libraries
+
+LIBRARIES = "Other libraries"
+
+
+class Language(Net):
+    """A small GPT-2 of transformers."""
+
+    def __init__(self):
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(vocab_size=10, n_positions=16, n_embd=16, n_layer=1, n_head=2, use_cache=False)
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+        self.net = GPT2LMHeadModel(config).double()
+
+    def loss(self, batch):
+        tokens = (batch[0].abs() * 10).long() % 10
+        return self.net(input_ids=tokens, labels=tokens).loss
+
+
+@people(LIBRARIES, needs=("transformers",), target=0.95)
+def gradient_checkpointing_of_transformers(fit):
+    """transformers: `model.gradient_checkpointing_enable()`"""
+    model = Language()
+    model.net.gradient_checkpointing_enable()
+    fit(model)
+    return Seen(model.losses[0], model.losses)
+
+
+@people(LIBRARIES, needs=("transformers",), target=0.95)
+def save_pretrained_in_the_fit(fit):
+    """transformers: `model.save_pretrained(path)` after each epoch, and `from_pretrained(path)`"""
+
+    def save(trainer, pl_module):
+        pl_module.net.save_pretrained("pretrained")
+        loaded = type(pl_module.net).from_pretrained("pretrained")
+        tokens = torch.arange(6)[None]
+        assert_same(loaded.eval()(tokens).logits.double(), copy.deepcopy(pl_module.net).eval()(tokens).logits)
+        return {key: value.shape for key, value in loaded.state_dict().items()}
+
+    seen = At("on_train_epoch_end", save)
+    fit(Language(), seen)
+    return Seen(seen.seen)
+
+
+@people(LIBRARIES, needs=("transformers",), target=0.95)
+def resized_embeddings(fit):
+    """transformers: `model.resize_token_embeddings(12)` before the fit"""
+    model = Language()
+    model.net.resize_token_embeddings(12, mean_resizing=False)
+    fit(model)
+    return Seen([len(model.net.lm_head.weight), len(model.losses)], None)
+
+
+@people(LIBRARIES, needs=("peft",), says=r"2 layers stay dense \(.*lora_A.*'weight'", target=0.95)
+def lora_of_peft(fit):
+    """PEFT: `get_peft_model` with LoRA; the base is frozen and left alone, the two small matrices are layers"""
+    import peft
+
+    model = Net()
+    torch.manual_seed(5)
+    model.net = peft.get_peft_model(model.net, peft.LoraConfig(r=4, target_modules=["0", "2"], modules_to_save=["4"]))
+    model.double()
+    before = {key: value for key, value in weights(model).items() if "base_layer" in key}
+    fit(model)
+    if fit.form != "cut":
+        assert_same({key: value for key, value in weights(model).items() if key in before}, before)
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(LIBRARIES, needs=("wandb",), refused=r"has no layer to factorize \(net\.0: its weight has a hook")
+def wandb_watches_gradients(fit):
+    """W&B: `wandb.watch(model)`, whose hooks on gradients read each weight's"""
+    import wandb
+
+    run = wandb.init(mode="offline", project="user-code", dir=".", settings=wandb.Settings(silent=True))
+    try:
+        model = Net()
+        run.watch(model, log="gradients", log_freq=1)
+        fit(model)
+    finally:
+        run.unwatch(model)
+        run.finish()
+
+
+@people(LIBRARIES, needs=("wandb",))
+def wandb_watches_parameters(fit):
+    """W&B: `wandb.watch(model, log="parameters")`, whose hooks read weights in `forward`"""
+    import wandb
+
+    run = wandb.init(mode="offline", project="user-code", dir=".", settings=wandb.Settings(silent=True))
+    try:
+        model = Net()
+        run.watch(model, log="parameters", log_freq=1)
+        fit(model)
+    finally:
+        run.unwatch(model)
+        run.finish()
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(LIBRARIES, needs=("finetuning_scheduler",))
+def finetuning_scheduler_before(fit):
+    """finetuning-scheduler: `FinetuningScheduler` with its implicit schedule, before this callback"""
+    return finetuning_scheduler(fit, True)
+
+
+@people(LIBRARIES, needs=("finetuning_scheduler",))
+def finetuning_scheduler_after(fit):
+    """finetuning-scheduler: `FinetuningScheduler` with its implicit schedule, after this callback"""
+    return finetuning_scheduler(fit, False)
+
+
+def finetuning_scheduler(fit, first):
+    from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint, FTSEarlyStopping
+
+    other = FinetuningScheduler(epoch_transitions_only=False, max_depth=1)
+    model = Validated(lambda m: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1))
+    trained = At("on_train_epoch_start", lambda _, m: [n for n, p in m.named_parameters() if p.requires_grad])
+    files = FTSCheckpoint(f"scheduled-{fit.form}", monitor="val_loss", save_top_k=5)
+    own = [FTSEarlyStopping("val_loss", patience=1), files, other]
+    options = {"enable_checkpointing": True, "val": blobs(), "num_sanity_val_steps": 0, "max_epochs": 6}
+    with warnings.catch_warnings():
+        if (
+            fit.form == "cut"
+        ):  # the best epoch was before a cut, and is loaded as the nearest of the ranks that are left
+            warnings.filterwarnings("ignore", ".*what was loaded into it is kept")
+        fit(model, *([] if first else own), trained, first=own if first else [], **options)
+    return Seen([trained.seen[0], model.losses[0]], [trained.seen, model.losses])
+
+
+@people(LIBRARIES)
+def torchmetrics_in_the_module(fit):
+    """A torchmetrics metric that is a child of the module, with states of its own"""
+    import torchmetrics
+
+    class Measured(Net):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=4)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def loss(self, batch):
+            self.accuracy(self(batch[0]), batch[1])
+            return super().loss(batch)
+
+    counts = At("on_train_batch_end", lambda _, m: (m.accuracy.update_count, m.accuracy.tp.clone()))
+    model = fit(Measured(), counts)
+    return Seen([counts.seen[0], [count for count, _ in counts.seen]], [counts.seen, model.losses])
+
+
 # ---------------------------------------------------------------------------------------------------------- the tests
+
+# What other test modules hold in the same way: what it is, the heading on docs/compatibility.md, and the test.
+ELSEWHERE = {
+    GROUPS: [
+        (
+            "Groups by name, by `isinstance`, by depth, as transformers makes them",
+            "the-users-network",
+            "test_users_network.test_groups_keep_their_meaning",
+        ),
+        (
+            "A scheduler with a function for each group",
+            "the-users-network",
+            "test_users_network.test_a_scheduler_with_a_list_sees_the_same_groups",
+        ),
+        (
+            "Lightning's `BaseFinetuning`, resumed too",
+            "other-callbacks",
+            "test_other_callbacks.test_a_finetuning_schedule_resumes_exactly",
+        ),
+    ],
+    HOOKS: [
+        (
+            "A hook on a weight before the fit",
+            "the-users-network",
+            "test_users_network.test_a_layer_whose_weight_has_a_hook_stays_dense",
+        ),
+        (
+            "`weight_norm`, `spectral_norm` of `parametrizations`, scripted layers",
+            "the-users-network",
+            "test_users_network.test_other_matrices_are_in_the_plan_with_the_reason",
+        ),
+    ],
+    COPIES: [
+        (
+            "Lightning's `EMAWeightAveraging` and `StochasticWeightAveraging`, in any order",
+            "other-callbacks",
+            "test_other_callbacks.test_the_final_model_is_the_average_at_the_ranks_that_were_kept",
+        ),
+        (
+            "`copy.deepcopy(self.net)` in `on_train_start`",
+            "the-users-network",
+            "test_users_network.test_a_copy_inside_the_module_is_a_dense_network_of_its_own",
+        ),
+    ],
+    DERIVATIVES: [
+        (
+            "Forces, a net that differentiates in its own `forward`",
+            "the-users-network",
+            "test_users_network.test_derivatives_inside_the_step",
+        ),
+        (
+            "WGAN with a gradient penalty",
+            "the-users-network",
+            "test_users_network.test_a_gan_of_two_networks_with_a_gradient_penalty",
+        ),
+    ],
+    WRITES: [
+        (
+            "Clamped weights, masks, single rows, in place or by `.data`",
+            "the-users-network",
+            "test_users_network.test_what_would_be_lost_of_a_weight_is_refused_by_name",
+        ),
+    ],
+    FILES: [
+        (
+            "Partial files by `on_save_checkpoint`, `strict=False`",
+            "the-users-network",
+            "test_users_network.test_partial_files_in_mid_fit_hold_the_dense_weights",
+        ),
+        (
+            "Tuners of the rate and the batch size, then `fit`",
+            "other-callbacks",
+            "test_other_callbacks.test_tuners_try_and_the_fit_goes_on",
+        ),
+    ],
+    OPTIMIZERS: [
+        (
+            "SGD, Adam, AdamW, RMSprop, Adagrad with weight decay",
+            "weight-decay-on-s-only",
+            "test_weight_decay.test_decay_acts_on_singular_values_and_plain_parameters_only",
+        ),
+        (
+            "Lookahead and SAM as optimizers around another",
+            "the-users-network",
+            "test_users_network.test_wrapping_optimizers_decay_singular_values_only",
+        ),
+        ("LBFGS", "optimization", "test_optimization.test_lbfgs_is_refused_in_manual_mode_too"),
+    ],
+    GRADIENTS: [
+        (
+            "`gradient_clip_val`, accumulation, 16-bit with a GradScaler",
+            "optimization",
+            "test_optimization.test_clipping_sees_the_gradient_of_the_sum",
+        ),
+    ],
+    MODULES: [
+        (
+            "A submodule compiled before the fit",
+            "models",
+            "test_other_callbacks.test_a_submodule_compiled_before_the_fit_trains_and_the_final_model_compiles",
+        ),
+        (
+            "`isinstance` and reads of `bias` in `forward`",
+            "the-users-network",
+            "test_users_network.test_a_layer_that_forward_needs_as_it_is_stays_dense_with_the_reason",
+        ),
+    ],
+}
 
 
 @pytest.fixture
@@ -2407,13 +2911,17 @@ def skip_without(pattern):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*`ckpt_path`:UserWarning")
 @pytest.mark.usefixtures("_in_double_precision")
 @pytest.mark.parametrize("pattern", [*cases(refused=False)])
 def test_what_people_write_is_what_it_is_without_the_callback(pattern):
     skip_without(pattern)
     reference, _ = seen_by(pattern, "reference")
     for form in ("dense", "svd", "cut"):
-        seen, fit = seen_by(pattern, form)
+        with pytest.warns(UserWarning, match=pattern.says) if pattern.says else nullcontext():
+            seen, fit = seen_by(pattern, form)
         assert fit.callback.report is not None, form
         reasons = {of.name: of.skipped for of in fit.callback.plan}
         assert all(reason in (reasons[name] or "") for name, reason in pattern.stays.items()), reasons
@@ -2431,3 +2939,19 @@ def test_what_cannot_be_is_refused_by_name(pattern):
     seen_by(pattern, "reference")
     with pytest.raises((RuntimeError, ValueError), match=pattern.refused):
         seen_by(pattern, "svd")
+
+
+def test_each_pattern_is_described_and_there_are_enough():
+    assert len(PATTERNS) >= 60
+    assert all(pattern.what and not pattern.what.endswith(".") for pattern in PATTERNS)
+    assert len({pattern.run.__name__ for pattern in PATTERNS}) == len(PATTERNS)
+
+
+@pytest.mark.parametrize("test", [test for rows in ELSEWHERE.values() for _, _, test in rows])
+def test_what_is_said_to_be_held_elsewhere_is(test):
+    module, name = test.split(".")
+    assert f"def {name}(" in (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+
+
+def test_the_page_is_what_the_patterns_say():
+    assert user_code.PAGE.read_text(encoding="utf-8") == user_code.page(PATTERNS, ELSEWHERE), "run `make user-code`"

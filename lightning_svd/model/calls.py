@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -391,7 +392,8 @@ def replay(
     Returns:
         What each call returned, detached.
     """
-    with untouched(module):
+    with untouched(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step has given them, or they are of a replay's own making
         return [run_again(call, watch) for call in calls]
 
 

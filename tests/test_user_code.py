@@ -9,7 +9,6 @@ by itself holds in all four. The page docs/user-code.md lists the patterns; ``us
 import copy
 import functools
 import importlib.util
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -2720,34 +2719,39 @@ def wandb_watches_parameters(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
-@people(LIBRARIES, needs=("finetuning_scheduler",))
-def finetuning_scheduler_before(fit):
-    """finetuning-scheduler: `FinetuningScheduler` with its implicit schedule, before this callback"""
-    return finetuning_scheduler(fit, True)
-
-
-@people(LIBRARIES, needs=("finetuning_scheduler",))
-def finetuning_scheduler_after(fit):
-    """finetuning-scheduler: `FinetuningScheduler` with its implicit schedule, after this callback"""
-    return finetuning_scheduler(fit, False)
-
-
-def finetuning_scheduler(fit, first):
+def finetuning_scheduler(fit, first, **options):
     from finetuning_scheduler import FinetuningScheduler, FTSCheckpoint, FTSEarlyStopping
 
-    other = FinetuningScheduler(epoch_transitions_only=False, max_depth=1)
+    other = FinetuningScheduler(epoch_transitions_only=False, max_depth=1, **options)
     model = Validated(lambda m: torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1))
     trained = At("on_train_epoch_start", lambda _, m: [n for n, p in m.named_parameters() if p.requires_grad])
     files = FTSCheckpoint(f"scheduled-{fit.form}", monitor="val_loss", save_top_k=5)
     own = [FTSEarlyStopping("val_loss", patience=1), files, other]
     options = {"enable_checkpointing": True, "val": blobs(), "num_sanity_val_steps": 0, "max_epochs": 6}
-    with warnings.catch_warnings():
-        if (
-            fit.form == "cut"
-        ):  # the best epoch was before a cut, and is loaded as the nearest of the ranks that are left
-            warnings.filterwarnings("ignore", ".*what was loaded into it is kept")
-        fit(model, *([] if first else own), trained, first=own if first else [], **options)
+    fit(model, *([] if first else own), trained, first=own if first else [], **options)
     return Seen([trained.seen[0], model.losses[0]], [trained.seen, model.losses])
+
+
+@people(LIBRARIES, needs=("finetuning_scheduler",))
+def finetuning_scheduler_before(fit):
+    """finetuning-scheduler: `FinetuningScheduler(restore_best=False)`, its implicit schedule, before this callback"""
+    return finetuning_scheduler(fit, True, restore_best=False)
+
+
+@people(LIBRARIES, needs=("finetuning_scheduler",))
+def finetuning_scheduler_after(fit):
+    """finetuning-scheduler: `FinetuningScheduler(restore_best=False)`, its implicit schedule, after this callback"""
+    return finetuning_scheduler(fit, False, restore_best=False)
+
+
+@people(
+    LIBRARIES,
+    needs=("finetuning_scheduler",),
+    refused=r"FinetuningScheduler\(restore_best=True\).*`restore_best=False`",
+)
+def finetuning_scheduler_that_restores(fit):
+    """finetuning-scheduler: `FinetuningScheduler()`, which goes back to the best checkpoint before each phase"""
+    return finetuning_scheduler(fit, False)
 
 
 @people(LIBRARIES)

@@ -1141,6 +1141,41 @@ def path_norms(fit):
     return fit_penalty(fit, penalty)
 
 
+@people(LOSSES)
+def weights_into_functions_of_ones_own(fit):
+    """A `torch.autograd.Function` that gets a weight: `Square.apply(self.net[2].weight)`, as fused losses do"""
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, W):
+            ctx.save_for_backward(W)
+            return W.square().sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * ctx.saved_tensors[0] * gradient
+
+    seen = fit_penalty(fit, lambda m: 100 * Square.apply(m.net[2].weight))
+    plain = fit_penalty(fit, lambda m: 100 * m.net[2].weight.square().sum())
+    assert_same(seen.values[0], plain.values[0])
+    return seen
+
+
+@people(LOSSES)
+def weights_into_checkpoints(fit):
+    """`torch.utils.checkpoint` of a function of a weight, both kinds"""
+    from torch.utils.checkpoint import checkpoint
+
+    def penalty(m):
+        square = [checkpoint(lambda W: W.square().sum(), m.net[2].weight, use_reentrant=kind) for kind in (False, True)]
+        return 50 * sum(square)
+
+    seen = fit_penalty(fit, penalty)
+    plain = fit_penalty(fit, lambda m: 100 * m.net[2].weight.square().sum())
+    assert_same(seen.values[0], plain.values[0])
+    return seen
+
+
 class Embedded(LightningModule):
     """Tokens through an embedding and a net."""
 
@@ -1372,6 +1407,22 @@ def maml_by_function_transforms(fit):
 
     model = fit(MAML())
     return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES, refused=r"`net\.0\.weight` itself was given to a transform.*p\.clone\(\)")
+def function_transforms_over_the_parameters(fit):
+    """`torch.func.grad` over `dict(self.net.named_parameters())`, the parameters themselves"""
+
+    class MAML(Net):
+        def loss(self, batch):
+            def inner(given):
+                return F.cross_entropy(torch.func.functional_call(self.net, given, (batch[0],)), batch[1])
+
+            given = dict(self.net.named_parameters())
+            slopes = torch.func.grad(inner)(given)
+            return inner({name: p - 0.1 * slopes[name] for name, p in given.items()})
+
+    fit(MAML())
 
 
 @people(DERIVATIVES)
@@ -2600,6 +2651,62 @@ def compiled_in_the_fit(fit):
     if fit.form == "cut":
         assert fit.callback.report.macs_ratio <= 0.6
     return Seen(model.losses[0], model.losses)
+
+
+@people(MODULES)
+def where_weights_lie(fit):
+    """Parameters that share memory are looked for by `data_ptr()`, `untyped_storage()`; strides, `is_contiguous()`"""
+
+    def look(trainer, pl_module):
+        parameters = [*pl_module.parameters()]
+        return [
+            len({p.data_ptr(): p for p in parameters}),
+            len({p.untyped_storage().data_ptr() for p in parameters}),
+            [(p.stride(), p.is_contiguous(), p.stride(0)) for p in parameters],
+        ]
+
+    seen = At("on_train_batch_start", look)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def weights_as_arrays(fit):
+    """Histograms of weights: `p.detach().cpu().numpy()`, `p.tolist()`, `torch.histc(p)`, `p.data.mean()`"""
+
+    def look(trainer, pl_module):
+        W = pl_module.net[2].weight
+        array = W.detach().cpu().numpy()
+        assert array.tolist() == pytest.approx(W.tolist()) if W.ndim == 1 else array.shape == (16, 16)
+        return float(array.sum()), float(W.data.mean()), torch.histc(W.detach(), 5, -1, 1)
+
+    seen = At("on_train_batch_start", look, step=0)
+    fit(Net(), seen)
+    return Seen(seen.seen)
+
+
+@people(MODULES)
+def the_backward_pass_overridden(fit):
+    """`backward` of the module overridden: `loss.backward(retain_graph=True)`"""
+
+    class Own(Net):
+        def backward(self, loss):
+            loss.backward(retain_graph=True)
+
+    model = fit(Own())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(MODULES)
+def batches_left_out(fit):
+    """`on_train_batch_start` returns -1, which ends an epoch early"""
+
+    class Skips(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 1 and batch_idx == 1 else None
+
+    model = fit(Skips(), max_steps=5)
+    return Seen([len(model.losses), model.losses[0]], [model.losses, net(model)])
 
 
 @people(MODULES)

@@ -52,11 +52,14 @@ class DenseWeight(nn.Parameter):
         face.grad = None
         face.data = _stand_in(face.shape, face)
         face.__class__, face.source = cls, source
+        _listen(face)
         return face  # type: ignore[no-any-return]
 
     def give_back(self, values: Tensor) -> nn.Parameter:
         """Make it a plain parameter again, the same object, with these values."""
         face: Any = self
+        if "listens" in vars(face):
+            vars(face).pop("listens").remove()
         del face.source
         face.__class__ = nn.Parameter
         if values.is_meta != face.is_meta:  # where torch has no way to set the data
@@ -230,6 +233,24 @@ def _plain(value: Any, known: dict[int, Tensor]) -> Any:
     return value
 
 
+def refuse_in_transforms(given: Tensor) -> None:
+    """Refuse a weight itself that ``torch.func`` has wrapped, past its type: it would be of no values.
+
+    Raises:
+        RuntimeError: Naming the weight, and what to give instead.
+    """
+    functorch: Any = torch._C._functorch  # there is no public way to ask
+    while functorch.is_functorch_wrapped_tensor(given):
+        given = functorch.get_unwrapped(given)
+        if isinstance(given, DenseWeight):
+            source = given.source
+            raise RuntimeError(
+                f"`{source.weight_name()}` itself was given to a transform of `torch.func`, but its layer trains U, s "
+                "and V in its place: give its values, `{name: p.clone() for name, p in model.named_parameters()}`, or "
+                f"leave the layer out, `exclude_modules={source.layer_names()}`"
+            )
+
+
 def _flattened(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for item in value:
@@ -285,7 +306,50 @@ def _set_trained(face: DenseWeight, flag: bool = True) -> DenseWeight:
     for parameter in face.source.trained_parameters():
         parameter.requires_grad_(flag)
     with torch._C.DisableTorchFunctionSubclass():
-        return torch.Tensor.requires_grad_(face, flag)  # type: ignore[return-value]
+        torch.Tensor.requires_grad_(face, flag)
+    _listen(face)
+    return face
+
+
+def _listen(face: Any) -> None:
+    """Have a gradient that reaches the weight itself passed on to its factors.
+
+    One does where a function gets the weight past its type: an ``autograd.Function``, a checkpoint of the older kind.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        if face.requires_grad and face.is_leaf and "listens" not in vars(face):
+            vars(face)["listens"] = torch.Tensor.register_post_accumulate_grad_hook(face, _pass_on)
+
+
+def _pass_on(face: Any) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        gradient, face.grad = face.grad, None
+    if gradient is not None and type(face) is DenseWeight:
+        with torch.enable_grad():
+            weight = face.source.rebuilt()
+        if weight.requires_grad:
+            weight.backward(gradient.detach())
+
+
+def _layout(face: DenseWeight) -> Tensor:
+    """A tensor on no device that lies in memory as the weight does, of which the stand-in knows nothing."""
+    layout = getattr(face.source, "layout", torch.contiguous_format)
+    return torch.empty(face.shape, dtype=face.dtype, device="meta", memory_format=layout)
+
+
+def _stride(face: DenseWeight, *args: Any, **kwargs: Any) -> Any:
+    return _by_the_stand_in(_T.stride, (face, *args), kwargs) if _traced() else _layout(face).stride(*args, **kwargs)
+
+
+def _is_contiguous(face: DenseWeight, *args: Any, **kwargs: Any) -> bool:
+    if _traced():
+        return bool(_by_the_stand_in(_T.is_contiguous, (face, *args), kwargs))
+    return _layout(face).is_contiguous(*args, **kwargs)
+
+
+def _traced() -> bool:
+    """Whether torch.compile looks, which must see the tensor that there is."""
+    return torch.compiler.is_compiling()
 
 
 def _is_trained(face: DenseWeight) -> bool:
@@ -314,6 +378,8 @@ _VALUES = {f"{name}.__get__" for name in ("data", "grad", "T", "mT", "H", "mH", 
 _METHODS = (
     "stride is_contiguous size dim ndimension numel nelement element_size get_device is_floating_point is_complex "
     "is_signed is_conj is_neg is_inference is_pinned is_shared _is_view"
+    # Where it lies: each weight in a place of its own, as who looks for parameters that share memory wants to know.
+    " data_ptr untyped_storage storage_offset"
 )
 _ABOUT = {getattr(of, name) for name in _METHODS.split() for of in (_T, torch) if hasattr(of, name)} | {_T.__len__}
 
@@ -325,6 +391,8 @@ def _is_about(func: Any) -> bool:
 # What only a weight, or a view of all of it, answers in its own way.
 _OWN: dict[Any, Any] = {
     _T.requires_grad.__get__: _is_trained,
+    _T.stride: _stride,
+    _T.is_contiguous: _is_contiguous,
     _T.requires_grad.__set__: _set_trained,
     _T.requires_grad_: _set_trained,
     _T.grad.__get__: DenseGradient.of,

@@ -392,7 +392,7 @@ def replay(
     Returns:
         What each call returned, detached.
     """
-    with untouched(module), warnings.catch_warnings():
+    with untouched(module), _keeping_what_hooks_keep(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the step has given them, or they are of a replay's own making
         return [run_again(call, watch) for call in calls]
 
@@ -481,12 +481,10 @@ def _same_randomness(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _keeping_state(module: nn.Module) -> Iterator[None]:
-    """Buffers, attributes, what the hooks keep, and what is in containers among those, as they were afterwards."""
+    """Buffers, attributes, and what is in containers among those, as they were afterwards."""
     kept = _Kept()
     for child in module.modules():
         kept.attributes(child)
-    for hook in _forward_hooks(module):
-        kept.function(hook)
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     try:
         yield
@@ -496,6 +494,17 @@ def _keeping_state(module: nn.Module) -> Iterator[None]:
             for buffer, version, values in buffers:
                 if buffer._version != version:
                     buffer.copy_(values)
+
+
+@contextmanager
+def _keeping_what_hooks_keep(module: nn.Module) -> Iterator[None]:
+    kept = _Kept()
+    for hook in _forward_hooks(module):
+        kept.function(hook)
+    try:
+        yield
+    finally:
+        kept.restore()
 
 
 def _forward_hooks(module: nn.Module) -> Iterator[Any]:

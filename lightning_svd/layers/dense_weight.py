@@ -318,7 +318,7 @@ def _listen(face: Any) -> None:
     """
     with torch._C.DisableTorchFunctionSubclass():
         if face.requires_grad and face.is_leaf and "listens" not in vars(face):
-            vars(face)["listens"] = torch.Tensor.register_post_accumulate_grad_hook(face, _pass_on)
+            vars(face)["listens"] = _T.register_post_accumulate_grad_hook(face, _pass_on)
 
 
 def _pass_on(face: Any) -> None:
@@ -326,9 +326,9 @@ def _pass_on(face: Any) -> None:
         gradient, face.grad = face.grad, None
     if gradient is not None and type(face) is DenseWeight:
         with torch.enable_grad():
-            weight = face.source.rebuilt()
+            weight: Any = face.source.rebuilt()
         if weight.requires_grad:
-            weight.backward(gradient.detach())
+            weight.backward(gradient, create_graph=gradient.requires_grad)
 
 
 def _layout(face: DenseWeight) -> Tensor:

@@ -21,7 +21,7 @@ from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
-from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
+from lightning_svd.model.surgery import begin, check_dense, check_in_place, finish, trained_weights, undo
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.ranks.latency import time_layers
@@ -376,6 +376,8 @@ class SVDTraining:
         if optimizer.gradients_added:
             optimizer.gradients_added = False
         else:
+            if scale:
+                optimizer.check_gradients()
             self.add_gradients(optimizer, step, scale)
 
     def add_gradients(self, optimizer: OptimizerOfFactors, step: int, scale: float = 1.0) -> None:
@@ -407,6 +409,7 @@ class SVDTraining:
             layers = self.layers.values()
             self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
         if self.cost is None:
+            check_in_place(self.model, self.layers)
             self.recorder.start()
         if self.observer is not None and self._observes:
             self.observer.begin_batch()

@@ -3001,10 +3001,10 @@ def _in_double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-def seen_by(pattern, form):
+def seen_by(pattern, form, fit=None):
     """What a pattern saw, and its :class:`Fit`."""
     torch.manual_seed(1)
-    fit = Fit(form, pattern)
+    fit = fit or Fit(form, pattern)
     return pattern.run(fit) or Seen(), fit
 
 
@@ -3048,8 +3048,10 @@ def test_what_people_write_is_what_it_is_without_the_callback(pattern):
 def test_what_cannot_be_is_refused_by_name(pattern):
     skip_without(pattern)
     seen_by(pattern, "reference")
+    fit = Fit("svd", pattern)
     with pytest.raises((RuntimeError, ValueError), match=pattern.refused):
-        seen_by(pattern, "svd")
+        seen_by(pattern, "svd", fit)
+    assert not svd_layers(fit.trainer.lightning_module)  # the model is a plain one again
 
 
 def test_each_pattern_is_described_and_there_are_enough():

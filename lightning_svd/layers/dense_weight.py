@@ -5,7 +5,8 @@ averages that walk two ``parameters()`` lists side by side, penalties, functions
 ``nn.Parameter`` that the layer had stays in its place and becomes a :class:`DenseWeight`: it has no storage, answers
 what it is (shape, dtype, device) for nothing, and is computed from the factors where its values are asked for,
 differentiable as any function of theirs. Replacing all of its values (``copy_``) loads them, as ``load_state_dict``
-does; whatever else would be lost is refused: other writes, hooks, the gradient.
+does; a gradient that reaches it, past its type, goes on to the factors; whatever else would be lost is refused: other
+writes, hooks, the values of its gradient, derivatives with respect to it.
 """
 
 from __future__ import annotations

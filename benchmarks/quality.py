@@ -345,13 +345,12 @@ def ours(setting: Setting, **arguments: Any) -> nn.Module:
 
 
 def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
-    """The callback on a trained net, without sparsity: the same start, epochs and rate as truncate_and_finetune."""
+    """The callback's schedule for trained nets: the same start, epochs and rate as truncate_and_finetune."""
     epochs = (turn_to_finetuning(setting), setting.epochs)
     module = Classifier(
         setting, dense_but_finetuning(setting), epochs, lambda progress: FINETUNE_RATE * cosine(progress)
     )
-    soon = {"regularizer": None, "schedule": FallToBudget(start=0.0, end=0.01)}
-    return svd_trained(module, soon | arguments)
+    return svd_trained(module, {"schedule": "finetune"} | arguments)
 
 
 def svd_trained(module: Classifier, arguments: dict[str, Any]) -> nn.Module:

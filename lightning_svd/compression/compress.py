@@ -21,7 +21,7 @@ from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
 from lightning_svd.compression.report import CompressionReport
 from lightning_svd.layers.layer import SVDLayer, watching
-from lightning_svd.layers.matrices import wide
+from lightning_svd.layers.matrices import Factors, wide
 from lightning_svd.layers.pairs import bias_of
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
@@ -150,7 +150,7 @@ class _Compression:
         self.spectra: dict[str, list[float]] = {}
         self.means: dict[str, Tensor] = {}  # of each layer's features
         self.bases: dict[str, Basis] = {}  # of the choice
-        self.choice, self.values, self.adds_up = "", dict[str, Tensor](), False
+        self.choice, self.values, self.adds_up, self.ranks = "", dict[str, Tensor](), False, dict[str, int]()
         try:
             check_dense(model, self.weights)
             self.cost, self.activations = self._learn_costs()
@@ -215,6 +215,7 @@ class _Compression:
             other_budgets: Whether all ranks that pay are to be there afterwards, and not only those that are chosen.
         """
         found: list[_Candidate] = []
+        chosen: dict[str, dict[str, int]] = {}
         bases: dict[str, dict[str, Basis]] = {}
 
         def judge(candidates: Sequence[_Candidate]) -> None:
@@ -232,7 +233,8 @@ class _Compression:
             for mine, candidate in zip(ranks, candidates, strict=True):
                 with self._having(mine, bases[candidate.metric]):
                     self.tried[candidate.label] = self.distance()
-            found.extend(candidates)
+                found.append(candidate)
+                chosen[candidate.label] = mine
 
         of_weights = self._decompose("spectrum" in importances)
         if "spectrum" in importances:
@@ -254,7 +256,7 @@ class _Compression:
         if math.isnan(self.tried[best.label]):
             raise ValueError("the model's outputs for the held-out ones of `batches` are NaN or infinite")
         self.choice, self.values, self.adds_up = best.label, best.values, best.adds_up
-        self.bases = bases[best.metric]
+        self.ranks, self.bases = chosen[best.label], bases[best.metric]
         if best.metric == "spectrum":
             self.means = {}
 
@@ -345,18 +347,27 @@ class _Compression:
     @contextmanager
     def _having(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> Iterator[None]:
         """Have layers compute with so many ranks of bases inside, and dense again afterwards."""
-        self._use(ranks, bases)
+        self._use(self._factors(ranks, bases))
         try:
             yield
         finally:
             for name in ranks:
                 self.layers[name].to_dense(self.weights[name])
 
-    def _use(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> None:
+    def _factors(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> dict[str, Factors]:
+        """Of the layers that do not stay dense, in their dtype."""
+        found = {}
         for name, rank in ranks.items():
-            layer = self.layers[name]
+            layer, weight = self.layers[name], self.weights[name]
             if rank < layer.full_rank:
-                layer.to_svd(bases[name].factors(*sides(layer, self.weights[name]), rank))
+                factors = bases[name].factors(*sides(layer, weight), rank)
+                found[name] = Factors(*(factor.to(weight.dtype) for factor in factors))
+        return found
+
+    def _use(self, factors: dict[str, Factors]) -> None:
+        """Have layers compute with these, which are let go of on the way."""
+        for name in [*factors]:
+            self.layers[name].to_svd(factors.pop(name))
 
     def distance(self) -> float:
         """How far held-out outputs are from what they were."""
@@ -378,12 +389,12 @@ class _Compression:
 
     def cut(self, correct_bias: bool | None, recalibrate: bool) -> None:
         """Use the ranks that were chosen, and make up for what is dropped."""
-        self.ranks = self._ranks(self.values, self.adds_up)
-        self.shifts = self._shifts()
+        factors = self._factors(self.ranks, self.bases)
+        self.shifts = self._shifts(factors)
         if correct_bias and not self.means:  # ranks by the weights alone
             seen = collect(self.data, self.layers, False, self.track, with_moments=False)
             self.means = {name: each.total / each.positions for name, each in seen.items()}
-        self._use(self.ranks, self.bases)
+        self._use(factors)
         self.corrected = False
         if correct_bias is not False and self.means:
             before = self.distance()
@@ -396,16 +407,16 @@ class _Compression:
         if recalibrate:
             self.norms = recalibrated(self.model, self.data, self.distance)
 
-    def _shifts(self) -> dict[str, float]:
+    def _shifts(self, factors: Mapping[str, Factors]) -> dict[str, float]:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""
         moved = dict.fromkeys(self.layers, 0.0)
         sizes = dict.fromkeys(self.layers, 0.0)
-        pairs = {name: self._pair(name) for name, rank in self.ranks.items() if rank < self.layers[name].full_rank}
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
             name = layer.layer_name
-            if name in pairs:
-                cut_out = layer.view.apply_factors(x, *pairs[name], bias)
+            if name in factors:
+                U, s, V = factors[name]
+                cut_out = layer.view.apply_factors(x, U * s.unsqueeze(-2), V, bias)
                 moved[name] += float(wide(cut_out - out).square().sum())
             sizes[name] += float(wide(out).square().sum())
             return out
@@ -413,12 +424,6 @@ class _Compression:
         with watching(self.layers.values(), watch):
             self.data.outputs(self.data.held_out)
         return {name: moved[name] / sizes[name] if sizes[name] else 0.0 for name in self.layers}
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Both factors of a layer at its rank, in its dtype."""
-        layer, weight = self.layers[name], self.weights[name]
-        U, s, V = self.bases[name].factors(*sides(layer, weight), self.ranks[name])
-        return (U * s.unsqueeze(-2)).to(weight.dtype), V.to(weight.dtype)
 
     def _bias(self, name: str) -> Tensor | None:
         layer: Any = self.layers[name]

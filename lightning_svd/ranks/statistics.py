@@ -371,7 +371,7 @@ def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_los
             if not wanted:
                 break
             plain, white = _gram(left, seen.features, dtype), _gram(right, seen.features, dtype)
-            features, size = _normal(seen.features, seen.positions, white, seen.positions, LEAST_WHITE)
+            features, size = _normal(seen.features, seen.positions, white, seen.positions, LEAST_WHITE, right is None)
             del white
             for number in wanted:
                 root = _root(left is None, plain, seen if of_loss[number] else None)
@@ -423,7 +423,7 @@ def _root(is_identity: bool, plain: Tensor, seen: Statistics | None) -> _Root | 
         costs = plain / size.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
     else:
         assert seen.gradients is not None
-        costs, size = _normal(seen.gradients, seen.inputs, plain, seen.positions, LEAST_PLAIN)
+        costs, size = _normal(seen.gradients, seen.inputs, plain, seen.positions, LEAST_PLAIN, is_identity)
     rank, eps, narrow = costs.shape[-1], torch.finfo(costs.dtype).eps, torch.finfo(torch.float32).eps
     root, failed = torch.linalg.cholesky_ex(costs)
     if not bool(failed.any()):
@@ -462,11 +462,23 @@ def _gram(factor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     return factor.mT @ factor
 
 
-def _normal(moments: Tensor, count: int, target: Tensor, samples: int, least: float) -> tuple[Tensor, Tensor]:
-    """Mean moments (groups, r, r), shrunk, of about unit trace in the dtype of the target, and their own trace."""
+def _normal(
+    moments: Tensor, count: int, target: Tensor, samples: int, least: float, is_white: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean moments (groups, r, r), shrunk, of about unit trace in the dtype of the target, and their own trace.
+
+    Args:
+        moments: Sums.
+        count: How many they are of.
+        target: What they are shrunk towards.
+        samples: How many of them are independent.
+        least: The least share of the target.
+        is_white: Whether the target is the identity.
+    """
     moments = moments.to(target.dtype)
     traces = _trace(moments).clamp_min(torch.finfo(torch.float32).tiny)
-    return _shrunk(moments / traces.view(-1, 1, 1), target, samples, least), traces / max(1, count)
+    shrunk = _shrunk(moments / traces.view(-1, 1, 1), target, samples, least, is_white)
+    return shrunk, traces / max(1, count)
 
 
 def _trace(matrices: Tensor) -> Tensor:
@@ -478,7 +490,8 @@ def _combined(factor: Tensor | None, basis: Tensor) -> Tensor:
     if factor is None:
         return basis
     dtype = torch.promote_types(factor.dtype, basis.dtype)
-    return factor.to(dtype) @ basis.to(dtype)
+    combined: Tensor = factor.to(dtype) @ basis.to(dtype)
+    return combined
 
 
 def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -487,18 +500,27 @@ def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix / lengths.unsqueeze(-2), lengths
 
 
-def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float) -> Tensor:
-    """Moments (groups, r, r) mixed with others of the same trace, by as much as samples are few for so many directions.
+def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float, is_white: bool) -> Tensor:
+    """Moments (groups, r, r) mixed with a target of their size, by as much as samples are few for so many directions.
 
     The share is that of the oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698), which takes samples to
-    be independent.
+    be independent, and the target to be white: it is found where that is so, and is then the same for all factors of a
+    weight.
     """
-    tiny, size = torch.finfo(moments.dtype).tiny, moments.shape[-1]
-    trace, of_target = _trace(moments), _trace(target)
-    squared = moments.square().sum((-2, -1))
+    size, tiny = moments.shape[-1], torch.finfo(torch.float32).tiny
+    white = moments
+    if not is_white:
+        target = target / (_trace(target) / size).clamp_min(tiny).view(-1, 1, 1)
+        # Directions of which a weight has next to nothing say next to nothing.
+        least_of_target = torch.finfo(moments.dtype).eps ** 0.5 * torch.eye(size).to(moments)
+        root = torch.linalg.cholesky_ex(target + least_of_target)[0]
+        half = torch.linalg.solve_triangular(root, moments, upper=False)
+        white = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    trace, squared = _trace(white), white.square().sum((-2, -1))
     spread = (squared - trace.square() / size).clamp_min(tiny)
     share = ((1 - 2 / size) * squared + trace.square()) / ((samples + 1 - 2 / size) * spread)
     share = share.clamp(least, 1).view(-1, 1, 1)
     # Of what is all zero (features, or gradients that never came) the order of the others is left.
-    scale = (trace.where(trace > 0, torch.ones_like(trace)) / of_target.clamp_min(tiny)).view(-1, 1, 1)
-    return (1 - share) * moments + share * scale * target
+    scale = (trace.where(trace > 0, torch.ones_like(trace)) / size).view(-1, 1, 1)
+    shrunk: Tensor = (1 - share) * moments + share * scale * target
+    return shrunk

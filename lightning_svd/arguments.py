@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+_MOST = 2**31 - 1  # of what is counted: a larger one is a slip, and arithmetic with it does not end
+_LARGEST = 10**300  # of integers that stand for a float
+_LONGEST = 200  # characters of a value in a message
 
 
 def check_share(name: str, value: Any, zero: bool = False) -> None:
     """A number in (0, 1], or in [0, 1] if ``zero`` is allowed."""
     if not _is_number(value) or not (0.0 <= value <= 1.0) or (value == 0.0 and not zero):
-        raise ValueError(f"`{name}` must be in {'[' if zero else '('}0, 1], got {value!r}")
+        raise ValueError(f"`{name}` must be in {'[' if zero else '('}0, 1], got {shown(value)}")
 
 
 def check_weight(name: str, value: Any) -> None:
     """A finite number that is not negative."""
     if not _is_number(value) or not (0.0 <= value < math.inf):
-        raise ValueError(f"`{name}` must be a finite number >= 0, got {value!r}")
+        raise ValueError(f"`{name}` must be a finite number >= 0, got {shown(value)}")
 
 
 def check_positive(name: str, value: Any) -> None:
     """A finite number above zero."""
     if not _is_number(value) or not (0.0 < value < math.inf):
-        raise ValueError(f"`{name}` must be a finite number > 0, got {value!r}")
+        raise ValueError(f"`{name}` must be a finite number > 0, got {shown(value)}")
 
 
 def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
     """An integer of at least ``least``, and at most ``most`` if that is given."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
-        raise ValueError(f"`{name}` must be an integer >= {least}{f' and <= {most}' if most else ''}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= (most or _MOST):
+        most = most or (_MOST if isinstance(value, int) and value > _MOST else None)
+        raise ValueError(
+            f"`{name}` must be an integer >= {least}{f' and <= {most}' if most else ''}, got {shown(value)}"
+        )
 
 
 def check_flag(name: str, value: Any) -> None:
     """True or False, and nothing that is only taken for one of them."""
     if not isinstance(value, bool):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}")
+        raise ValueError(f"`{name}` must be True or False, got {shown(value)}")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any], kind: type | None = None) -> None:
@@ -46,29 +54,49 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], kind: type | Non
     if not (value is None or isinstance(value, str)) or value not in choices:
         article = "an" if kind and kind.__name__[0] in "AEIOU" else "a"
         either = f" or {article} {kind.__name__}" if kind else ""
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}{either}, got {value!r}")
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}{either}, got {shown(value)}")
 
 
 def check_targets(name: str, value: Any) -> None:
     """None, a string, or a sequence of strings."""
-    if value is None or isinstance(value, str):
-        return
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"`{name}` must be a name or a pattern, or a list of them, got {value!r}")
+    items = [value] if isinstance(value, str) else value
+    if items is not None and not (isinstance(items, (list, tuple)) and all(map(_is_name, items))):
+        raise ValueError(f"`{name}` must be a name or a pattern, or a list of them, got {shown(value)}")
+
+
+def check_path(name: str, value: Any) -> None:
+    """None, or the path of a file."""
+    if value is not None and not (isinstance(value, os.PathLike) or _is_name(value)):
+        raise ValueError(f"`{name}` must be the path of a file, got {shown(value)}")
 
 
 def check_rank_pattern(value: Any) -> None:
     """None, or a mapping of patterns to positive integers."""
     if value is not None and not isinstance(value, Mapping):
-        raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {value!r}")
+        raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {shown(value)}")
     for pattern, rank in (value or {}).items():
-        if not isinstance(pattern, str):
-            raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {pattern!r}: {rank!r}")
-        check_count(f"rank_pattern[{pattern!r}]", rank)
+        if not _is_name(pattern):
+            raise ValueError(f"`rank_pattern` must map names or patterns to ranks, got {shown(pattern)}: {shown(rank)}")
+        check_count(f"rank_pattern[{shown(pattern)}]", rank)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, in one line and not long, whatever it is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # of somebody's own class, or of a number with more digits than Python writes
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, float) or -_LARGEST < value < _LARGEST
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 @contextmanager

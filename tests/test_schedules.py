@@ -196,7 +196,7 @@ def test_its_strength_is_the_schedules():
         ({"start": 0, "end": 0}, r"`end` must be in \(0, 1\], got 0"),
         ({"shape": None}, "`shape` must be one of 'constant', 'linear', 'cosine', 'cubic', got None"),
         ({"cuts": True}, "`cuts` must be an integer >= 1 and <= 1000000, got True"),
-        ({"ramp": "step"}, "`ramp` must be one of 'constant', 'linear', 'cosine', 'cubic', got 'step'"),
+        ({"ramp": "step"}, "`ramp` must be one of 'constant', 'linear', 'cosine', 'cubic', None, got 'step'"),
     ],
 )
 def test_its_constructor_names_the_argument_and_the_value(arguments, message):

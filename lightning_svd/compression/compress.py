@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import check_choice, check_count, check_flag
+from lightning_svd.arguments import check_choice, check_count, check_flag, shown
 from lightning_svd.compression.batch_norm import Values, put, recalibrated
 from lightning_svd.compression.calibration import NoGradientError, Track, collect, collect_felt
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
@@ -35,6 +35,7 @@ from lightning_svd.training.recipe import Recipe
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+_OF_TRAINING = {"schedule", "full_rank_as", "regularizer", "measure_latency", "final", "distill"}
 IMPORTANCES = ("auto", "spectrum", "outputs", "fisher")
 # Shares of the cost at which a report says what the same calibration would give.
 CURVE = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -100,6 +101,15 @@ def compress(
     flags = {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}
     for name, flag in flags.items() if correct_bias is None else (flags | {"correct_bias": correct_bias}).items():
         check_flag(name, flag)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a module, got {shown(model)}")
+    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str)):
+        raise TypeError(f"`batches` must be an iterable of inputs, such as a list of batches, got {shown(batches)}")
+    if loss is not None and not callable(loss):
+        raise TypeError(f"`loss` must be a function of a model and a batch, got {shown(loss)}")
+    check_count("seed", seed, least=0)
+    for name in layers.keys() & _OF_TRAINING:
+        raise TypeError(f"`{name}` is of training, which `compress` does without")
     recipe = Recipe(target_macs=target_macs, target_params=target_params, **layers)
     with torch.inference_mode(False), tracking(progress) as track:
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)

@@ -12,6 +12,7 @@ from lightning_svd.arguments import needs
 from lightning_svd.compression.data import CHANGED, DIVERGENCE
 from lightning_svd.report.data import SVDReport, finite
 from lightning_svd.report.tables import screen_table
+from lightning_svd.writing import write_whole
 
 _UNITS = {"macs": "MACs", "params": "parameters", "energy": "energy"}  # as people say
 
@@ -92,7 +93,7 @@ class CompressionReport:
         """All of it as JSON, written to ``path`` if one is given; a number that is not finite becomes null."""
         text = json.dumps(finite({**asdict(self), "ranks": self.ranks.to_dict()}), indent=2, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_whole(path, text)
         return text
 
     def to_html(self, path: str | Path) -> Path:
@@ -111,5 +112,5 @@ class CompressionReport:
             from lightning_svd.compression.page import render_compression  # knows this module
 
             page = render_compression(self)
-        path.write_text(page, encoding="utf-8")
+        write_whole(path, page)
         return path

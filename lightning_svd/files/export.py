@@ -19,8 +19,10 @@ from torch.utils.benchmark import Timer
 from lightning_svd.arguments import needs
 from lightning_svd.model.counting import as_arguments, count_params, evaluating
 from lightning_svd.model.surgery import svd_layers, to_factored
+from lightning_svd.writing import whole_file
 
 TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order
+_LARGEST = 1 << 30  # bytes of weights that are surely in the one file
 ROUNDS, SECONDS = 5, 0.2  # of a timing, in turns
 
 
@@ -54,12 +56,20 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
     with evaluating(plain), torch.no_grad(), _quiet():
         program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
         assert program is not None
-        program.save(str(path))
         expected = plain(*inputs)
+        _save(program, plain, path)
     difference = largest_difference([torch.from_numpy(output) for output in onnx_session(path)(inputs)], expected)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"{path} differs from the model by {difference:.1e} of its largest output in onnxruntime")
     return difference
+
+
+def _save(program: torch.onnx.ONNXProgram, module: nn.Module, path: str | Path) -> None:
+    if sum(weight.nbytes for weight in [*module.parameters(), *module.buffers()]) > _LARGEST:
+        program.save(str(path))  # the weights go into a second file, which this one names
+        return
+    with whole_file(path) as beside:
+        program.save(beside)
 
 
 def largest_difference(actual: Any, expected: Any) -> float:

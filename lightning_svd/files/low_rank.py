@@ -6,10 +6,7 @@ may hold is run.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -39,6 +36,7 @@ from lightning_svd.layers.views import CONV_MODES, View
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan
 from lightning_svd.model.surgery import begin, finish, svd_layers, to_factored, undo
+from lightning_svd.writing import whole_file
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -75,29 +73,9 @@ def write_weights(module: nn.Module, path: str | Path, header: dict[str, str] | 
         from safetensors import SafetensorError
         from safetensors.torch import save_model
 
-    path = Path(path)
-    try:
-        handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-        try:
-            save_model(module, beside, header)
-            _as_new_file(beside)
-            os.replace(beside, path)  # noqa: PTH105 - of the same folder, atomic
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(beside).unlink()
-            raise
-    except (OSError, SafetensorError) as error:
-        kept = "; the file that was there is as it was" if path.exists() else ""
-        raise OSError(f"{path} cannot be written ({first_line(error)}){kept}") from None
-    return path
-
-
-def _as_new_file(path: str) -> None:
-    """Give a temporary file the permissions of any other new file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    Path(path).chmod(0o666 & ~mask)
+    with whole_file(path, SafetensorError) as beside:
+        save_model(module, beside, header)
+    return Path(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -31,6 +32,7 @@ from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.lightning import trainers
 from lightning_svd.model.surgery import svd_layers
 from lightning_svd.training.recipe import Recipe
+from lightning_svd.writing import whole_file
 
 # Where an averaging callback of Lightning's puts the weights that are trained, having put its average into their place.
 CURRENT = "current_model_state"
@@ -61,7 +63,13 @@ class SVDCheckpointIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint, pairs of low-rank layers as the dense ones that they stand for."""
-        self.inner.save_checkpoint(self._dense(checkpoint), *args, **kwargs)
+        dense, path = self._dense(checkpoint), args[0] if args else kwargs.pop("path")
+        if not _writes_one_file(self.inner, path):
+            self.inner.save_checkpoint(dense, path, *args[1:], **kwargs)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as beside:  # Lightning's own moves it here from a folder that may be on another disk
+            self.inner.save_checkpoint(dense, beside, *args[1:], **kwargs)
 
     def _dense(self, checkpoint: State) -> State:
         module = self._module
@@ -182,6 +190,14 @@ class SVDCheckpointIO(CheckpointIO):
     @property
     def _module(self) -> LightningModule:
         return self._trainer.lightning_module
+
+
+def _writes_one_file(inner: CheckpointIO, path: Any) -> bool:
+    """Whether the plugin is Lightning's own, which writes a file and returns when it is there, for a path of this disk.
+
+    What others do with a path is theirs: a folder of shards, a queue of a thread.
+    """
+    return type(inner).__name__ == "TorchCheckpointIO" and "://" not in str(path) and not Path(path).is_dir()
 
 
 def _has_average(state: Any) -> bool:

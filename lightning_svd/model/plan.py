@@ -22,6 +22,7 @@ from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, w
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
+from lightning_svd.writing import write_whole
 
 Targets = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"
@@ -336,7 +337,7 @@ def write_plan(layer_plans: Sequence[LayerPlan], path: str | Path) -> Path:
 
     entries = {layer.name: _entry(layer) for layer in layer_plans}
     text = yaml.safe_dump({"layers": entries}, sort_keys=False, width=120, default_flow_style=None)
-    Path(path).write_text(_HOW_TO_USE + text, encoding="utf-8")
+    write_whole(path, _HOW_TO_USE + text)
     return Path(path)
 
 

@@ -19,6 +19,7 @@ from lightning_svd.model.plan import LayerPlan
 from lightning_svd.model.surgery import svd_layers
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.tables import is_wide, markdown_code, markdown_table, markdown_text, screen_table
+from lightning_svd.writing import write_whole
 
 LAYER_HEADINGS = ("layer", "kind", "matrix", "full rank", "break-even", "rank", "MACs", "parameters", "form")
 PLAN_HEADINGS = ("layer", "kind", "weight", "matrix", "full rank", "break-even", "skipped, because")
@@ -413,7 +414,7 @@ _RATIOS = ("macs_ratio", "params_ratio", "rank_ratio")
 
 def _written(text: str, path: str | Path | None) -> str:
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return text
 
 

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_svd.arguments import check_choice, check_positive, check_weight
+from lightning_svd.arguments import check_choice, check_positive, check_weight, shown
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import Call, CallWatcher, holders, logits_of, run_again, tensors_of, without_fast_path
 from lightning_svd.training import processes
 
 KINDS = ("auto", "logits", "features")
+_DIMENSIONS = 64  # at most, of a tensor
 
 
 @dataclass
@@ -59,12 +60,13 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if not isinstance(self.where, str):
-            raise ValueError(f"`where` must be the name of a module, or '', got {self.where!r}")
+            raise ValueError(f"`where` must be the name of a module, or '', got {shown(self.where)}")
         check_positive("temperature", self.temperature)
         check_weight("weight", self.weight)
         check_choice("kind", self.kind, KINDS)
-        if not isinstance(self.class_dim, int) or isinstance(self.class_dim, bool):
-            raise ValueError(f"`class_dim` must be an integer, got {self.class_dim!r}")
+        is_dim = isinstance(self.class_dim, int) and not isinstance(self.class_dim, bool)
+        if not is_dim or abs(self.class_dim) > _DIMENSIONS:
+            raise ValueError(f"`class_dim` must be an integer, a dimension, got {shown(self.class_dim)}")
 
     def of_logits(self, output: Any) -> bool:
         """Whether this output of a student is compared as logits."""

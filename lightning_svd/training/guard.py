@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from lightning_svd.arguments import check_choice, check_weight
+from lightning_svd.arguments import check_choice, check_weight, shown
 from lightning_svd.report.data import Pause
 
 
@@ -92,10 +92,10 @@ def guard_on(monitor: str | None, mode: str | None, max_metric_drop: float | Non
     if monitor is None:
         for name, value in (("mode", mode), ("max_metric_drop", max_metric_drop)):
             if value is not None:
-                raise ValueError(f"`{name}` needs `monitor`, the name of the metric, got {name}={value!r} alone")
+                raise ValueError(f"`{name}` needs `monitor`, the name of the metric, got {name}={shown(value)} alone")
         return None
-    if not isinstance(monitor, str):
-        raise ValueError(f"`monitor` must be the name of a logged metric, got {monitor!r}")
+    if not isinstance(monitor, str) or not monitor.strip():
+        raise ValueError(f"`monitor` must be the name of a logged metric, got {shown(monitor)}")
     check_choice("mode", mode, ("min", "max"))
     if max_metric_drop is not None:
         check_weight("max_metric_drop", max_metric_drop)

@@ -14,9 +14,11 @@ from lightning_svd.arguments import (
     check_choice,
     check_count,
     check_flag,
+    check_path,
     check_rank_pattern,
     check_share,
     check_targets,
+    shown,
 )
 from lightning_svd.layers.views import CONV_MODES
 from lightning_svd.model.plan import LayerPlan, Targets, plan, read_plan
@@ -64,22 +66,28 @@ class Recipe:
         check_targets("exclude_modules", self.exclude_modules)
         check_choice("conv_mode", self.conv_mode, (*CONV_MODES, "auto"))
         check_rank_pattern(self.rank_pattern)
+        check_count("min_rank", self.min_rank)
+        check_count("round_to", self.round_to)
+        check_path("plan_file", self.plan_file)
         chosen = (self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern)
         if self.plan_file is not None and chosen != (None, None, "channel", None):
             raise ValueError(
                 "give either `plan_file`, which says it for each layer, or `target_modules`, `exclude_modules`, "
                 "`conv_mode`, `rank_pattern`"
             )
+        for pattern, rank in (self.rank_pattern or {}).items():
+            if rank < self.min_rank:
+                raise ValueError(
+                    f"`rank_pattern[{shown(pattern)}]` must be >= `min_rank` ({self.min_rank!r}), got {rank!r}"
+                )
         check_choice("schedule", self.schedule, SCHEDULES, RankPolicy)
         check_choice("full_rank_as", self.full_rank_as, ("auto", "svd", "dense"))
         check_choice("importance", self.importance, ("auto", *IMPORTANCES), Importance)
-        check_count("min_rank", self.min_rank)
-        check_count("round_to", self.round_to)
         check_choice("regularizer", self.regularizer, (*SPARSITY, None), Regularizer)
         check_flag("measure_latency", self.measure_latency)
         check_choice("final", self.final, FINAL)
         if not isinstance(self.distill, (bool, Distillation)):
-            raise ValueError(f"`distill` must be True, False or a Distillation, got {self.distill!r}")
+            raise ValueError(f"`distill` must be True, False or a Distillation, got {shown(self.distill)}")
         given = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
         for name, value in given.items():
             check_share(name, value)

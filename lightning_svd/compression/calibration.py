@@ -121,7 +121,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(untouched(data.model))
         stack.enter_context(torch.set_grad_enabled(with_gradients))  # which is so from when it is made
-        stack.enter_context(_frozen(data.model))
+        stack.enter_context(frozen(data.model))
         stack.enter_context(watching(layers.values(), watch))
         for batch in track(data.batches, "calibrating"):
             inputs = inputs_in(batch)
@@ -138,7 +138,7 @@ def _with_gradient(out: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Parameters without gradients inside, which nobody needs here and which take time and memory."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

@@ -19,6 +19,7 @@ from lightning_svd.compression.batch_norm import Values, put, recalibrated
 from lightning_svd.compression.calibration import NoGradientError, Track, collect, collect_felt
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
+from lightning_svd.compression.reconstruction import reconstruct as reconstruct_layers
 from lightning_svd.compression.report import CompressionReport
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import Factors, wide
@@ -56,6 +57,7 @@ def compress(
     inputs: int = 256,
     correct_bias: bool | None = None,
     recalibrate: bool = True,
+    reconstruct: int = 0,
     curve: bool = False,
     inplace: bool = False,
     progress: bool = True,
@@ -82,6 +84,9 @@ def compress(
         inputs: How many inputs to take from ``batches``; the last quarter of the batches is held out.
         correct_bias: Whether biases make up for the mean of what is dropped; None for whether it helps.
         recalibrate: Whether running statistics of batch normalization are taken anew, if that helps.
+        reconstruct: For how many steps the low-rank layers are trained on the same inputs, without labels, so that the
+            model puts out again what it did; the best of what comes out on inputs held out is kept. A step costs a
+            forward and a backward pass of a batch.
         curve: Whether the report says how far outputs would move at other budgets.
         inplace: Change ``model`` itself. A copy costs little more memory: what is to be factorized is not copied.
         progress: Show a progress bar.
@@ -98,6 +103,7 @@ def compress(
     """
     check_choice("importance", importance, IMPORTANCES)
     check_count("inputs", inputs)
+    check_count("reconstruct", reconstruct, least=0)
     flags = {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}
     for name, flag in flags.items() if correct_bias is None else (flags | {"correct_bias": correct_bias}).items():
         check_flag(name, flag)
@@ -115,9 +121,12 @@ def compress(
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
         try:
+            originals = run.data.outputs(run.data.batches) if reconstruct and loss is None else []
             run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,), curve)
             distances = run.curve() if curve else {}
             run.cut(correct_bias, recalibrate)
+            if reconstruct:
+                run.reconstruct(reconstruct, originals)
             report = run.finish(distances)
             _separate(small, shared)
             return small, report
@@ -158,6 +167,7 @@ class _Compression:
         self.bounds = recipe.bounds(self.plan)
         self.tried: dict[str, float] = {}
         self.spectra: dict[str, list[float]] = {}
+        self.reconstructed = False
         self.means: dict[str, Tensor] = {}  # of each layer's features
         self.bases: dict[str, Basis] = {}  # of the choice
         self.choice, self.values, self.adds_up, self.ranks = "", dict[str, Tensor](), False, dict[str, int]()
@@ -454,6 +464,13 @@ class _Compression:
             _set(self._bias(name), before)
         self.biases = {}
 
+    def reconstruct(self, steps: int, originals: Sequence[Sequence[Tensor]]) -> None:
+        """Train low-rank layers towards the original outputs, if that brings held-out ones nearer."""
+        low_rank = {name: layer for name, layer in self.layers.items() if layer.form.name != "dense"}
+        if low_rank:
+            arguments = self.model, low_rank, self.data, originals, steps, self.distance, self.track
+            self.reconstructed = reconstruct_layers(*arguments)
+
     def finish(self, curve: Mapping[float, float]) -> CompressionReport:
         """Make the layers plain ones; returns the report."""
         distance = self.distance()
@@ -482,6 +499,7 @@ class _Compression:
             curve=dict(curve),
             bias_corrected=self.corrected,
             batch_norm_recalibrated=bool(self.norms),
+            reconstructed=self.reconstructed,
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
         )

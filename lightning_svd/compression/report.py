@@ -38,6 +38,7 @@ class CompressionReport:
         curve: Other shares of the cost -> how far outputs would be moved.
         bias_corrected: Whether biases make up for the mean of what was dropped.
         batch_norm_recalibrated: Whether running statistics of batch normalization were taken anew.
+        reconstructed: Whether low-rank layers were trained towards the original outputs.
         inputs: How many inputs statistics were collected on.
         seconds: How long it took.
     """
@@ -54,6 +55,7 @@ class CompressionReport:
     curve: Mapping[float, float]
     bias_corrected: bool
     batch_norm_recalibrated: bool
+    reconstructed: bool
     inputs: int
     seconds: float
 

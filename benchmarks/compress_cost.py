@@ -5,9 +5,9 @@
 
 The model is a vision transformer with random weights, of width 768 and depth 12 a ViT-B. ``SVDs`` is one
 ``torch.linalg.svd`` in float32 of each matrix that is factorized. ``passes`` are the very forward and backward passes
-that the call makes, made by the dense model alone, without anything being collected: no gradients of parameters, which
-nobody needs. Both take turns with the call; the goal is less than three times the SVDs on top of the passes. With one
-thread it is the processor's time that counts.
+that the call makes, those that look for layers that cannot be cut among them, made by the dense model alone: nothing
+is collected, and parameters, of which nobody needs gradients, get none. Both take turns with the call; the goal is less
+than three times the SVDs on top of the passes. With one thread it is the processor's time that counts.
 
 Memory is the most that the process holds at once in a process of its own, beyond what it held before the call. What a
 backward pass keeps of activations depends on the batch alone, and is measured beside it, and so are the second moments
@@ -95,9 +95,9 @@ def calls_of(options: argparse.Namespace, model: nn.Module, batches: Sequence[Te
     now = clock(options)
     seconds: Counter[str] = Counter()
 
-    def noting(original: Callable[..., Any], data: CalibrationData, batch: Tensor) -> Any:
-        calls.append((batch, torch.is_grad_enabled()))
-        return original(data, batch)
+    def noting(original: Callable[..., Any], net: nn.Module, x: Tensor) -> Any:
+        calls.append((x.detach().clone(), torch.is_grad_enabled()))
+        return original(net, x)
 
     def timing(original: Callable[..., Any], *args: Any, what: str, **kwargs: Any) -> Any:
         start = now()
@@ -106,7 +106,7 @@ def calls_of(options: argparse.Namespace, model: nn.Module, batches: Sequence[Te
         finally:
             seconds[what] += now() - start
 
-    contexts = [wrapped(CalibrationData, "call", noting)]
+    contexts = [wrapped(nets.ViT, "forward", noting)]
     for what, places in INSIDE.items():
         contexts += [wrapped(owner, name, partial(timing, what=what)) for owner, name in places]
     for context in contexts:

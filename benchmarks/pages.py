@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import casts
+import compress_cost
 import latency
 import quality
 import real_models
@@ -32,7 +33,8 @@ import whole_run
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 SCRIPTS = {
-    script.__name__: script for script in (step_cost, whole_run, latency, scale, recurrent, quality, real_models, casts)
+    script.__name__: script
+    for script in (step_cost, whole_run, latency, scale, recurrent, quality, real_models, casts, compress_cost)
 }
 # By the benchmark; the others are on the first page.
 PAGES = {"quality": "quality.md", "real_models": "models.md", "casts": "models.md"}

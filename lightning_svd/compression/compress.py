@@ -68,7 +68,8 @@ def compress(
 
     A few batches run through the model. Of each layer, the ranks that are kept are those that its outputs need and
     that a loss feels, and layers share the budget by what the loss feels; several ways to decide are tried, and judged
-    by how far outputs move on batches held out. The result is made of plain torch layers::
+    by how far outputs move on batches held out. Statistics are collected of as many layers at a time as there is memory
+    for, half of what the weights take up or what layers put out for a batch. The result is made of plain torch layers::
 
         small, report = compress(model, batches, target_macs=0.5)
 

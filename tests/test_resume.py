@@ -80,12 +80,14 @@ def cloned(state):
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
-def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", importance="auto", **trainer):
+def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", importance="auto", distill=False, **trainer):
     """Fit a new model in a new Trainer; everything that is left of it."""
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
     keep = Keep()
     schedule = FallToBudget(start=0.2, end=0.8, cuts=6)
-    ours = SVDTrainingCallback(target_macs=0.4, schedule=schedule, full_rank_as=full_rank_as, importance=importance)
+    ours = SVDTrainingCallback(
+        target_macs=0.4, schedule=schedule, full_rank_as=full_rank_as, importance=importance, distill=distill
+    )
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)

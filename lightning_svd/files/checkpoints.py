@@ -7,13 +7,28 @@ that are trained. Everything that is read is checked before anything is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from lightning_svd.files.plain_data import (
+    Fits,
+    by_name,
+    each,
+    having,
+    is_count,
+    is_finite,
+    is_flag,
+    is_mapping,
+    is_number,
+    is_tensor,
+    is_text,
+    optional,
+    row,
+)
 from lightning_svd.layers.compounds import join, join_states, split_everywhere, split_prefixes, split_states
 from lightning_svd.layers.forms import FORMS, DenseForm, balanced
 from lightning_svd.layers.layer import FactorizedModule, release
@@ -32,7 +47,6 @@ from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.plan import LayerPlan, layers_of
 from lightning_svd.model.surgery import become, settle, svd_layers
-from lightning_svd.ranks.costs import LayerCost, ModelCost
 
 KEY = "lightning_svd"
 VERSION = 2
@@ -40,25 +54,42 @@ VERSION = 2
 State = dict[str, Any]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# What a run that is to go on needs beside its layers.
-_OF_A_RUN: dict[str, tuple[type, ...]] = {
-    "refused": (dict,),
-    "steps": (int,),
-    "last_cut": (int,),
-    "is_final": (bool,),
-    "timeline": (list,),
-    "strengths": (list,),
-    "warnings": (list,),
-    "spectra_before": (dict,),
-    "cost": (dict, type(None)),
-    "guard": (dict, type(None)),
-    "observed": (dict, type(None)),
-}
-_CHANGE = {"step", "epoch", "ranks", "macs_ratio", "params_ratio"}
-_ITEMS: dict[str, Callable[[Any], bool]] = {
-    "timeline": lambda change: isinstance(change, dict) and change.keys() == _CHANGE,
-    "strengths": lambda strength: isinstance(strength, (list, tuple)) and len(strength) == 2,
-    "warnings": lambda warning: isinstance(warning, str),
+_COST_OF_LAYER = having(
+    dense_params=is_count,
+    params_per_rank=is_count,
+    dense_macs=is_count,
+    macs_per_rank=is_count,
+    input_shapes=each(each(is_count)),
+    latency=optional(having(dense=is_number, factored=is_number)),
+)
+_IS_COST = optional(
+    having(layers=by_name(_COST_OF_LAYER), other_params=is_count, other_macs=is_count, batch_size=is_count)
+)
+_IS_CHANGE = having(
+    step=is_count, epoch=is_count, ranks=by_name(is_count), macs_ratio=is_number, params_ratio=is_number
+)
+_IS_PAUSE = having(start=is_count, end=optional(is_count), value=is_number, best=is_number)
+_IS_SEEN = having(is_tensor, inputs=is_count, positions=is_count)
+
+# What a run that is to go on needs beside its layers: its kind, and of what kind entries are in it.
+_OF_A_RUN: dict[str, tuple[tuple[type, ...], Fits]] = {
+    "refused": ((dict,), by_name(is_text)),
+    "steps": ((int,), is_count),
+    "last_cut": ((int,), is_count),
+    "is_final": ((bool,), is_flag),
+    "timeline": ((list,), each(_IS_CHANGE)),
+    "strengths": ((list,), each(row(is_count, is_number))),
+    "warnings": ((list,), each(is_text)),
+    "spectra_before": ((dict,), by_name(each(is_finite))),
+    "cost": ((dict, type(None)), _IS_COST),
+    "guard": (
+        (dict, type(None)),
+        optional(having(values=each(row(is_count, is_number)), pauses=each(_IS_PAUSE))),
+    ),
+    "observed": (
+        (dict, type(None)),
+        optional(having(waits=is_flag, observes=is_flag, batches=is_count, seen=by_name(_IS_SEEN))),
+    ),
 }
 
 
@@ -111,26 +142,22 @@ def check_state(state: Any, who: str) -> None:
         if key in state:
             _check_layers(state[key], damaged)
     if "layers" in state and not state["is_finished"]:
-        for key, kinds in _OF_A_RUN.items():
-            if key not in state or not isinstance(state[key], kinds):
+        for key, (kinds, fits) in _OF_A_RUN.items():
+            if (
+                key not in state
+                or not isinstance(state[key], kinds)
+                or (is_number(state[key]) and not fits(state[key]))
+            ):
                 raise ValueError(f"{damaged}: `{key}` is {_short(state.get(key))}")
-        for key, fits in _ITEMS.items():
-            if not all(map(fits, state[key])):
-                raise ValueError(f"{damaged}: `{key}` has an entry of another kind")
+            if not fits(state[key]):
+                what = "other fields" if key == "cost" else "an entry of another kind"
+                raise ValueError(f"{damaged}: `{key}` has {what}")
+        if not optional(by_name(is_tensor))(state.get("teacher")):
+            raise ValueError(f"{damaged}: `teacher` has an entry of another kind")
         if state["layers"].keys() - state["spectra_before"].keys():
             raise ValueError(f"{damaged}: `spectra_before` lacks layers")
-        if not _is_cost(state["cost"]):
-            raise ValueError(f"{damaged}: `cost` has other fields")
-
-
-def _is_cost(cost: Any) -> bool:
-    """Whether this is a :class:`~lightning_svd.ranks.costs.ModelCost` as plain data, or None."""
-    if cost is None:
-        return True
-    of_model, of_layer = ({field.name for field in fields(kind)} for kind in (ModelCost, LayerCost))
-    if cost.keys() != of_model or not isinstance(cost["layers"], dict):
-        return False
-    return all(isinstance(layer, dict) and layer.keys() == of_layer for layer in cost["layers"].values())
+        if state["cost"] and state["layers"].keys() - state["cost"]["layers"].keys():
+            raise ValueError(f"{damaged}: `cost` lacks layers")
 
 
 def _check_layers(layers: Any, damaged: str) -> None:
@@ -139,7 +166,7 @@ def _check_layers(layers: Any, damaged: str) -> None:
     for name, entry in layers.items():
         what = _wrong_with(entry)
         if what:
-            raise ValueError(f"{damaged}: `{' '.join(str(name).split())[:80]}`: {what}")
+            raise ValueError(f"{damaged}: `{_in_a_line(name)}`: {what}")
 
 
 def _wrong_with(entry: Any) -> str | None:
@@ -151,7 +178,8 @@ def _wrong_with(entry: Any) -> str | None:
         return f"its form is {_short(form)}"
     if type(rank) is not int or rank < 0:
         return f"its rank is {_short(rank)}"
-    if entry.get("conv_mode") not in (None, *CONV_MODES):
+    mode = entry.get("conv_mode", "missing")
+    if not (mode is None or (isinstance(mode, str) and mode in CONV_MODES)):
         return f"its `conv_mode` is {_short(entry.get('conv_mode'))}"
     for key in FORMS[form].columns:
         tensor = entry.get(key)
@@ -163,6 +191,8 @@ def _wrong_with(entry: Any) -> str | None:
             return f"its {key} has {tensor.shape[-1]} columns for a rank of {rank}"
         if not bool(torch.isfinite(tensor).all()):
             return f"its {key} holds NaN or infinity"
+    if len({entry[key].shape[-1] for key in FORMS[form].columns}) > 1:
+        return f"its {', '.join(FORMS[form].columns)} have different numbers of columns"
     return None
 
 
@@ -172,6 +202,109 @@ def _short(value: Any) -> str:
         text = repr(value)
         return text if len(text) <= 40 else f"{text[:37]}..."
     return f"a {type(value).__name__}"
+
+
+def check_of_lightning(checkpoint: Any, path: str) -> None:
+    """Refuse a file from which Lightning cannot resume, or of which an optimizer could not take up its state.
+
+    Raises:
+        ValueError: In one line, naming what is missing.
+    """
+    for key, fits in _OF_LIGHTNING.items():
+        if key not in checkpoint:
+            raise ValueError(f"{path} is no Lightning checkpoint of a fit: it has no `{key}`")
+        if not fits(checkpoint[key]):
+            raise ValueError(f"{path} is damaged: `{key}` is {_short(checkpoint[key])}")
+    for number, state in enumerate(checkpoint.get("optimizer_states") or ()):
+        if not _is_optimizer(state):
+            raise ValueError(f"{path} is damaged: the state of optimizer {number} is none, or holds NaN")
+
+
+_OF_LIGHTNING: dict[str, Fits] = {
+    "pytorch-lightning_version": lambda value: is_text(value) and value[:1].isdigit(),
+    "epoch": is_count,
+    "global_step": is_count,
+    "state_dict": is_mapping,
+    "loops": having(is_mapping, fit_loop=is_mapping),
+    "optimizer_states": lambda value: isinstance(value, list),
+    "lr_schedulers": lambda value: isinstance(value, list) and all(isinstance(each, dict) for each in value),
+}
+# What optimizers remember of a parameter as tensors.
+_MOMENTS = {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "grad_avg", "sum"}
+
+
+def _is_optimizer(state: Any) -> bool:
+    """Whether this is what an optimizer's `state_dict` returns."""
+    if not (isinstance(state, dict) and isinstance(state.get("state"), dict) and state.get("param_groups")):
+        return False
+    groups = state["param_groups"]
+    if not (isinstance(groups, list) and all(isinstance(group, dict) for group in groups)):
+        return False
+    if not all(isinstance(group.get("params"), list) and all(map(is_count, group["params"])) for group in groups):
+        return False
+    numbers = [number for group in groups for number in group["params"]]
+    if len({*numbers}) < len(numbers):
+        return False
+    for remembered in state["state"].values():
+        if not isinstance(remembered, dict):
+            return False
+        for key, value in remembered.items():
+            if isinstance(value, Tensor) and not is_tensor(value):
+                return False
+            if key in _MOMENTS and not (value is None or (isinstance(value, Tensor) and value.is_floating_point())):
+                return False
+    return True
+
+
+def check_weights(module: nn.Module, state: Mapping[str, Any], path: str) -> None:
+    """Refuse a state dict that a model could not load, before it loads a part of it.
+
+    A model that changes what it loads, or loads a part, is asked only for what is in both: the values of parameters.
+
+    Raises:
+        ValueError: Naming the entry.
+    """
+    expected = module.state_dict(keep_vars=True)
+    if _loads_as_torch_does(module):
+        missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+        missing = {key for key in missing if not key.endswith("num_batches_tracked")}  # of old files
+        for name, what in ((missing, "lacks"), (unexpected, "has, beside the model's,")):
+            if name:
+                raise ValueError(f"{path} does not fit the model: it {what} `{_in_a_line(min(name))}`")
+        for key, here in expected.items():
+            there = state.get(key, here)
+            if not isinstance(here, Tensor) or is_lazy(here):
+                continue
+            if not isinstance(there, Tensor):
+                raise ValueError(f"{path} does not fit the model: `{key}` is {_short(there)} there")
+            if there.shape != here.shape:
+                shapes = f"`{key}` is {tuple(there.shape)} there, {tuple(here.shape)} here"
+                raise ValueError(f"{path} does not fit the model: {shapes}")
+            if there.is_floating_point() != here.is_floating_point():
+                raise ValueError(f"{path} does not fit the model: `{key}` is of {there.dtype} there, {here.dtype} here")
+    for key, here in expected.items():
+        if isinstance(here, nn.Parameter) and isinstance(state.get(key), Tensor) and not is_tensor(state[key]):
+            raise ValueError(f"{path}: `{key}` holds NaN")
+
+
+def _in_a_line(name: Any) -> str:
+    return " ".join(str(name).split())[:80]
+
+
+_PLAIN_LOADERS = {nn.Module._load_from_state_dict, nn.BatchNorm1d._load_from_state_dict}
+
+
+def _loads_as_torch_does(module: nn.Module) -> bool:
+    """Whether nobody, as far as can be seen, changes what is in a file before it is loaded, or loads a part of it."""
+    if type(module).load_state_dict is not nn.Module.load_state_dict or not getattr(module, "strict_loading", True):
+        return False
+    own = getattr(type(module), "on_load_checkpoint", None)
+    if own is not None and own.__module__.split(".")[0] not in ("lightning", "pytorch_lightning"):
+        return False
+    return all(
+        type(child)._load_from_state_dict in _PLAIN_LOADERS and not child._load_state_dict_pre_hooks
+        for child in module.modules()
+    )
 
 
 def check_same_layers(state: Mapping[str, Any], plan: Sequence[LayerPlan], where: str) -> None:

@@ -170,11 +170,14 @@ def _why_unreadable(path: str | Path, error: Exception) -> str:
 def _holds_modules(path: str | Path) -> bool:
     """Whether attributes that only modules have are in the pickle."""
     names = [name for name in _names_in_zip(path) if name.rpartition("/")[2] == "data.pkl"]
-    if names:
-        with zipfile.ZipFile(path) as archive:
-            pickled = archive.read(names[0])
-    else:
-        pickled = Path(path).read_bytes()
+    try:
+        if names:
+            with zipfile.ZipFile(path) as archive:
+                pickled = archive.read(names[0])
+        else:
+            pickled = Path(path).read_bytes()
+    except (OSError, zipfile.BadZipFile):
+        return False
     return all(name in pickled for name in (b"_modules", b"_parameters", b"_buffers"))
 
 
@@ -303,6 +306,8 @@ def _load(model: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any
         there, here = _kind(state[name]), _kind(expected[name])
         if there != here:
             return f"`{name}` holds {there} there, {here} here"
+        if isinstance(expected[name], nn.Parameter) and bool(torch.isnan(state[name]).any()):
+            return f"`{name}` holds NaN"
     try:
         # A model may know other names for what it is given, and what it can do without: it is asked, not its names.
         missing, unexpected = model.load_state_dict(state, strict=False)

@@ -149,6 +149,9 @@ def load_low_rank_checkpoint(module: ModuleT, checkpoint: Mapping[str, Any], pat
     _check_tensors(expected, found, where)
     views = check_fits(module, layers, where)
     _check_finite(tensors, _parameters(expected), where)
+    unknown = [" ".join(str(key).split())[:80] for key in state.keys() - module.state_dict().keys()]
+    if unknown:
+        raise ValueError(f"{where} does not fit the model: it has, beside the model's, `{min(unknown)}`")
     module.load_state_dict(state)
     weights = split_everywhere(tensors)
     exact, ranks = {}, {}

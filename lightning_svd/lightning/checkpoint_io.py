@@ -18,8 +18,10 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_svd.files.checkpoints import (
     State,
     check_fits,
+    check_of_lightning,
     check_same_layers,
     check_state,
+    check_weights,
     exact_layers,
     from_dense_state,
     is_low_rank,
@@ -107,7 +109,11 @@ class SVDCheckpointIO(CheckpointIO):
         except Exception as error:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"{path} cannot be read as a checkpoint: {lines[0]}") from error
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f"{path} cannot be read as a checkpoint: it holds a {type(checkpoint).__name__}")
         if not isinstance(checkpoint.get("state_dict"), dict):
+            if self._trainer.state.fn == TrainerFn.FITTING and [*self._ours()]:
+                raise ValueError(f"{path} is no Lightning checkpoint: it has no `state_dict`")
             return checkpoint
         state = saved_state(checkpoint)
         if state is not None:
@@ -154,6 +160,8 @@ class SVDCheckpointIO(CheckpointIO):
             raise ValueError(
                 f"{path} holds the state of a dense training, from which SVD training cannot resume: {_INSTEAD}"
             )
+        check_of_lightning(checkpoint, path)
+        check_weights(module, checkpoint["state_dict"], path)
         if state["is_finished"]:
             raise ValueError(f"{path}: the checkpoint was written when its SVD training had finished: {_INSTEAD}")
         for callback in ours:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
-from lightning_svd.arguments import check_count, check_rank_pattern, needs
+from lightning_svd.arguments import check_count, check_rank_pattern, needs, shown
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
@@ -26,6 +26,7 @@ from lightning_svd.writing import write_whole
 
 Targets = str | Sequence[str] | None
 ALL_LINEAR = "all-linear"
+_DEEPEST = 8  # lists in lists in a plan
 
 
 @dataclass(frozen=True)
@@ -363,7 +364,7 @@ def read_plan(path: str | Path, module: nn.Module) -> list[LayerPlan]:
     layers = {layer.name: layer for layer in plan(module)}
     unknown = sorted(entries.keys() - layers.keys())
     if unknown:
-        raise ValueError(f"{path}: {type(module).__name__} has no layer {unknown[0]!r} with a weight matrix")
+        raise ValueError(f"{path}: {type(module).__name__} has no layer {shown(unknown[0])} with a weight matrix")
     children = layers_of(module)
     return [
         _as_edited(layer, entries.get(name), children[name], module, path) if name in children else layer
@@ -376,13 +377,50 @@ def _entries(path: str | Path) -> dict[str, dict[str, Any]]:
         import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"`plan_file`: cannot read a plan from {path}: {error}") from None
+        text = Path(path).read_text(encoding="utf-8")
+        _check_plain(yaml, text)
+        content = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"`plan_file`: cannot read a plan from {path}: {why}") from None
     entries = content.get("layers") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{path}: expected `layers:` with an entry for each layer")
+    for name in entries:
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: the name of a layer must be in quotes, '{name}', got {shown(name)}")
     return entries
+
+
+def _check_plain(yaml: Any, text: str) -> None:
+    """Refuse YAML that a plan has no use for, before it is built: it may be endless, and the last of two entries wins.
+
+    Raises:
+        ValueError: Saying in which line.
+    """
+    names: list[set[str] | None] = []  # those so far, of each mapping that is open; None for a list
+    is_name: list[bool] = []
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        where = f"line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{where} refers to another place, `*{event.anchor}`")
+        if isinstance(event, yaml.CollectionEndEvent):
+            names.pop()
+            is_name.pop()
+            continue
+        if isinstance(event, yaml.NodeEvent):
+            if names and names[-1] is not None:
+                if is_name[-1]:
+                    name = event.value if isinstance(event, yaml.ScalarEvent) else ""
+                    if name in names[-1]:
+                        raise ValueError(f"{where} has a second entry for {shown(name)}")
+                    names[-1].add(name)
+                is_name[-1] = not is_name[-1]
+            if isinstance(event, yaml.CollectionStartEvent):
+                names.append(set() if isinstance(event, yaml.MappingStartEvent) else None)
+                is_name.append(True)
+                if len(names) > _DEEPEST:
+                    raise ValueError(f"{where} is nested too deeply")
 
 
 def _as_edited(
@@ -392,16 +430,21 @@ def _as_edited(
     if entry is None:
         return LayerPlan(layer.name, layer.kind, layer.weight_shape, skipped=f"not in {Path(path).name}")
     known = {"kind", "weight", "skip", "conv_mode", "matrix", "break_even", "max_rank"}
-    if entry.keys() - known:
-        raise ValueError(f"{where}: expected {', '.join(sorted(known))}, got {sorted(entry.keys() - known)[0]!r}")
+    unknown = [key for key in entry if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: expected {', '.join(sorted(known))}, got {shown(unknown[0])}")
     shape = entry.get("weight", list(layer.weight_shape))
     if shape != list(layer.weight_shape):
-        raise ValueError(f"{where}: the plan is for a weight {shape}, the model's is {list(layer.weight_shape)}")
-    if entry.get("skip"):
-        return LayerPlan(layer.name, layer.kind, layer.weight_shape, skipped=str(entry["skip"]))
-    mode = entry.get("conv_mode") or "channel"
-    if mode not in (*CONV_MODES, "auto"):
-        raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {mode!r}")
+        raise ValueError(f"{where}: the plan is for a weight {shown(shape)}, the model's is {list(layer.weight_shape)}")
+    skip = entry.get("skip")
+    if not (skip is None or isinstance(skip, (str, bool))):
+        raise ValueError(f"{where}: `skip` must be a reason, got {shown(skip)}")
+    if skip:
+        return LayerPlan(layer.name, layer.kind, layer.weight_shape, skipped=" ".join(str(skip).split()))
+    mode = entry.get("conv_mode")
+    mode = "channel" if mode is None else mode
+    if not isinstance(mode, str) or mode not in (*CONV_MODES, "auto"):
+        raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {shown(mode)}")
     if entry.get("max_rank") is not None:
         check_count(f"{where}: max_rank", entry["max_rank"])
     reason = _Reasons(module, {layer.name}, set(), mode, {layer.name}).why_not(layer.name, child)

@@ -66,7 +66,8 @@ class Distillation:
         check_choice("kind", self.kind, KINDS)
         is_dim = isinstance(self.class_dim, int) and not isinstance(self.class_dim, bool)
         if not is_dim or abs(self.class_dim) > _DIMENSIONS:
-            raise ValueError(f"`class_dim` must be an integer, a dimension, got {shown(self.class_dim)}")
+            bounds = f" from {-_DIMENSIONS} to {_DIMENSIONS}" if is_dim else ""
+            raise ValueError(f"`class_dim` must be an integer{bounds}, got {shown(self.class_dim)}")
 
     def of_logits(self, output: Any) -> bool:
         """Whether this output of a student is compared as logits."""

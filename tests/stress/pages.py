@@ -1,0 +1,70 @@
+"""Writes docs/reliability.md from tests/stress/results; with --check it writes nothing and says whether the page is so.
+
+python tests/stress/kills.py --json tests/stress/results/kills.json
+python tests/stress/pages.py
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from common import RESULTS, markdown
+
+PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+HEAD = """# Reliability
+
+What was tried to break it, how often, and what came out. Each table is counted by a script that you can run; a small
+sample of each runs with the tests. An outcome that is no column never came.
+"""
+# What a script is about, and what is promised.
+SECTIONS = {
+    "kills": (
+        "Killed runs, killed writers, full disks",
+        """A process that trains is killed (SIGKILL) at the start of a step, another resumes from the last file, and all that
+it ends with is compared with a run that was never stopped: weights, factors, optimizer, report and final model; of a run
+with averaged weights the report and the final model. Then a process that writes one file over another is killed at a
+random moment, and files are written over others on a disk that takes only so many bytes.""",
+        """**Promised.** A run ends with the same bits wherever it was killed, with data and noise that are functions of the step.
+A file is the old one or the new one, whole: it is written beside its place and moved there. A writer that cannot write
+says so in one line that names the file, and leaves nothing beside it; one that is killed may leave a file
+`.NAME.*.part`, which may be deleted. **Not promised:** the same of an asynchronous or sharded checkpoint writer, whose
+files are its own; of ONNX of more than a gigabyte, whose weights are in a second file.""",
+    ),
+    "damage": (
+        "Damaged files",
+        """Bytes of a file are cut off, changed, zeroed, added and taken out; entries are taken out, added, and given values of
+other kinds, shapes and dtypes, NaN among them; and there are files of other kinds, empty ones, folders, text, and pickles
+with code. Each is given to every reader of such files.""",
+        """**Promised.** What is refused is refused in one line that names the file, with the model as it was: its values, its
+parameters, their dtypes and `requires_grad`; the command shows no traceback, and nothing in a file is run. "Read whole"
+are files whose damage is none to this reader, or cannot be told: where a byte changes among the numbers of a tensor, the
+file says another number, and no such file has a checksum that is read. **Not promised:** anything of what Lightning counts
+(`loops`), of the states of schedulers and the settings of optimizers, which are taken as they are; of files that a
+module with a `on_load_checkpoint` or a loader of its own makes fit.""",
+    ),
+    "constructors": (
+        "Malformed arguments",
+        """Configurations are drawn at random from values that mean something; in malformed ones some are replaced by what does
+not: other types, strings and flags for numbers, NaN, infinity, negative and huge numbers, tensors and arrays, unknown
+names, pairs that contradict each other.""",
+        """**Promised.** Whoever gives an argument that means nothing is told so where it is written, a `ValueError` or `TypeError`
+in one line that names the argument, and not in the middle of a fit.""",
+    ),
+}
+
+
+def page():
+    """The page's text as the results say it."""
+    parts = [HEAD]
+    for name, (title, tried, promised) in SECTIONS.items():
+        result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+        table = markdown(result["rows"], result["outcomes"])
+        source = f"`{result['command']}`, {result['machine']}."
+        parts.append("\n\n".join([f"## {title}", tried, table, promised, source]) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")

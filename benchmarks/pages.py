@@ -48,7 +48,7 @@ SCRIPTS = {
         compress_cost,
         pretrained,
         inputs,
-    )  # fmt: skip
+    )
 }
 # By the benchmark; the others are on the first page.
 PAGES = {

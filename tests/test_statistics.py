@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import factored, svd_of
+from helpers import factored, in_metric_of_data, svd_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,7 +20,6 @@ from lightning_svd.ranks.statistics import (
     Statistics,
     bases_of,
     features_of,
-    in_metric_of_data,
     sides,
     spectral_basis,
 )
@@ -257,13 +256,12 @@ def test_scores_are_derivatives_by_the_ranks_scales_of_each_input(case):
 
 @pytest.mark.parametrize("of_loss", [False, True], ids=["outputs", "loss"])
 @pytest.mark.parametrize("case", CASES)
-def test_other_factors_change_nothing_and_sums_move_with_them(case, of_loss):
+def test_other_factors_change_nothing(case, of_loss):
     layers, data = begun(*CASES[case])
     before = numbers_in(data.call(data.batches[0]))
     seen = collect(data, layers, True, plainly, SEED)
     for name, layer in layers.items():
         basis = in_metric_of_data(*layer.form.left_right(), seen[name], of_loss)
-        seen[name].move(basis)
         layer.to_svd(basis.factors)
         U, _, V = basis.factors
         assert (basis.carried.diff() <= 1e-12 * basis.carried[0]).all()
@@ -272,11 +270,6 @@ def test_other_factors_change_nothing_and_sums_move_with_them(case, of_loss):
             torch.testing.assert_close(lengths, torch.ones_like(lengths))
     for one, other in zip(before, numbers_in(data.call(data.batches[0])), strict=True):
         close(other, one, 1e-9)
-    again = collect(data, layers, True, plainly, SEED)
-    for name in layers:
-        close(seen[name].features, again[name].features, 1e-8)
-        close(seen[name].gradients, again[name].gradients, 1e-8)
-        torch.testing.assert_close(seen[name].total, again[name].total)
 
 
 def test_sequences_of_several_lengths_are_seen_at_all_their_steps():

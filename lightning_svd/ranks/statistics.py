@@ -117,18 +117,6 @@ class Statistics:
         alone = falling - torch.cat([falling[1:], falling.new_zeros(1)])
         return (self.squares + alone) / (2 * max(1, self.inputs))
 
-    @torch.no_grad()
-    def move(self, basis: DataBasis) -> None:
-        """Go on as if the layer had had these factors all the while; what the loss feels of ranks begins anew."""
-        assert self.features is not None
-        dtype = self.features.dtype
-        of_features, of_gradients = basis.of_features.double(), basis.of_gradients.double()
-        self.total = (of_features.mT @ self.total.double().unsqueeze(-1)).squeeze(-1).to(dtype)
-        self.features = (of_features.mT @ self.features.double() @ of_features).to(dtype)
-        if self.gradients is not None:
-            self.gradients = (of_gradients.mT @ self.gradients.double() @ of_gradients).to(dtype)
-        self.squares, self.tails = torch.zeros_like(self.squares), torch.zeros_like(self.tails)
-
 
 class Felt:
     """What a loss feels of the ranks of several bases, while the layer computes in the form that it has.
@@ -212,22 +200,6 @@ class Basis(NamedTuple):
             given = features.to(of_features.dtype).unsqueeze(-1)
             rest = given - of_gradients @ (of_features.mT @ given)
             return (rest if left is None else left.to(rest.dtype) @ rest).squeeze(-1)
-
-
-class DataBasis(NamedTuple):
-    """Factors whose ranks are ordered by what they do on data.
-
-    Attributes:
-        factors: U, s and V, columns of unit length that are not orthogonal.
-        carried: What each rank carries in the metric, (r,), summed over groups, descending.
-        of_features: Features in this basis are its transpose times those before, (groups, r, r).
-        of_gradients: The same for gradients.
-    """
-
-    factors: Factors
-    carried: Tensor
-    of_features: Tensor
-    of_gradients: Tensor
 
 
 def sides(layer: SVDLayer, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -328,38 +300,20 @@ def _by_input(scores: Tensor, inputs: int, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def in_metric_of_data(left: Tensor, right: Tensor, seen: Statistics, of_loss: bool) -> DataBasis:
-    """The same matrix in factors whose ranks are ordered by what they do on data, the most first.
+def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_loss: Sequence[bool]) -> list[Basis]:
+    """Bases whose ranks are ordered by what they do on data, the most first, in one metric or several.
 
     With S = E[z z^T] and G what an error of the features costs, an error ``L E R^T`` of the matrix costs tr(G E S E^T);
     the best matrix of rank k is then ``L C^-T P_k P_k^T C^T R^T``, with G = C C^T, P_k being the k leading eigenvectors
     of ``C^T S C``. Where errors of outputs count alike, G = L^T L: then the products with the data's inputs change
     least (Zhang et al. 2016, arXiv 1505.06798; the same as "whitening", SVD-LLM, arXiv 2403.07378). With gradients
     G = E[b b^T]: what the loss feels of them, to second order and in Kronecker factors (Martens and Grosse 2015, arXiv
-    1503.05671).
+    1503.05671). It is computed in the dtype of the moments; where a metric is too far from white to be inverted there,
+    in float64.
 
     Args:
-        left: L (m, r), with a leading dimension for groups.
-        right: R (n, r).
-        seen: On data, while these were the factors.
-        of_loss: Whether gradients say what an error costs.
-    """
-    (basis,) = bases_of(left, right, seen, (of_loss,))
-    factors = basis.factors(left, right, basis.of_features.shape[-1])
-    _, lengths = _unit_columns(_combined(right if right.ndim > 2 else right.unsqueeze(0), basis.of_features))
-    scale = lengths.unsqueeze(-2)
-    return DataBasis(factors, basis.carried, basis.of_features / scale, basis.of_gradients * scale)
-
-
-@torch.no_grad()
-def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_loss: Sequence[bool]) -> list[Basis]:
-    """What :func:`in_metric_of_data` says of one metric or several, without the factors.
-
-    It is computed in the dtype of the moments; where a metric is too far from white to be inverted there, in float64.
-
-    Args:
-        left: L, as there; None for the identity.
-        right: R; None for the identity.
+        left: L (m, r), with a leading dimension for groups; None for the identity.
+        right: R (n, r), alike.
         seen: On data, while these were the factors.
         of_loss: Of each metric whether gradients say what an error costs.
     """

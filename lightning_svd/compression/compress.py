@@ -21,6 +21,7 @@ from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
 from lightning_svd.compression.reconstruction import reconstruct as reconstruct_layers
 from lightning_svd.compression.report import CompressionReport
+from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import Factors, wide
 from lightning_svd.layers.pairs import bias_of
@@ -503,6 +504,7 @@ class _Compression:
             reconstructed=self.reconstructed,
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
+            no_faster=no_faster(self.model),
         )
 
 

@@ -41,6 +41,7 @@ class CompressionReport:
         reconstructed: Whether low-rank layers were trained towards the original outputs.
         inputs: How many inputs statistics were collected on.
         seconds: How long it took.
+        no_faster: Which modules take no less time than before, in words; None if all may be faster.
     """
 
     ranks: SVDReport
@@ -58,6 +59,7 @@ class CompressionReport:
     reconstructed: bool
     inputs: int
     seconds: float
+    no_faster: str | None = None
 
     @property
     def warning(self) -> str | None:
@@ -73,6 +75,8 @@ class CompressionReport:
         lines = [str(self.ranks), f"{self.measure} of held-out outputs: {self.distance:.4g} ({self.choice})"]
         if self.warning:
             lines.append(f"Warning: {self.warning}")
+        if self.no_faster:
+            lines.append(f"Note: {self.no_faster}")
         if self.curve:
             lines.append(self.curve_table())
         return "\n".join(lines)

@@ -27,6 +27,10 @@ FEW, ENTRIES = 8, 1 << 26
 AMPLIFIED, MOST = 1e4, 0.1
 
 
+class NotTheSameError(ValueError):
+    """A model computes something else with plain layers than with factorized ones."""
+
+
 def whole_layers(
     module: nn.Module,
     calls: Sequence[Call],
@@ -44,8 +48,7 @@ def whole_layers(
         entries: Of the pairs that are held at a time.
 
     Raises:
-        ValueError: If the model computes something else with plain layers than with factorized ones, as one does that
-            asks for a layer's exact class; the message names the layers.
+        NotTheSameError: If the model asks for a layer's exact class; the message names the layers.
     """
     names = visible(module, layers)
     if not names or not calls:
@@ -58,7 +61,7 @@ def whole_layers(
     asked = plain.among(names)
     if asked:
         first = next(iter(asked))
-        raise ValueError(
+        raise NotTheSameError(
             f"`{first}`: {asked[first]}, where the plain layer itself is in its place. A model that asks for the exact "
             f"class, `type(layer) is {own_class(layers[first]).__name__}`, sees another while layers train as factors: "
             f"ask by `isinstance`, or leave the layers out, `exclude_modules={[*asked]}`"

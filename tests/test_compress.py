@@ -446,7 +446,9 @@ def test_reconstruction_brings_outputs_nearer_and_keeps_the_best(make, with_loss
     assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in without.named_parameters()}
     assert plain(small) and all(p.requires_grad for p in small.parameters())
     # What is worse on what is held out is not kept.
-    assert quietly(model, batches, reconstruct=1, **arguments)[1].distance <= before.distance
+    step = quietly(model, batches, reconstruct=1, **arguments)[1]
+    assert step.reconstructed or step.distance == pytest.approx(before.distance, rel=1e-5)  # the same but for rounding
+    assert not step.reconstructed or step.distance < before.distance
 
 
 CONTEXTS = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}

@@ -18,8 +18,9 @@ from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import untouched
 from lightning_svd.model.targets import numbers_in
 
-# A step of Adam as a share of a factor's root mean square, and how often in a run outputs are judged.
-RATE, JUDGED = 0.01, 10
+# A step of Adam as a share of a factor's root mean square, how often in a run outputs are judged, and how much smaller
+# steps are where they got no nearer.
+RATE, JUDGED, SMALLER = 0.01, 10, 0.3
 
 
 def reconstruct(
@@ -33,8 +34,9 @@ def reconstruct(
 ) -> bool:
     """Train the two factors of each low-rank layer, all of them together, towards the original outputs.
 
-    Adam with a falling rate, in evaluation, everything else frozen. What is judged best on what is held out is kept,
-    which may be what was there before.
+    Adam with a falling rate, in evaluation, everything else frozen. Now and then outputs are judged on what is held
+    out: where they are no nearer it goes on from the best with smaller steps, and in the end the best is kept, which
+    may be what was there before.
 
     Args:
         model: The whole.
@@ -57,33 +59,43 @@ def reconstruct(
         layer.to_pair()
     trained = [parameter for layer in layers.values() for parameter in layer.form.trained]
     assert all(isinstance(layer.form, PairForm) for layer in layers.values())
-    groups = [{"params": [p], "lr": RATE * float(wide(p.detach()).square().mean().sqrt())} for p in trained]
-    optimizer = torch.optim.Adam(groups, foreach=False)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    rates = [RATE * float(wide(p.detach()).square().mean().sqrt()) for p in trained]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in trained], foreach=False)
     nearest, best, is_other = distance(), [p.detach().clone() for p in trained], False
-    every = max(1, steps // JUDGED)
-    wanted = [parameter.requires_grad for parameter in trained]
+    every, share = max(1, steps // JUDGED), 1.0
+    wanted = [p.requires_grad for p in trained]
     with ExitStack() as stack:
         stack.enter_context(untouched(model))
         stack.enter_context(frozen(model))
         for parameter in trained:
             parameter.requires_grad_(True)
-        for step in track(range(1, steps + 1), "reconstructing"):
+        for step in track(range(steps), "reconstructing"):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = share * rate * (1 + math.cos(math.pi * step / steps)) / 2
             with torch.enable_grad():
                 _distance(data, step % len(data.batches), originals).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
-            if step % every == 0 or step == steps:
-                found = distance()
-                if found < nearest:
-                    nearest, is_other = found, True
-                    best = [parameter.detach().clone() for parameter in trained]
-    with torch.no_grad():
-        for parameter, values, requires_grad in zip(trained, best, wanted, strict=True):
-            parameter.copy_(values)
-            parameter.requires_grad_(requires_grad)
+            if (step + 1) % every and step + 1 < steps:
+                continue
+            found = distance()
+            if found < nearest:
+                nearest, is_other = found, True
+                best = [parameter.detach().clone() for parameter in trained]
+            else:  # too large steps: on from the best with smaller ones
+                share *= SMALLER
+                _put(trained, best)
+                optimizer.state.clear()
+    _put(trained, best)
+    for parameter, requires_grad in zip(trained, wanted, strict=True):
+        parameter.requires_grad_(requires_grad)
     return is_other
+
+
+@torch.no_grad()
+def _put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, held in zip(parameters, values, strict=True):
+        parameter.copy_(held)
 
 
 def _distance(data: CalibrationData, number: int, originals: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test lint types contracts docs unit notebooks compatibility stress format clean
+.PHONY: help install demo test lint types contracts docs unit notebooks compatibility user-code stress format clean
 
 help:
 	@echo "make demo    train a small ResNet dense and low-rank, compare, write a report (about 2 minutes)"
@@ -13,6 +13,7 @@ help:
 	@echo "make notebooks  run the notebooks"
 	@echo "make compatibility  write docs/compatibility.md from the tests"
 	@echo "make stress  kill runs, damage files, malform arguments; write docs/reliability.md (about 20 minutes)"
+	@echo "make user-code  write docs/user-code.md from the tests"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
 
@@ -59,6 +60,9 @@ notebooks: install
 
 compatibility: install
 	@$(BIN)/python tests/compatibility.py
+
+user-code: install
+	@$(BIN)/python tests/user_code.py
 
 stress: install
 	@for script in constructors damage kills; do \

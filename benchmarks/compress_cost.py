@@ -5,8 +5,9 @@
 
 The model is a vision transformer with random weights, of width 768 and depth 12 a ViT-B. ``SVDs`` is one
 ``torch.linalg.svd`` in float32 of each matrix that is factorized. ``passes`` are the very forward and backward passes
-that the call makes, made by the dense model alone, without anything being collected: no gradients of parameters, which
-nobody needs. Both take turns with the call; the goal is less than three times the SVDs on top of the passes.
+that the call makes, those that look for layers that cannot be cut among them, made by the dense model alone: nothing
+is collected, and parameters, of which nobody needs gradients, get none. Both take turns with the call; the goal is less
+than three times the SVDs on top of the passes. With one thread it is the processor's time that counts.
 
 Memory is the most that the process holds at once in a process of its own, beyond what it held before the call. What a
 backward pass keeps of activations depends on the batch alone, and is measured beside it, and so are the second moments
@@ -30,7 +31,7 @@ from typing import Any
 
 import nets
 import torch
-from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
+from harness import Row, Table, against, arguments, middle_half, progress, save, times
 from torch import Tensor, nn
 
 from lightning_svd import compress
@@ -91,29 +92,30 @@ def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None
 def calls_of(options: argparse.Namespace, model: nn.Module, batches: Sequence[Tensor]) -> tuple[list[Call], Row]:
     """The passes that the call makes, and seconds by what is done inside."""
     calls: list[Call] = []
+    now = clock(options)
     seconds: Counter[str] = Counter()
 
-    def noting(original: Callable[..., Any], data: CalibrationData, batch: Tensor) -> Any:
-        calls.append((batch, torch.is_grad_enabled()))
-        return original(data, batch)
+    def noting(original: Callable[..., Any], net: nn.Module, x: Tensor) -> Any:
+        calls.append((x.detach().clone(), torch.is_grad_enabled()))
+        return original(net, x)
 
     def timing(original: Callable[..., Any], *args: Any, what: str, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = now()
         try:
             return original(*args, **kwargs)
         finally:
-            seconds[what] += time.perf_counter() - start
+            seconds[what] += now() - start
 
-    contexts = [wrapped(CalibrationData, "call", noting)]
+    contexts = [wrapped(nets.ViT, "forward", noting)]
     for what, places in INSIDE.items():
         contexts += [wrapped(owner, name, partial(timing, what=what)) for owner, name in places]
     for context in contexts:
         context.__enter__()
-    start = time.perf_counter()
+    start = now()
     try:
         whole(options, model, batches)
     finally:
-        total = time.perf_counter() - start
+        total = now() - start
         for context in reversed(contexts):
             context.__exit__(None, None, None)
     return calls, {**seconds, "all else": total - sum(seconds.values()), "whole": total}
@@ -140,6 +142,24 @@ def bare_passes(model: nn.Module, calls: Sequence[Call]) -> None:
                 output.backward(torch.ones_like(output))
 
 
+def clock(options: argparse.Namespace) -> Callable[[], float]:
+    """What tells the time: of one thread the processor's, which does not go on while others have the core."""
+    return time.process_time if options.threads == 1 else time.perf_counter
+
+
+def in_turns_on(
+    now: Callable[[], float], actions: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each action by this clock, round by round."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            start = now()
+            action()
+            seconds[name].append(now() - start)
+    return seconds
+
+
 def timings(options: argparse.Namespace) -> list[Row]:
     """The call against the SVDs and the passes that are in it, and what it spends its time on."""
     model, batches = vit(options), images(options)
@@ -153,7 +173,7 @@ def timings(options: argparse.Namespace) -> list[Row]:
         "whole": partial(whole, options, model, batches),
     }
     progress("timing")
-    seconds = in_turns(actions, options.rounds, warm_up=0)
+    seconds = in_turns_on(clock(options), actions, options.rounds)
     rows = []
     for name in actions:
         rows.append({"what": "time", "part": name, **against(seconds[name], seconds["SVDs"])})

@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import casts
+import compress_cost
+import inputs
 import latency
+import pretrained
 import quality
 import real_models
 import recurrent
@@ -32,10 +35,29 @@ import whole_run
 ROOT = Path(__file__).parents[1]
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 SCRIPTS = {
-    script.__name__: script for script in (step_cost, whole_run, latency, scale, recurrent, quality, real_models, casts)
+    script.__name__: script
+    for script in (
+        step_cost,
+        whole_run,
+        latency,
+        scale,
+        recurrent,
+        quality,
+        real_models,
+        casts,
+        compress_cost,
+        pretrained,
+        inputs,
+    )
 }
 # By the benchmark; the others are on the first page.
-PAGES = {"quality": "quality.md", "real_models": "models.md", "casts": "models.md"}
+PAGES = {
+    "quality": "quality.md",
+    "real_models": "models.md",
+    "casts": "models.md",
+    "pretrained": "trained.md",
+    "inputs": "trained.md",
+}
 
 
 def fill(page: str, name: str, text: str) -> str:
@@ -55,20 +77,24 @@ def section(name: str, result: dict[str, Any]) -> str:
     """What a file of results says: its tables, its figures, the machine, the command."""
     script, rows = SCRIPTS[result["benchmark"]], result["rows"]
     parts = [table.markdown() for table in script.tables(rows)]
-    if script is scale:
-        parts += [f"![{plot.__doc__}](figures/{name}-{title}.svg)" for title, plot in scale.figures(rows).items()]
+    parts += [f"![{plot.__doc__}](figures/{name}-{title}.svg)" for title, plot in figures_of(script, rows).items()]
     machine = "; ".join(f"{fact} {value}" for fact, value in result["machine"].items())
     return "\n\n".join([*parts, f"`{result['command']}`, on {machine}."])
 
 
-def draw(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
-    """The figures of one file of results of scale.py."""
+def figures_of(script: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What draws the figures of a script's rows, by name; of many there are none."""
+    return script.figures(rows) if hasattr(script, "figures") else {}
+
+
+def draw(name: str, script: Any, rows: list[dict[str, Any]], folder: Path) -> None:
+    """The figures of one file of results."""
     import matplotlib
 
     # The same rows give the same file.
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         folder.mkdir(parents=True, exist_ok=True)
-        for title, plot in scale.figures(rows).items():
+        for title, plot in figures_of(script, rows).items():
             plot(rows).savefig(folder / f"{name}-{title}.svg", metadata={"Date": None})
 
 
@@ -83,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = json.loads(path.read_text(encoding="utf-8"))
         page = PAGES.get(result["benchmark"], "performance.md")
         new[page] = fill(new[page], path.stem, section(path.stem, result))
-        if result["benchmark"] == "scale" and not options.check:
-            draw(path.stem, result["rows"], DOCS / "figures")
+        if not options.check:
+            draw(path.stem, SCRIPTS[result["benchmark"]], result["rows"], DOCS / "figures")
     if options.check:
         return int(new != old)
     for page, text in new.items():

@@ -48,12 +48,19 @@ def ours(model: nn.Module, batches: Sequence[Tensor], share: float) -> nn.Module
     return small
 
 
+def reconstructed(model: nn.Module, batches: Sequence[Tensor], share: float) -> nn.Module:
+    """This package's, and a short training towards the original outputs on the same inputs."""
+    small, _ = lightning_svd.compress(copy.deepcopy(model), batches, target_macs=share, reconstruct=150)
+    return small
+
+
 METHODS: dict[str, Method] = {
     "original": lambda model, batches, share: copy.deepcopy(model),
     "spectrum": rivals.spectrum,
     "SVD-LLM": rivals.by_svd_llm,
     "ASVD": rivals.by_asvd,
     "ours": ours,
+    "reconstructed": reconstructed,
 }
 
 
@@ -157,7 +164,8 @@ def measure(
             final, rate = finetuned(net, model, steps, teacher, seed, net.rates)
         spent = time.perf_counter() - start
         row = {"net": net.name, "share": share, "method": method, "seed": seed, "steps": steps, "teacher": teacher}
-        row |= {"quality": net.quality(final.eval()), "rate": rate, **about}
+        row |= {"quality": net.quality(final.eval()), "measure": net.measure, "higher_is_better": net.higher_is_better}
+        row |= {"rate": rate, **about}
         yield row | {"seconds": round(seconds, 2), "finetuning_seconds": round(spent, 2)}
 
 
@@ -182,18 +190,13 @@ def finetuning_name(steps: int, teacher: str) -> str:
     return f"{steps}, {teacher}" if steps else "none"
 
 
-def tables(rows: Sequence[Row], measures: dict[str, tuple[str, bool]]) -> list[Table]:
-    """Means over the seeds for each net, the best at each share and finetuning marked.
-
-    Args:
-        rows: Of all nets.
-        measures: For each net what it is judged by, and whether more of it is better.
-    """
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Means over the seeds for each net, the best at each share and finetuning marked."""
     result = []
     headings = ["method", "share", "finetuning", "quality", "+-", "MACs", "params", "kB", "latency", "seconds", "seeds"]
     for net in dict.fromkeys(row["net"] for row in rows):
-        measure, higher = measures[net]
-        groups = groups_of([row for row in rows if row["net"] == net])
+        own = [row for row in rows if row["net"] == net]
+        measure, higher, groups = own[0]["measure"], own[0]["higher_is_better"], groups_of(own)
         order = sorted(
             groups, key=lambda key: (-key[0], key[1:3], (-1 if higher else 1) * mean(groups[key], "quality"))
         )
@@ -222,15 +225,15 @@ def tables(rows: Sequence[Row], measures: dict[str, tuple[str, bool]]) -> list[T
     return result
 
 
-def lost(rows: Sequence[Row], measures: dict[str, tuple[str, bool]]) -> list[str]:
+def lost(rows: Sequence[Row]) -> list[str]:
     """Where a rival is better than ours, in words."""
     sentences = []
     for net in dict.fromkeys(row["net"] for row in rows):
-        higher = measures[net][1]
-        groups = groups_of([row for row in rows if row["net"] == net and row["method"] != "original"])
+        alike = [row for row in rows if row["net"] == net and row["method"] != "original"]
+        higher, groups = alike[0]["higher_is_better"], groups_of(alike)
         for (share, steps, teacher, method), group in groups.items():
             own = groups.get((share, steps, teacher, "ours"))
-            if own is None or method == "ours":
+            if own is None or method in ("ours", "reconstructed"):
                 continue
             gap = (mean(group, "quality") - mean(own, "quality")) * (1 if higher else -1)
             if gap > 0:
@@ -263,7 +266,7 @@ def default_cache() -> Path:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    there = [method for method in METHODS if method != "ours" or hasattr(lightning_svd, "compress")]
+    there = list(METHODS)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nets", type=numbers(str), default=list(NETS))
     parser.add_argument("--shares", type=numbers(float), default=[0.75, 0.5, 0.35], help="of the MACs")
@@ -298,11 +301,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in (options.data, options.cache):
         asked = asked.replace(str(path), path.name) if path else asked
     result = {"benchmark": "pretrained", "command": asked, "machine": machine, "setting": setting}
-    measures: dict[str, tuple[str, bool]] = {}
     for name in options.nets:
         progress(f"{name} is made or loaded")
         net = NETS[name](options.cache, options.data)
-        measures[name] = net.measure, net.higher_is_better
         every = finetunings(net, options.finetune, options.teach)
         units = itertools.product(options.seeds, options.shares, options.methods)
         for seed, share, method in units:
@@ -322,10 +323,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if options.json:
                     options.json.parent.mkdir(parents=True, exist_ok=True)
                     options.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    shown = [row for row in rows if row["net"] in measures]
-    for table in tables(shown, measures):
+    shown = [row for row in rows if row["net"] in options.nets]
+    for table in tables(shown):
         table.print()
-    print(*lost(shown, measures), sep="\n")
+    print(*lost(shown), sep="\n")
 
 
 if __name__ == "__main__":

@@ -345,13 +345,12 @@ def ours(setting: Setting, **arguments: Any) -> nn.Module:
 
 
 def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
-    """The callback on a trained net, without sparsity: the same start, epochs and rate as truncate_and_finetune."""
+    """The callback's schedule for trained nets: the same start, epochs and rate as truncate_and_finetune."""
     epochs = (turn_to_finetuning(setting), setting.epochs)
     module = Classifier(
         setting, dense_but_finetuning(setting), epochs, lambda progress: FINETUNE_RATE * cosine(progress)
     )
-    soon = {"regularizer": None, "schedule": FallToBudget(start=0.0, end=0.01)}
-    return svd_trained(module, soon | arguments)
+    return svd_trained(module, {"schedule": "finetune"} | arguments)
 
 
 def svd_trained(module: Classifier, arguments: dict[str, Any]) -> nn.Module:
@@ -574,6 +573,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=numbers(int), default=[0])
     parser.add_argument("--methods", type=numbers(str), default=list(METHODS))
     parser.add_argument("--ours", nargs="*", default=[], help="further rows: the callback's arguments, each as JSON")
+    parser.add_argument("--from-trained", nargs="*", default=[], help="the same of ours_from_trained")
     parser.add_argument("--conv-mode", default="channel")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
@@ -590,9 +590,11 @@ def main() -> None:
     del about["seed"], about["target"]
     about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}
     rows = rows_in(options.json, about)
+    methods = [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]
+    methods += [f"ours_from_trained {arguments}" for arguments in options.from_trained]
     units = []
     for seed in options.seeds:
-        for method in [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]:
+        for method in methods:
             targets = options.targets if method != "dense" else [1.0]
             settings = [Setting(*common, seed, target, **recipe) for target in targets]
             there = {row["target"] for row in rows if (row["method"], row["seed"]) == (method, seed)}

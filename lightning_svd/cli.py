@@ -137,6 +137,7 @@ def _compress(options: argparse.Namespace) -> None:
         target_params=options.target_params,
         importance=options.importance,
         inputs=options.inputs,
+        reconstruct=options.reconstruct,
         curve=options.curve,
         inplace=True,
     )
@@ -210,6 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     compressed.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
     compressed.add_argument("--inputs", type=int, default=256, help="how many to take from the data")
     compressed.add_argument("--importance", default="auto", help="auto, fisher, outputs or spectrum")
+    compressed.add_argument("--reconstruct", type=int, default=0, help="steps of training towards the original outputs")
     compressed.add_argument("--curve", action="store_true", help="say how far outputs would move at other budgets")
     compressed.add_argument("--report", type=Path, help="JSON file to write the report to")
     compressed.add_argument("--html", type=Path, help="page to write the report to")

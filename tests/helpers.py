@@ -1,15 +1,17 @@
 """What several test modules need."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_svd.layers.layer import SVDLayer, factorize, plain_dense, plain_pair
-from lightning_svd.layers.matrices import roundoff
+from lightning_svd.layers.matrices import Factors, roundoff
 from lightning_svd.layers.pairs import bias_of
 from lightning_svd.layers.views import View
+from lightning_svd.ranks.statistics import bases_of
 
 
 def assert_same(actual: Tensor, expected: Tensor, shape: tuple[int, ...], factor: float = 32.0) -> None:
@@ -46,3 +48,16 @@ def ways(layer: SVDLayer) -> list[Callable[[Tensor], Tensor]]:
     """All ways to compute what a layer trained as an SVD or a pair does, plain layers among them."""
     both = [lambda x: rebuilt(layer, x), lambda x: factored(layer, x)]
     return [layer, *both, plain_dense(layer), plain_pair(layer)]
+
+
+class DataBasis(NamedTuple):
+    """All factors of a layer in a metric of data, and what their ranks carry."""
+
+    factors: Factors
+    carried: torch.Tensor
+
+
+def in_metric_of_data(left, right, seen, of_loss):
+    """The basis of one metric, with its factors."""
+    (basis,) = bases_of(left, right, seen, (of_loss,))
+    return DataBasis(basis.factors(left, right, basis.of_features.shape[-1]), basis.carried)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import casts
+import compress_cost
 import harness
 import latency
 import nets
@@ -503,3 +504,22 @@ def test_a_rival_that_wins_is_named():
         "a, 0.5, finetuning none: ASVD is 1.00 points better than ours"
     ]
     assert pretrained.lost(rows, {"a": ("error", False)}) == []
+
+
+# ------------------------------------------------------------------------------------------------------ compress_cost
+
+
+def test_the_cost_of_compression_is_that_of_its_passes_svds_and_the_rest(tmp_path):
+    few = ("--width", "64", "--depth", "1", "--size", "32", "--inputs", "8", "--batch-size", "4", "--parts", "time")
+    rows = rows_written(compress_cost.main, tmp_path / "out.json", *few)["rows"]
+    seconds = {row["part"]: row["seconds"] for row in rows if row["what"] == "time"}
+    assert seconds["whole"] == pytest.approx(seconds["passes"] + seconds["whole, without the passes"])
+    (passes,) = [row for row in rows if row["what"] == "passes"]
+    assert passes["backward"] == 2 * 4  # the batch that is not held out, for moments and for what the loss feels
+    inside = {row["part"]: row["seconds"] for row in rows if row["what"] == "inside"}
+    whole = inside.pop("whole")
+    assert whole == pytest.approx(sum(inside.values()))
+    assert [table.title.split(";")[0] for table in compress_cost.tables(rows)] == [
+        "Time",
+        "Inside the call, one of them",
+    ]

@@ -401,8 +401,9 @@ def counted(module, args):
     module.calls.add_(1 + 0 * torch.rand(()))
 
 
+@pytest.mark.parametrize("reconstruct", [0, 3])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_modes_randomness_gradients_hooks_and_buffers_are_the_users(inplace):
+def test_modes_randomness_gradients_hooks_and_buffers_are_the_users(inplace, reconstruct):
     model, batches = trained(Norms)
     model.body[1].eval()
     model.register_buffer("calls", torch.zeros(()))
@@ -413,7 +414,9 @@ def test_modes_randomness_gradients_hooks_and_buffers_are_the_users(inplace):
     hooks, gradients = dict(model.body[0]._forward_hooks), {n: p.grad.clone() for n, p in model.named_parameters()}
     random_state = torch.get_rng_state()
     modes = [child.training for child in model.modules()]
-    small, report = quietly(model, batches, inplace=inplace, target_macs=0.7, recalibrate=False)
+    small, report = quietly(
+        model, batches, inplace=inplace, target_macs=0.7, recalibrate=False, reconstruct=reconstruct
+    )
     assert torch.equal(torch.get_rng_state(), random_state)
     assert float(model.calls) == float(small.calls) == 0
     assert small.training and not small.body[1].training and small.body[0].training
@@ -428,6 +431,24 @@ def test_modes_randomness_gradients_hooks_and_buffers_are_the_users(inplace):
         if inplace and not name.startswith("body.3"):  # which is two layers now
             assert torch.equal(parameter.grad, gradients[name])
     assert seen and handle
+
+
+@pytest.mark.parametrize("with_loss", [False, True])
+@pytest.mark.parametrize("make", [Norms, Recurrent, mlp])
+def test_reconstruction_brings_outputs_nearer_and_keeps_the_best(make, with_loss):
+    model, batches = trained(make)
+    arguments = {"target_macs": 0.35, "importance": "outputs"}
+    if with_loss:
+        arguments["loss"] = lambda model, x: model(x).square().mean()
+    without, before = quietly(model, batches, **arguments)
+    small, after = quietly(model, batches, reconstruct=40, **arguments)
+    assert not before.reconstructed and after.reconstructed and after.distance < before.distance
+    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in without.named_parameters()}
+    assert plain(small) and all(p.requires_grad for p in small.parameters())
+    # What is worse on what is held out is not kept.
+    step = quietly(model, batches, reconstruct=1, **arguments)[1]
+    assert step.reconstructed or step.distance == pytest.approx(before.distance, rel=1e-5)  # the same but for rounding
+    assert not step.reconstructed or step.distance < before.distance
 
 
 CONTEXTS = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}

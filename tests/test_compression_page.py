@@ -34,6 +34,7 @@ def compression(count=5, names=None, **changes):
         curve=CURVE,
         bias_corrected=True,
         batch_norm_recalibrated=False,
+        reconstructed=False,
         inputs=192,
         seconds=3.5,
     )

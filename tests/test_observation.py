@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import in_metric_of_data
 from models import SmallNet, data, quiet_trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,7 +15,6 @@ from lightning_svd.compression.data import CalibrationData
 from lightning_svd.layers.matrices import truncate
 from lightning_svd.model.plan import plan
 from lightning_svd.model.surgery import begin
-from lightning_svd.ranks.statistics import in_metric_of_data
 from lightning_svd.training.observation import Listener, Replayer
 from lightning_svd.training.policies import FallToBudget, Finetune
 

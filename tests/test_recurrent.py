@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
+from lightning_svd import FallToBudget, SVDTraining, compress
 from lightning_svd.layers.compounds import join, linears_of, named_layers, open_up, owners_of, split
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import FactorizedModule, factorize, plain_pair, release
@@ -463,3 +464,30 @@ def test_a_refused_weight_leaves_the_module_as_it_was():
         decompose(whole)
     assert type(whole) is nn.LSTM
     assert {name: id(p) for name, p in whole.named_parameters()} == {name: id(p) for name, p in before.items()}
+
+
+class First(nn.Module):
+    """The first output of a recurrent module."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = nn.LSTM(12, 16, batch_first=True)
+
+    def forward(self, x):
+        return self.of(x)[0]
+
+
+def test_who_makes_a_small_recurrent_net_low_rank_is_told_that_it_gets_no_faster():
+    model = nn.Sequential(First(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    run = SVDTraining(model, optimizer, 4, target_macs=0.4, schedule=FallToBudget(start=0.0, end=0.5, cuts=1))
+    for _ in range(4):
+        model(torch.randn(3, 5, 12)).sum().backward()
+        run.step()
+        optimizer.zero_grad()
+    (warning,) = run.finish().warnings
+    assert warning.startswith("0.of: recurrent layers so small take no less time")
+    _, report = compress(nn.Sequential(First()), [torch.randn(8, 5, 12)], target_macs=0.4, progress=False)
+    assert "Note: 0.of: recurrent layers so small" in str(report)
+    _, report = compress(nn.Sequential(nn.Linear(12, 16)), [torch.randn(8, 12)], target_macs=0.4, progress=False)
+    assert report.no_faster is None and "Note" not in str(report)

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_svd.compression.data import CalibrationData
 from lightning_svd.layers.layer import SVDLayer, watching
-from lightning_svd.model.calls import in_backward, inputs_in, untouched
+from lightning_svd.model.calls import inputs_in, untouched
+from lightning_svd.model.noting import Pass
 from lightning_svd.model.targets import drawn_gradients, numbers_in
-from lightning_svd.ranks.statistics import Basis, Felt, Statistics, features_of
+from lightning_svd.ranks.statistics import Basis, Felt, Statistics
 
 _WITHOUT = "give `importance='outputs'`, which needs none"
 
@@ -98,47 +99,22 @@ def _run(
 
     All layers are watched, whatever there is of them: gradients come from all of them on.
     """
-    told: dict[str, Statistics | Felt] = {}
-    inputs = 0
-
-    def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-        statistics = of(layer)
-        if statistics is None:
-            return _with_gradient(out)
-        # Features now, not when the gradient comes: by then the model may have written into x.
-        between = features_of(layer, x, out, bias)
-        told[layer.layer_name] = statistics
-        if not in_backward():  # where an activation checkpoint computes what was seen before
-            statistics.see(layer, between)
-        if not torch.is_grad_enabled():  # the model may have turned gradients off here
-            return out
-        out = _with_gradient(out)
-        note: Any = out.register_hook
-        note(lambda gradient: statistics.see_gradient(layer, between, gradient, inputs))
-        return out
-
     generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
         stack.enter_context(untouched(data.model))
         stack.enter_context(torch.set_grad_enabled(with_gradients))  # which is so from when it is made
-        stack.enter_context(_frozen(data.model))
-        stack.enter_context(watching(layers.values(), watch))
+        stack.enter_context(frozen(data.model))
         for batch in track(data.batches, "calibrating"):
-            inputs = inputs_in(batch)
-            output = data.call(batch)
-            if with_gradients:
-                _backward(output, inputs if data.loss else None, generator)
-            for each in told.values():
-                each.end_batch(inputs)
-
-
-def _with_gradient(out: Tensor) -> Tensor:
-    """The same values, to which gradients come whatever is frozen before."""
-    return out + out.new_zeros(()).requires_grad_() if torch.is_grad_enabled() else out
+            one = Pass(of, inputs_in(batch))
+            with watching(layers.values(), one.watch):
+                output = data.call(batch)
+                if with_gradients:
+                    _backward(output, one.inputs if data.loss else None, generator)
+            one.end()
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Parameters without gradients inside, which nobody needs here and which take time and memory."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

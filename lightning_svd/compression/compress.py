@@ -19,9 +19,11 @@ from lightning_svd.compression.batch_norm import Values, put, recalibrated
 from lightning_svd.compression.calibration import NoGradientError, Track, collect, collect_felt
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
 from lightning_svd.compression.progress import tracking
+from lightning_svd.compression.reconstruction import reconstruct as reconstruct_layers
 from lightning_svd.compression.report import CompressionReport
+from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.layer import SVDLayer, watching
-from lightning_svd.layers.matrices import wide
+from lightning_svd.layers.matrices import Factors, wide
 from lightning_svd.layers.pairs import bias_of
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
@@ -56,6 +58,7 @@ def compress(
     inputs: int = 256,
     correct_bias: bool | None = None,
     recalibrate: bool = True,
+    reconstruct: int = 0,
     curve: bool = False,
     inplace: bool = False,
     progress: bool = True,
@@ -66,7 +69,8 @@ def compress(
 
     A few batches run through the model. Of each layer, the ranks that are kept are those that its outputs need and
     that a loss feels, and layers share the budget by what the loss feels; several ways to decide are tried, and judged
-    by how far outputs move on batches held out. The result is made of plain torch layers::
+    by how far outputs move on batches held out. Statistics are collected of as many layers at a time as there is memory
+    for, half of what the weights take up or what layers put out for a batch. The result is made of plain torch layers::
 
         small, report = compress(model, batches, target_macs=0.5)
 
@@ -82,6 +86,9 @@ def compress(
         inputs: How many inputs to take from ``batches``; the last quarter of the batches is held out.
         correct_bias: Whether biases make up for the mean of what is dropped; None for whether it helps.
         recalibrate: Whether running statistics of batch normalization are taken anew, if that helps.
+        reconstruct: For how many steps the low-rank layers are trained on the same inputs, without labels, so that the
+            model puts out again what it did; the best of what comes out on inputs held out is kept. A step costs a
+            forward and a backward pass of a batch.
         curve: Whether the report says how far outputs would move at other budgets.
         inplace: Change ``model`` itself. A copy costs little more memory: what is to be factorized is not copied.
         progress: Show a progress bar.
@@ -98,6 +105,7 @@ def compress(
     """
     check_choice("importance", importance, IMPORTANCES)
     check_count("inputs", inputs)
+    check_count("reconstruct", reconstruct, least=0)
     flags = {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}
     for name, flag in flags.items() if correct_bias is None else (flags | {"correct_bias": correct_bias}).items():
         check_flag(name, flag)
@@ -115,9 +123,12 @@ def compress(
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
         try:
+            originals = run.data.outputs(run.data.batches) if reconstruct and loss is None else []
             run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,), curve)
             distances = run.curve() if curve else {}
             run.cut(correct_bias, recalibrate)
+            if reconstruct:
+                run.reconstruct(reconstruct, originals)
             report = run.finish(distances)
             _separate(small, shared)
             return small, report
@@ -158,9 +169,10 @@ class _Compression:
         self.bounds = recipe.bounds(self.plan)
         self.tried: dict[str, float] = {}
         self.spectra: dict[str, list[float]] = {}
+        self.reconstructed = False
         self.means: dict[str, Tensor] = {}  # of each layer's features
         self.bases: dict[str, Basis] = {}  # of the choice
-        self.choice, self.values, self.adds_up = "", dict[str, Tensor](), False
+        self.choice, self.values, self.adds_up, self.ranks = "", dict[str, Tensor](), False, dict[str, int]()
         try:
             check_dense(model, self.weights)
             self.cost, self.activations = self._learn_costs()
@@ -225,6 +237,7 @@ class _Compression:
             other_budgets: Whether all ranks that pay are to be there afterwards, and not only those that are chosen.
         """
         found: list[_Candidate] = []
+        chosen: dict[str, dict[str, int]] = {}
         bases: dict[str, dict[str, Basis]] = {}
 
         def judge(candidates: Sequence[_Candidate]) -> None:
@@ -242,7 +255,8 @@ class _Compression:
             for mine, candidate in zip(ranks, candidates, strict=True):
                 with self._having(mine, bases[candidate.metric]):
                     self.tried[candidate.label] = self.distance()
-            found.extend(candidates)
+                found.append(candidate)
+                chosen[candidate.label] = mine
 
         of_weights = self._decompose("spectrum" in importances)
         if "spectrum" in importances:
@@ -264,7 +278,7 @@ class _Compression:
         if math.isnan(self.tried[best.label]):
             raise ValueError("the model's outputs for the held-out ones of `batches` are NaN or infinite")
         self.choice, self.values, self.adds_up = best.label, best.values, best.adds_up
-        self.bases = bases[best.metric]
+        self.ranks, self.bases = chosen[best.label], bases[best.metric]
         if best.metric == "spectrum":
             self.means = {}
 
@@ -355,18 +369,27 @@ class _Compression:
     @contextmanager
     def _having(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> Iterator[None]:
         """Have layers compute with so many ranks of bases inside, and dense again afterwards."""
-        self._use(ranks, bases)
+        self._use(self._factors(ranks, bases))
         try:
             yield
         finally:
             for name in ranks:
                 self.layers[name].to_dense(self.weights[name])
 
-    def _use(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> None:
+    def _factors(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> dict[str, Factors]:
+        """Of the layers that do not stay dense, in their dtype."""
+        found = {}
         for name, rank in ranks.items():
-            layer = self.layers[name]
+            layer, weight = self.layers[name], self.weights[name]
             if rank < layer.full_rank:
-                layer.to_svd(bases[name].factors(*sides(layer, self.weights[name]), rank))
+                factors = bases[name].factors(*sides(layer, weight), rank)
+                found[name] = Factors(*(factor.to(weight.dtype) for factor in factors))
+        return found
+
+    def _use(self, factors: dict[str, Factors]) -> None:
+        """Have layers compute with these, which are let go of on the way."""
+        for name in [*factors]:
+            self.layers[name].to_svd(factors.pop(name))
 
     def distance(self) -> float:
         """How far held-out outputs are from what they were."""
@@ -388,12 +411,12 @@ class _Compression:
 
     def cut(self, correct_bias: bool | None, recalibrate: bool) -> None:
         """Use the ranks that were chosen, and make up for what is dropped."""
-        self.ranks = self._ranks(self.values, self.adds_up)
-        self.shifts = self._shifts()
+        factors = self._factors(self.ranks, self.bases)
+        self.shifts = self._shifts(factors)
         if correct_bias and not self.means:  # ranks by the weights alone
             seen = collect(self.data, self.layers, False, self.track, with_moments=False)
             self.means = {name: each.total / each.positions for name, each in seen.items()}
-        self._use(self.ranks, self.bases)
+        self._use(factors)
         self.corrected = False
         if correct_bias is not False and self.means:
             before = self.distance()
@@ -406,16 +429,16 @@ class _Compression:
         if recalibrate:
             self.norms = recalibrated(self.model, self.data, self.distance)
 
-    def _shifts(self) -> dict[str, float]:
+    def _shifts(self, factors: Mapping[str, Factors]) -> dict[str, float]:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""
         moved = dict.fromkeys(self.layers, 0.0)
         sizes = dict.fromkeys(self.layers, 0.0)
-        pairs = {name: self._pair(name) for name, rank in self.ranks.items() if rank < self.layers[name].full_rank}
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
             name = layer.layer_name
-            if name in pairs:
-                cut_out = layer.view.apply_factors(x, *pairs[name], bias)
+            if name in factors:
+                U, s, V = factors[name]
+                cut_out = layer.view.apply_factors(x, U * s.unsqueeze(-2), V, bias)
                 moved[name] += float(wide(cut_out - out).square().sum())
             sizes[name] += float(wide(out).square().sum())
             return out
@@ -423,12 +446,6 @@ class _Compression:
         with watching(self.layers.values(), watch):
             self.data.outputs(self.data.held_out)
         return {name: moved[name] / sizes[name] if sizes[name] else 0.0 for name in self.layers}
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        """Both factors of a layer at its rank, in its dtype."""
-        layer, weight = self.layers[name], self.weights[name]
-        U, s, V = self.bases[name].factors(*sides(layer, weight), self.ranks[name])
-        return (U * s.unsqueeze(-2)).to(weight.dtype), V.to(weight.dtype)
 
     def _bias(self, name: str) -> Tensor | None:
         layer: Any = self.layers[name]
@@ -448,6 +465,13 @@ class _Compression:
         for name, before in self.biases.items():
             _set(self._bias(name), before)
         self.biases = {}
+
+    def reconstruct(self, steps: int, originals: Sequence[Sequence[Tensor]]) -> None:
+        """Train low-rank layers towards the original outputs, if that brings held-out ones nearer."""
+        low_rank = {name: layer for name, layer in self.layers.items() if layer.form.name != "dense"}
+        if low_rank:
+            arguments = self.model, low_rank, self.data, originals, steps, self.distance, self.track
+            self.reconstructed = reconstruct_layers(*arguments)
 
     def finish(self, curve: Mapping[float, float]) -> CompressionReport:
         """Make the layers plain ones; returns the report."""
@@ -477,8 +501,10 @@ class _Compression:
             curve=dict(curve),
             bias_corrected=self.corrected,
             batch_norm_recalibrated=bool(self.norms),
+            reconstructed=self.reconstructed,
             inputs=self.data.inputs,
             seconds=time.monotonic() - self.started,
+            no_faster=no_faster(self.model),
         )
 
 

@@ -39,6 +39,7 @@ def render_compression(report: CompressionReport) -> str:
     made_up = [
         "biases make up for the mean of what was dropped" if report.bias_corrected else "",
         "running statistics were taken anew" if report.batch_norm_recalibrated else "",
+        "low-rank layers were trained towards the original outputs" if report.reconstructed else "",
     ]
     facts = (
         f"Made without training from {report.inputs:,} inputs in {report.seconds:.3g} s; decided by {report.choice}"

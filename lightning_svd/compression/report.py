@@ -38,8 +38,10 @@ class CompressionReport:
         curve: Other shares of the cost -> how far outputs would be moved.
         bias_corrected: Whether biases make up for the mean of what was dropped.
         batch_norm_recalibrated: Whether running statistics of batch normalization were taken anew.
+        reconstructed: Whether low-rank layers were trained towards the original outputs.
         inputs: How many inputs statistics were collected on.
         seconds: How long it took.
+        no_faster: Which modules take no less time than before, in words; None if all may be faster.
     """
 
     ranks: SVDReport
@@ -54,8 +56,10 @@ class CompressionReport:
     curve: Mapping[float, float]
     bias_corrected: bool
     batch_norm_recalibrated: bool
+    reconstructed: bool
     inputs: int
     seconds: float
+    no_faster: str | None = None
 
     @property
     def warning(self) -> str | None:
@@ -71,6 +75,8 @@ class CompressionReport:
         lines = [str(self.ranks), f"{self.measure} of held-out outputs: {self.distance:.4g} ({self.choice})"]
         if self.warning:
             lines.append(f"Warning: {self.warning}")
+        if self.no_faster:
+            lines.append(f"Note: {self.no_faster}")
         if self.curve:
             lines.append(self.curve_table())
         return "\n".join(lines)

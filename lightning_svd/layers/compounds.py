@@ -115,6 +115,19 @@ def open_up(module: nn.Module) -> list[Replaced]:
 # State dicts, in which a module has torch's own names or those of its layers
 
 
+def no_faster(module: nn.Module) -> str | None:
+    """A warning of the modules that compute with dense weights, to which low-rank parts are multiplied out."""
+    names = [
+        name or "the model" for name, child in module.named_modules() if isinstance(child, InParts) and child.rebuilds
+    ]
+    if not names:
+        return None
+    return (
+        f"{', '.join(names[:8])}: recurrent layers so small take no less time with low rank, and somewhat more for a "
+        "single input: their factors are multiplied out for torch's kernel in each call"
+    )
+
+
 def split_prefixes(module: nn.Module) -> Iterator[tuple[str, type[InParts]]]:
     """Where in a state dict the modules stand whose parts are children, under every name they have, and their kind."""
     for name, child in module.named_modules(remove_duplicate=False):

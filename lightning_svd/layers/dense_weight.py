@@ -5,7 +5,8 @@ averages that walk two ``parameters()`` lists side by side, penalties, functions
 ``nn.Parameter`` that the layer had stays in its place and becomes a :class:`DenseWeight`: it has no storage, answers
 what it is (shape, dtype, device) for nothing, and is computed from the factors where its values are asked for,
 differentiable as any function of theirs. Replacing all of its values (``copy_``) loads them, as ``load_state_dict``
-does; whatever else would be lost is refused: other writes, hooks, the gradient.
+does; a gradient that reaches it, past its type, goes on to the factors; whatever else would be lost is refused: other
+writes, hooks, the values of its gradient, derivatives with respect to it.
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ class DenseWeight(nn.Parameter):
         face.grad = None
         face.data = _stand_in(face.shape, face)
         face.__class__, face.source = cls, source
+        _listen(face)
         return face  # type: ignore[no-any-return]
 
     def give_back(self, values: Tensor) -> nn.Parameter:
         """Make it a plain parameter again, the same object, with these values."""
         face: Any = self
+        if "listens" in vars(face):
+            vars(face).pop("listens").remove()
         del face.source
         face.__class__ = nn.Parameter
         if values.is_meta != face.is_meta:  # where torch has no way to set the data
@@ -182,7 +186,7 @@ def _stand_in(shape: torch.Size, like: Tensor) -> Tensor:
 def _computed(func: Any, args: Any, kwargs: Any) -> Any:
     """What a function returns for the values of weights and views among its arguments."""
     name = _name_of(func)
-    first = next(_flattened(args), None)
+    first = next(_flattened((args, kwargs)), None)  # by keyword too, as torch's initializations pass it on
     mine = (DenseWeight, DenseView)
     if name == "equal" and args[0].shape != args[1].shape:
         return False  # as who looks a weight up among many asks of each
@@ -190,7 +194,7 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
         for target, given in zip(args[0], args[1], strict=True):
             target.copy_(given)
         return None
-    written = [*_flattened(args[:1])] if name.startswith("_foreach") else [first]
+    written = [*_flattened(args[:1])] if name.startswith("_foreach") and args else [first]
     written = [*written, *_flattened(kwargs.get("out"))] if _writes(name) else [*_flattened(kwargs.get("out"))]
     for target in written:
         if isinstance(target, mine):
@@ -200,6 +204,8 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
             _refuse(target.source, f"was to be changed by `{name}`")
     if name in _HOOKS and isinstance(first, mine):
         _refuse(first.source, f"takes no `{name}`")
+    if func is torch.autograd.grad:
+        _refuse_derivatives(args, kwargs)
     values: dict[int, Tensor] = {}
     result = func(*_plain(args, values), **_plain(kwargs, values))
     if name in _VIEWS and isinstance(first, mine) and not torch.compiler.is_compiling():
@@ -226,6 +232,24 @@ def _plain(value: Any, known: dict[int, Tensor]) -> Any:
     if type(value) is dict:
         return {key: _plain(item, known) for key, item in value.items()}
     return value
+
+
+def refuse_in_transforms(given: Tensor) -> None:
+    """Refuse a weight itself that ``torch.func`` has wrapped, past its type: it would be of no values.
+
+    Raises:
+        RuntimeError: Naming the weight, and what to give instead.
+    """
+    functorch: Any = torch._C._functorch  # there is no public way to ask
+    while functorch.is_functorch_wrapped_tensor(given):
+        given = functorch.get_unwrapped(given)
+        if isinstance(given, DenseWeight):
+            source = given.source
+            raise RuntimeError(
+                f"`{source.weight_name()}` itself was given to a transform of `torch.func`, but its layer trains U, s "
+                "and V in its place: give its values, `{name: p.clone() for name, p in model.named_parameters()}`, or "
+                f"leave the layer out, `exclude_modules={source.layer_names()}`"
+            )
 
 
 def _flattened(value: Any) -> Iterator[Any]:
@@ -256,6 +280,19 @@ def _refuse(source: Source, what: str) -> NoReturn:
     )
 
 
+def _refuse_derivatives(args: Any, kwargs: Any) -> None:
+    """Refuse a derivative with respect to a weight: no graph leads to it, and with ``allow_unused`` none would come."""
+    inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
+    sources = [each.source for each in _flattened([inputs]) if isinstance(each, (DenseWeight, DenseView))]
+    if sources:
+        names = [name for source in sources for name in source.layer_names()]
+        raise RuntimeError(
+            f"`{sources[0].weight_name()}` has no derivative, of which `torch.autograd.grad` was asked: its layer "
+            f"trains U, s and V in its place: leave the layer out, `exclude_modules={names}`, or differentiate a "
+            "function of given weights, by `torch.func.grad` and `torch.func.functional_call`"
+        )
+
+
 def _name_of(func: Any) -> str:
     name: str = getattr(func, "__name__", str(func))
     return f"{func.__self__.__name__}.{name}" if name in ("__get__", "__set__", "__delete__") else name
@@ -270,7 +307,55 @@ def _set_trained(face: DenseWeight, flag: bool = True) -> DenseWeight:
     for parameter in face.source.trained_parameters():
         parameter.requires_grad_(flag)
     with torch._C.DisableTorchFunctionSubclass():
-        return torch.Tensor.requires_grad_(face, flag)  # type: ignore[return-value]
+        torch.Tensor.requires_grad_(face, flag)
+    _listen(face)
+    return face
+
+
+def _listen(face: Any) -> None:
+    """Have a gradient that reaches the weight itself passed on to its factors.
+
+    One does where a function gets the weight past its type: an ``autograd.Function``, a checkpoint of the older kind.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        if face.requires_grad and face.is_leaf and "listens" not in vars(face):
+            vars(face)["listens"] = _T.register_post_accumulate_grad_hook(face, _pass_on)
+
+
+def _pass_on(face: Any) -> None:
+    with torch._C.DisableTorchFunctionSubclass():
+        gradient, face.grad = face.grad, None
+    if gradient is not None and type(face) is DenseWeight:
+        with torch.enable_grad():
+            weight: Any = face.source.rebuilt()
+        if weight.requires_grad:
+            weight.backward(gradient, create_graph=gradient.requires_grad)
+
+
+def _layout(face: DenseWeight) -> Tensor:
+    """A tensor on no device that lies in memory as the weight does, of which the stand-in knows nothing."""
+    layout = getattr(face.source, "layout", torch.contiguous_format)
+    return torch.empty(face.shape, dtype=face.dtype, device="meta", memory_format=layout)
+
+
+def _stride(face: DenseWeight, *args: Any, **kwargs: Any) -> Any:
+    return _by_the_stand_in(_T.stride, (face, *args), kwargs) if _traced() else _layout(face).stride(*args, **kwargs)
+
+
+def _is_contiguous(face: DenseWeight, *args: Any, **kwargs: Any) -> bool:
+    if _traced():
+        return bool(_by_the_stand_in(_T.is_contiguous, (face, *args), kwargs))
+    return _layout(face).is_contiguous(*args, **kwargs)
+
+
+def _traced() -> bool:
+    """Whether torch.compile looks, which must see the tensor that there is."""
+    return torch.compiler.is_compiling()
+
+
+def _is_trained(face: DenseWeight) -> bool:
+    # Whoever goes by an optimizer's parameters, as `toggle_optimizer` does, freezes the factors.
+    return any(parameter.requires_grad for parameter in face.source.trained_parameters())
 
 
 def _set_gradient(face: DenseWeight, value: Tensor | None = None) -> None:
@@ -294,6 +379,8 @@ _VALUES = {f"{name}.__get__" for name in ("data", "grad", "T", "mT", "H", "mH", 
 _METHODS = (
     "stride is_contiguous size dim ndimension numel nelement element_size get_device is_floating_point is_complex "
     "is_signed is_conj is_neg is_inference is_pinned is_shared _is_view"
+    # Where it lies: each weight in a place of its own, as who looks for parameters that share memory wants to know.
+    " data_ptr untyped_storage storage_offset"
 )
 _ABOUT = {getattr(of, name) for name in _METHODS.split() for of in (_T, torch) if hasattr(of, name)} | {_T.__len__}
 
@@ -304,6 +391,9 @@ def _is_about(func: Any) -> bool:
 
 # What only a weight, or a view of all of it, answers in its own way.
 _OWN: dict[Any, Any] = {
+    _T.requires_grad.__get__: _is_trained,
+    _T.stride: _stride,
+    _T.is_contiguous: _is_contiguous,
     _T.requires_grad.__set__: _set_trained,
     _T.requires_grad_: _set_trained,
     _T.grad.__get__: DenseGradient.of,

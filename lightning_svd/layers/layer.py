@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.layers.dense_weight import DenseWeight, refuse_in_transforms
 from lightning_svd.layers.forms import FORMS, DenseForm, Form, PairForm, SVDForm, balanced, parameter_of
 from lightning_svd.layers.matrices import Factors, exact_products, roundoff, svd, wide
 from lightning_svd.layers.pairs import bias_of, empty_dense, factored_pair, fill, layout_of
@@ -158,6 +158,7 @@ class SVDLayer(FactorizedModule):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]  # of the layer's own class
         given, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if self.form.name != "dense" and given is not None and type(given) is not DenseWeight:
+            refuse_in_transforms(given)
             return self.view.apply_matrix(x, self.view.unfold(given), bias)  # by torch.func.functional_call
         return self.output_with(x, bias)
 

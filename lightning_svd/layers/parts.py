@@ -72,6 +72,11 @@ class InParts(nn.Module):
         """Why a module of a supported type cannot be taken apart; None if it can."""
         return None
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether its low-rank parts are multiplied out in each call, which saves no time."""
+        return False
+
     def input_shapes(self, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
         """What each part gets when the module is called with these arguments."""
         raise NotImplementedError

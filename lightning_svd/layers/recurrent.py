@@ -142,6 +142,11 @@ class SplitRecurrent(_Split):
         recurrent = (part for name, part in self.parts().items() if name.startswith("hh"))
         return next(self.parameters()).is_cuda or all(_saved(part) <= SAVED_BY_KERNEL for part in recurrent)
 
+    @property
+    def rebuilds(self) -> bool:
+        """Whether torch's kernel computes with weights that low-rank parts are multiplied out to."""
+        return self.fused and not self.is_dense
+
     def input_shapes(self, input: Tensor | PackedSequence, *_: Any, **__: Any) -> dict[str, tuple[int, ...]]:
         data = input.data if isinstance(input, PackedSequence) else input
         positions = data.numel() // data.shape[-1]

@@ -71,7 +71,6 @@ class SVDTrainingCallback(CallbackWithRun):
         check_count("log_spectrum_every_n_epochs", log_spectrum_every_n_epochs, least=0)
         self.monitor, self.mode, self.max_metric_drop = monitor, mode, max_metric_drop
         self.log_every_n_steps, self.log_spectrum_every_n_epochs = log_every_n_steps, log_spectrum_every_n_epochs
-        self.plan: list[Any] = []
         self._spectra: loggers.SpectrumHistory | None = None
         self._before_trial: dict[str, Any] = {}
 
@@ -103,7 +102,7 @@ class SVDTrainingCallback(CallbackWithRun):
             on_reshape=lambda: trainers.wrap_again(trainer),
             state=self._to_resume,
         )
-        self._run, self.plan, self.report, self._to_resume = run, run.plan, None, None
+        self._begin(run)
         trainers.connect(trainer, run)
         rank_zero_info(plan_table(self.plan))
         if pl_module.example_input_array is not None:

@@ -10,6 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_svd.files.checkpoints import VERSION, check_state
+from lightning_svd.model.plan import LayerPlan
+from lightning_svd.model.surgery import check_in_place
 from lightning_svd.report.data import SVDReport
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
@@ -22,6 +24,7 @@ class CallbackWithRun(Callback):
 
     Attributes:
         recipe: What is asked for.
+        plan: What became of each layer, after the fit has started.
         report: On the run that has ended; None before.
     """
 
@@ -30,11 +33,21 @@ class CallbackWithRun(Callback):
 
     def __init__(self) -> None:
         super().__init__()
+        self.plan: list[LayerPlan] = []
         self.report = None
         self._run: SVDTraining | None = None
         self._to_resume: dict[str, Any] | None = None
         self._interrupted: dict[str, Any] = {}
         self._finished: weakref.ref[nn.Module] | None = None
+        self._values: list[tuple[int, int]] | None = None
+
+    def _begin(self, run: SVDTraining) -> None:
+        self._run, self.plan = run, run.plan
+        self.report = self._to_resume = self._finished = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            check_in_place(pl_module, self._run.layers)
 
     def state_dict(self) -> dict[str, Any]:
         state = self._run.state_dict() if self._run is not None else self._interrupted
@@ -49,9 +62,12 @@ class CallbackWithRun(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._abandon()  # a tuner's early exit comes here past `on_fit_end` and `on_exception`
+        if stage == "fit":
+            self._note_trained_further(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._abandon()
+        self._note_trained_further(pl_module)
 
     def _abandon(self) -> None:
         run, self._run = self._run, None
@@ -60,20 +76,35 @@ class CallbackWithRun(Callback):
 
     def _note_finished(self, pl_module: LightningModule) -> None:
         self._finished = weakref.ref(pl_module)
+        # A model of plain layers only may be given other weights, its first ones for the next fold say:
+        # then it is a new one.
+        is_dense = self.report is not None and all(layer.form == "dense" for layer in self.report.layers)
+        self._values = _versions(pl_module) if is_dense else None
 
     def _is_finished(self, pl_module: LightningModule) -> bool:
-        return self._finished is not None and self._finished() is pl_module
+        is_same = self._finished is not None and self._finished() is pl_module
+        return is_same and self._values in (None, _versions(pl_module))
+
+    def _note_trained_further(self, pl_module: LightningModule) -> None:
+        """A fit is over; one of a finished model has changed its values."""
+        if self._finished is not None and self._finished() is pl_module:
+            self._note_finished(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
         # Lightning hangs the model's own logging functions on a callback.
         own = {key: value for key, value in vars(self).items() if key not in ("log", "log_dict")}
-        return own | {"_run": None, "_finished": None}
+        return own | {"_run": None, "_finished": None, "_values": None}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What this callback was built with, by the arguments' names; a subclass's own where it keeps them so."""
         names = [name for kind in reversed(type(self).__mro__) for name in inspect.signature(kind).parameters]
         return self.recipe.arguments | {n: vars(self)[n] for n in names if n in vars(self) and n != "recipe"}
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    """Which parameters a module has, and how often each was written into."""
+    return [(id(parameter), parameter._version) for parameter in module.parameters()]
 
 
 def with_recipe_arguments(callback: CallbackT) -> CallbackT:

@@ -40,6 +40,11 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
     for other in callbacks_of(trainer):
         if _is_a(other, "ModelPruning"):
             raise ValueError(f"{us} does not work with {type(other).__name__}: both change the same weights")
+        if _is_a(other, "FinetuningScheduler") and getattr(other, "restore_best", False):
+            raise ValueError(
+                f"{us} does not work with {type(other).__name__}(restore_best=True), which takes the optimizer back to "
+                "before ranks were cut, where it held other parameters: pass `restore_best=False`"
+            )
 
 
 def thaws_layers(trainer: Trainer) -> bool:

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
+import functools
+import warnings
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _of_all_modules
 from torch.utils.hooks import RemovableHandle
 
 from lightning_svd.layers.layer import SVDLayer
@@ -24,6 +28,9 @@ from lightning_svd.layers.parts import InParts
 # A loop over time steps calls one module thousands of times: of calls that look alike this many are kept, the others
 # are counted as repetitions of the last; and of all calls together no more than that.
 ALIKE, KEPT = 32, 10_000
+# What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
+_CONTAINERS = (list, dict, set, deque)
+DEEP, MANY = 2, 1000
 
 
 @dataclass(eq=False)
@@ -252,16 +259,18 @@ class CallRecorder(CallWatcher):
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile stands for
-        kind = (id(module), *map(_look, leaves((args, kwargs))))
+        flat = [*leaves((args, kwargs))]
+        kind = (id(module), *map(_look, flat))
+        times = max((_outside_of_transforms(leaf)[1] for leaf in flat if isinstance(leaf, Tensor)), default=1)
         full = len(self.calls) >= KEPT
         if kind in self._last and (full or self._alike[kind] >= ALIKE):
-            self._last[kind].times += 1
+            self._last[kind].times += times
         elif full:
             self.left_out += 1
         else:
             keep = _once_each(_without_graph)
             inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-            call = Call(module, mapped(args, keep), mapped(dict(kwargs), keep), inference, grad)
+            call = Call(module, mapped(args, keep), mapped(dict(kwargs), keep), inference, grad, times)
             self.calls.append(call)
             self._last[kind] = call
             self._alike[kind] += 1
@@ -319,11 +328,30 @@ def _look(leaf: Any) -> Any:
     return leaf if isinstance(leaf, (bool, int, float, str)) or leaf is None else type(leaf)
 
 
+def _outside_of_transforms(tensor: Tensor) -> tuple[Tensor, int]:
+    """What a tensor is outside of ``torch.func``'s transforms, and how many such a ``vmap`` goes through: the first.
+
+    There is no public way to ask; in a replay, after the transform, the tensor itself would be of no use.
+    """
+    functorch: Any = torch._C._functorch
+    times = 1
+    with torch._C._DisableFuncTorch():
+        while functorch.is_functorch_wrapped_tensor(tensor):
+            axis = functorch.maybe_get_bdim(tensor)
+            tensor = functorch.get_unwrapped(tensor)
+            if axis >= 0:
+                times *= tensor.shape[axis]
+                tensor = tensor.select(axis, 0)
+        return tensor, times
+
+
 def _without_graph(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return tensor
-    detached = tensor.detach()
-    return detached.requires_grad_() if tensor.requires_grad else detached
+    outside, _ = _outside_of_transforms(tensor)
+    with torch._C._DisableFuncTorch():
+        detached = outside.detach()
+        return detached.requires_grad_() if outside.requires_grad else detached
 
 
 def _once_each(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -357,8 +385,9 @@ def replay(
     Afterwards each module is in its own mode; buffers, attributes and lists that the model keeps (counters, caches,
     states), random states and the calls' tensors are as before. Randomness in the model is the same in every replay.
     Gradients are off, unless the model differentiates in its forward pass. Autocast is as the caller has it. Hooks that
-    the user registered do run. Parameters that a model writes into in evaluation, objects that it was given, and what
-    its hooks do elsewhere are not undone.
+    the user registered do run, and what they keep (in lists, in objects, in variables of the function that made them)
+    is as before. Parameters that a model writes into in evaluation, objects that it was given, and what its hooks do
+    elsewhere, in files or global variables, are not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -368,7 +397,8 @@ def replay(
     Returns:
         What each call returned, detached.
     """
-    with untouched(module):
+    with untouched(module), _keeping_what_hooks_keep(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the step has given them, or they are of a replay's own making
         return [run_again(call, watch) for call in calls]
 
 
@@ -463,33 +493,107 @@ def _same_randomness(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _keeping_state(module: nn.Module) -> Iterator[None]:
-    """Buffers, attributes, and what is in lists and dicts among those, as they were afterwards."""
-    attributes = [(vars(child), dict(vars(child))) for child in module.modules()]
-    containers = [
-        (value, list(value) if isinstance(value, list) else dict(value))
-        for _, before in attributes
-        for value in before.values()
-        if isinstance(value, (list, dict))
-    ]
+    """Buffers, attributes, and what is in containers among those, as they were afterwards."""
+    kept = _Kept()
+    for child in module.modules():
+        kept.attributes(child)
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     try:
         yield
     finally:
-        for own, before in (*attributes, *containers):
-            _restore(own, before)
+        kept.restore()
         with torch.no_grad():
             for buffer, version, values in buffers:
                 if buffer._version != version:
                     buffer.copy_(values)
 
 
+@contextmanager
+def _keeping_what_hooks_keep(module: nn.Module) -> Iterator[None]:
+    kept = _Kept()
+    for hook in _forward_hooks(module):
+        kept.function(hook)
+    try:
+        yield
+    finally:
+        kept.restore()
+
+
+def _forward_hooks(module: nn.Module) -> Iterator[Any]:
+    """The user's functions that a call of the module's parts calls, those for all modules among them."""
+    # nn.Module's private dicts: there is no public way to ask what was registered.
+    everywhere = (_of_all_modules._global_forward_pre_hooks, _of_all_modules._global_forward_hooks)
+    own = ((child._forward_pre_hooks, child._forward_hooks) for child in module.modules())
+    for hooks in (everywhere, *own):
+        for hook in (*hooks[0].values(), *hooks[1].values()):
+            if str(getattr(hook, "__module__", "")).partition(".")[0] != __name__.partition(".")[0]:  # ours count
+                yield hook
+
+
+class _Kept:
+    """Containers, attributes and variables as they were, to be restored."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._containers: list[tuple[Any, Any]] = []
+        self._cells: list[tuple[Any, Any]] = []
+
+    def attributes(self, owner: Any) -> None:
+        """Note an object's attributes, and what is in containers among them."""
+        self._container(vars(owner), DEEP)
+
+    def function(self, function: Any) -> None:
+        """Note what a function keeps: its object's attributes, its arguments, and the variables that it closes over."""
+        if id(function) in self._seen:
+            return
+        self._seen.add(id(function))
+        inner = getattr(function, "__func__", function)  # a bound method's own
+        self._kept_by(getattr(function, "__self__", None) if inner is not function else function)
+        for cell in getattr(inner, "__closure__", None) or ():
+            with suppress(ValueError):  # one that is empty still
+                self._cells.append((cell, cell.cell_contents))
+                self._kept_by(cell.cell_contents)
+        for value in getattr(inner, "__defaults__", None) or ():
+            self._kept_by(value)
+
+    def _kept_by(self, value: Any) -> None:
+        if isinstance(value, functools.partial):
+            for each in (value.func, *value.args, *value.keywords.values()):
+                self._kept_by(each)
+        elif isinstance(value, _CONTAINERS):
+            self._container(value, DEEP)
+        elif isinstance(value, (FunctionType, MethodType)):
+            self.function(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, Tensor, nn.Module)):
+            self.attributes(value)
+
+    def _container(self, container: Any, deep: int) -> None:
+        if id(container) in self._seen:
+            return
+        self._seen.add(id(container))
+        self._containers.append((container, {**container} if isinstance(container, dict) else [*container]))
+        if deep and len(container) <= MANY:
+            for value in container.values() if isinstance(container, dict) else container:
+                if isinstance(value, _CONTAINERS):
+                    self._container(value, deep - 1)
+
+    def restore(self) -> None:
+        """Have everything as it was noted."""
+        for container, before in self._containers:
+            _restore(container, before)
+        for cell, before in self._cells:
+            if cell.cell_contents is not before:
+                cell.cell_contents = before
+
+
 def _restore(container: Any, before: Any) -> None:
-    if isinstance(before, list):
-        if [*map(id, container)] != [*map(id, before)]:
-            container[:] = before
-    elif [*container] != [*before] or any(container[key] is not value for key, value in before.items()):
+    if isinstance(container, dict):
+        if [*container] != [*before] or any(container[key] is not value for key, value in before.items()):
+            container.clear()
+            container.update(before)
+    elif [*map(id, container)] != [*map(id, before)]:
         container.clear()
-        container.update(before)
+        (container.update if isinstance(container, set) else container.extend)(before)
 
 
 # ------------------------------------------------------------------------------------------------- fewer inputs

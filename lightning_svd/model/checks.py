@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.layers.layer import PART_OF, SVDLayer, plain_pair
+from lightning_svd.layers.layer import PART_OF, SVDLayer, own_class, plain_dense, plain_pair
 from lightning_svd.layers.matrices import wide
 from lightning_svd.layers.parts import InParts
 from lightning_svd.model.calls import Call, cut, leaves, replay
@@ -25,6 +25,10 @@ FEW, ENTRIES = 8, 1 << 26
 # activations, by derivatives. In float32 ten thousand times the dtype's eps is 1e-3, more than is seen and far less
 # than what a layer does that is used in another way; where a dtype is so coarse that this would hide that, a tenth.
 AMPLIFIED, MOST = 1e4, 0.1
+
+
+class NotTheSameError(ValueError):
+    """A model computes something else with plain layers than with factorized ones."""
 
 
 def whole_layers(
@@ -41,7 +45,10 @@ def whole_layers(
         calls: Of one batch; a few inputs are used where that is safe.
         layers: By name. Parts of attention and recurrent modules, which call them themselves, are taken to be fine.
         limit_s: When to give up; what is not cleared by then is blamed.
-        entries: Of pairs that are held at a time.
+        entries: Of the pairs that are held at a time.
+
+    Raises:
+        NotTheSameError: If the model asks for a layer's exact class; the message names the layers.
     """
     names = visible(module, layers)
     if not names or not calls:
@@ -50,6 +57,15 @@ def whole_layers(
     calls, _ = cut(module, calls, FEW)
     expected, blamed = replay(module, calls), dict[str, str]()
     allowed = _allowed(module, calls, expected)
+    plain = _Search(module, calls, lambda some: plain_in_place(layers, some), expected, allowed, until, limit_s)
+    asked = plain.among(names)
+    if asked:
+        first = next(iter(asked))
+        raise NotTheSameError(
+            f"`{first}`: {asked[first]}, where the plain layer itself is in its place. A model that asks for the exact "
+            f"class, `type(layer) is {own_class(layers[first]).__name__}`, sees another while layers train as factors: "
+            f"ask by `isinstance`, or leave the layers out, `exclude_modules={[*asked]}`"
+        )
     for chunk in chunks({name: layers[name] for name in names}, entries):
         search = _Search(module, calls, lambda some: pairs_in_place(layers, some), expected, allowed, until, limit_s)
         blamed |= search.among(chunk)
@@ -85,13 +101,31 @@ def pairs_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iter
     Of a layer that trains its dense weight one of the two is the identity: it computes the same, and costs no SVD.
     Parts that an attention or recurrent module hides are left alone.
     """
+    with _in_place(layers, names, lambda layer: plain_pair(layer, exact=False)):
+        yield
+
+
+@contextmanager
+def plain_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iterator[None]:
+    """Have layers be plain ones of their own class inside, with the weights that they stand for; as before afterwards.
+
+    Parts that an attention or recurrent module hides are left alone.
+    """
+    with _in_place(layers, names, plain_dense):
+        yield
+
+
+@contextmanager
+def _in_place(
+    layers: Mapping[str, SVDLayer], names: Sequence[str], make: Callable[[SVDLayer], nn.Module]
+) -> Iterator[None]:
     saved: list[tuple[SVDLayer, type[nn.Module], dict[str, Any]]] = []
     try:
         for name in names:
             layer: Any = layers[name]
             if PART_OF in vars(layer):
                 continue
-            pair, own = plain_pair(layer, exact=False), vars(layer)
+            twin, own = make(layer), vars(layer)
             saved.append((layer, type(layer), dict(own)))
             # New containers, so that those that it has are there afterwards, in their order.
             of_form = set(layer.form.columns)
@@ -99,7 +133,7 @@ def pairs_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iter
             own.update(_parameters=parameters, _buffers=dict(own["_buffers"]), _modules=dict(own["_modules"]))
             for attribute in ("view", "form", "layer_name", "shows_factors", "weight", "_face", "_remembered"):
                 own.pop(attribute, None)
-            become(layer, pair)
+            become(layer, twin)
         yield
     finally:
         for layer, kind, before in reversed(saved):

@@ -123,6 +123,25 @@ def check_dense(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         check_finite(weight, name or type(module).__name__)
 
 
+def check_in_place(module: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
+    """Refuse that a layer which is trained was taken out of the module, where another may stand in its place.
+
+    Args:
+        module: The whole tree.
+        layers: That were factorized in it, by name.
+
+    Raises:
+        RuntimeError: If one of them is not there; the message names it.
+    """
+    there = {id(layer) for _, layer in named_layers(module)}
+    for name, layer in layers.items():
+        if id(layer) not in there:
+            raise RuntimeError(
+                f"`{name}` is another module than the one whose U, s and V are trained, or is gone: build the model "
+                f"before the fit starts, or leave the layer out, `exclude_modules=['{name}']`"
+            )
+
+
 @contextmanager
 def showing_factors(module: nn.Module) -> Iterator[None]:
     """Have ``parameters()`` of the whole module give what is trained inside."""
@@ -156,6 +175,8 @@ def finish(module: nn.Module, forms: Mapping[str, str]) -> list[Replaced]:
         Which parameters took the place of which.
     """
     layers = svd_layers(module)
+    # By the names that they had when they were factorized, too: what was compiled since has others in the tree.
+    layers = {layer.layer_name: layer for layer in layers.values()} | layers
     replaced: list[Replaced] = []
     for name, form in forms.items():
         layer = layers[name]

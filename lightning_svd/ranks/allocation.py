@@ -134,9 +134,13 @@ def _curve(cost: Cost, name: str, energy: Tensor, ladder: list[int], adds_up: bo
 def _hull(curve: Curve) -> Curve:
     """The points of the upper concave hull, the first and the last among them."""
     hull: Curve = []
+    slopes: list[float] = []  # between each point and the next; falling
     for point in curve:
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], point):
+        while slopes and slopes[-1] <= _slope(hull[-1], point):
             hull.pop()
+            slopes.pop()
+        if hull:
+            slopes.append(_slope(hull[-1], point))
         hull.append(point)
     return hull
 

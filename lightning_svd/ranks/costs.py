@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 Unit = Literal["macs", "params"]
@@ -69,7 +70,7 @@ class LayerCost:
     input_shapes: tuple[tuple[int, ...], ...] = ()
     latency: LayerLatency | None = None
 
-    @property
+    @cached_property  # asked for of each rank
     def break_even(self) -> int:
         """The largest rank whose factors are cheaper than the dense layer, in parameters and in MACs."""
         by_params = (self.dense_params - 1) // self.params_per_rank

@@ -117,18 +117,6 @@ class Statistics:
         alone = falling - torch.cat([falling[1:], falling.new_zeros(1)])
         return (self.squares + alone) / (2 * max(1, self.inputs))
 
-    @torch.no_grad()
-    def move(self, basis: DataBasis) -> None:
-        """Go on as if the layer had had these factors all the while; what the loss feels of ranks begins anew."""
-        assert self.features is not None
-        dtype = self.features.dtype
-        of_features, of_gradients = basis.of_features.double(), basis.of_gradients.double()
-        self.total = (of_features.mT @ self.total.double().unsqueeze(-1)).squeeze(-1).to(dtype)
-        self.features = (of_features.mT @ self.features.double() @ of_features).to(dtype)
-        if self.gradients is not None:
-            self.gradients = (of_gradients.mT @ self.gradients.double() @ of_gradients).to(dtype)
-        self.squares, self.tails = torch.zeros_like(self.squares), torch.zeros_like(self.tails)
-
 
 class Felt:
     """What a loss feels of the ranks of several bases, while the layer computes in the form that it has.
@@ -212,22 +200,6 @@ class Basis(NamedTuple):
             given = features.to(of_features.dtype).unsqueeze(-1)
             rest = given - of_gradients @ (of_features.mT @ given)
             return (rest if left is None else left.to(rest.dtype) @ rest).squeeze(-1)
-
-
-class DataBasis(NamedTuple):
-    """Factors whose ranks are ordered by what they do on data.
-
-    Attributes:
-        factors: U, s and V, columns of unit length that are not orthogonal.
-        carried: What each rank carries in the metric, (r,), summed over groups, descending.
-        of_features: Features in this basis are its transpose times those before, (groups, r, r).
-        of_gradients: The same for gradients.
-    """
-
-    factors: Factors
-    carried: Tensor
-    of_features: Tensor
-    of_gradients: Tensor
 
 
 def sides(layer: SVDLayer, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -328,38 +300,20 @@ def _by_input(scores: Tensor, inputs: int, rank: int) -> Tensor:
 
 
 @torch.no_grad()
-def in_metric_of_data(left: Tensor, right: Tensor, seen: Statistics, of_loss: bool) -> DataBasis:
-    """The same matrix in factors whose ranks are ordered by what they do on data, the most first.
+def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_loss: Sequence[bool]) -> list[Basis]:
+    """Bases whose ranks are ordered by what they do on data, the most first, in one metric or several.
 
     With S = E[z z^T] and G what an error of the features costs, an error ``L E R^T`` of the matrix costs tr(G E S E^T);
     the best matrix of rank k is then ``L C^-T P_k P_k^T C^T R^T``, with G = C C^T, P_k being the k leading eigenvectors
     of ``C^T S C``. Where errors of outputs count alike, G = L^T L: then the products with the data's inputs change
     least (Zhang et al. 2016, arXiv 1505.06798; the same as "whitening", SVD-LLM, arXiv 2403.07378). With gradients
     G = E[b b^T]: what the loss feels of them, to second order and in Kronecker factors (Martens and Grosse 2015, arXiv
-    1503.05671).
+    1503.05671). It is computed in the dtype of the moments; where a metric is too far from white to be inverted there,
+    in float64.
 
     Args:
-        left: L (m, r), with a leading dimension for groups.
-        right: R (n, r).
-        seen: On data, while these were the factors.
-        of_loss: Whether gradients say what an error costs.
-    """
-    (basis,) = bases_of(left, right, seen, (of_loss,))
-    factors = basis.factors(left, right, basis.of_features.shape[-1])
-    _, lengths = _unit_columns(_combined(right if right.ndim > 2 else right.unsqueeze(0), basis.of_features))
-    scale = lengths.unsqueeze(-2)
-    return DataBasis(factors, basis.carried, basis.of_features / scale, basis.of_gradients * scale)
-
-
-@torch.no_grad()
-def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_loss: Sequence[bool]) -> list[Basis]:
-    """What :func:`in_metric_of_data` says of one metric or several, without the factors.
-
-    It is computed in the dtype of the moments; where a metric is too far from white to be inverted there, in float64.
-
-    Args:
-        left: L, as there; None for the identity.
-        right: R; None for the identity.
+        left: L (m, r), with a leading dimension for groups; None for the identity.
+        right: R (n, r), alike.
         seen: On data, while these were the factors.
         of_loss: Of each metric whether gradients say what an error costs.
     """
@@ -371,7 +325,7 @@ def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_los
             if not wanted:
                 break
             plain, white = _gram(left, seen.features, dtype), _gram(right, seen.features, dtype)
-            features, size = _normal(seen.features, seen.positions, white, seen.positions, LEAST_WHITE)
+            features, size = _normal(seen.features, seen.positions, white, seen.positions, LEAST_WHITE, right is None)
             del white
             for number in wanted:
                 root = _root(left is None, plain, seen if of_loss[number] else None)
@@ -423,7 +377,7 @@ def _root(is_identity: bool, plain: Tensor, seen: Statistics | None) -> _Root | 
         costs = plain / size.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
     else:
         assert seen.gradients is not None
-        costs, size = _normal(seen.gradients, seen.inputs, plain, seen.positions, LEAST_PLAIN)
+        costs, size = _normal(seen.gradients, seen.inputs, plain, seen.positions, LEAST_PLAIN, is_identity)
     rank, eps, narrow = costs.shape[-1], torch.finfo(costs.dtype).eps, torch.finfo(torch.float32).eps
     root, failed = torch.linalg.cholesky_ex(costs)
     if not bool(failed.any()):
@@ -462,11 +416,23 @@ def _gram(factor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
     return factor.mT @ factor
 
 
-def _normal(moments: Tensor, count: int, target: Tensor, samples: int, least: float) -> tuple[Tensor, Tensor]:
-    """Mean moments (groups, r, r), shrunk, of about unit trace in the dtype of the target, and their own trace."""
+def _normal(
+    moments: Tensor, count: int, target: Tensor, samples: int, least: float, is_white: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean moments (groups, r, r), shrunk, of about unit trace in the dtype of the target, and their own trace.
+
+    Args:
+        moments: Sums.
+        count: How many they are of.
+        target: What they are shrunk towards.
+        samples: How many of them are independent.
+        least: The least share of the target.
+        is_white: Whether the target is the identity.
+    """
     moments = moments.to(target.dtype)
     traces = _trace(moments).clamp_min(torch.finfo(torch.float32).tiny)
-    return _shrunk(moments / traces.view(-1, 1, 1), target, samples, least), traces / max(1, count)
+    shrunk = _shrunk(moments / traces.view(-1, 1, 1), target, samples, least, is_white)
+    return shrunk, traces / max(1, count)
 
 
 def _trace(matrices: Tensor) -> Tensor:
@@ -478,7 +444,8 @@ def _combined(factor: Tensor | None, basis: Tensor) -> Tensor:
     if factor is None:
         return basis
     dtype = torch.promote_types(factor.dtype, basis.dtype)
-    return factor.to(dtype) @ basis.to(dtype)
+    combined: Tensor = factor.to(dtype) @ basis.to(dtype)
+    return combined
 
 
 def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -487,18 +454,27 @@ def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix / lengths.unsqueeze(-2), lengths
 
 
-def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float) -> Tensor:
-    """Moments (groups, r, r) mixed with others of the same trace, by as much as samples are few for so many directions.
+def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float, is_white: bool) -> Tensor:
+    """Moments (groups, r, r) mixed with a target of their size, by as much as samples are few for so many directions.
 
     The share is that of the oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698), which takes samples to
-    be independent.
+    be independent, and the target to be white: it is found where that is so, and is then the same for all factors of a
+    weight.
     """
-    tiny, size = torch.finfo(moments.dtype).tiny, moments.shape[-1]
-    trace, of_target = _trace(moments), _trace(target)
-    squared = moments.square().sum((-2, -1))
+    size, tiny = moments.shape[-1], torch.finfo(torch.float32).tiny
+    white = moments
+    if not is_white:
+        target = target / (_trace(target) / size).clamp_min(tiny).view(-1, 1, 1)
+        # Directions of which a weight has next to nothing say next to nothing.
+        least_of_target = torch.finfo(moments.dtype).eps ** 0.5 * torch.eye(size).to(moments)
+        root = torch.linalg.cholesky_ex(target + least_of_target)[0]
+        half = torch.linalg.solve_triangular(root, moments, upper=False)
+        white = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    trace, squared = _trace(white), white.square().sum((-2, -1))
     spread = (squared - trace.square() / size).clamp_min(tiny)
     share = ((1 - 2 / size) * squared + trace.square()) / ((samples + 1 - 2 / size) * spread)
     share = share.clamp(least, 1).view(-1, 1, 1)
     # Of what is all zero (features, or gradients that never came) the order of the others is left.
-    scale = (trace.where(trace > 0, torch.ones_like(trace)) / of_target.clamp_min(tiny)).view(-1, 1, 1)
-    return (1 - share) * moments + share * scale * target
+    scale = (trace.where(trace > 0, torch.ones_like(trace)) / size).view(-1, 1, 1)
+    shrunk: Tensor = (1 - share) * moments + share * scale * target
+    return shrunk

@@ -17,10 +17,10 @@ from lightning_svd.model.calls import (
     CallWatcher,
     call_again,
     holders,
-    in_backward,
     inputs_in,
     untouched,
 )
+from lightning_svd.model.noting import Pass
 from lightning_svd.model.targets import drawn_gradients, numbers_in
 from lightning_svd.ranks.importance import Importance, OnData
 from lightning_svd.ranks.statistics import Statistics, features_of
@@ -241,36 +241,12 @@ class Replayer(Observer):
         trained = [call for call in calls if call.grad] or calls
         with untouched(self.model), torch.set_grad_enabled(self.with_gradients):
             for call in trained:
-                told: dict[str, Statistics] = {}
-                inputs, probes = inputs_in((call.args, call.kwargs)), list[Tensor]()
-
-                def watch(
-                    layer: SVDLayer,
-                    x: Tensor,
-                    out: Tensor,
-                    bias: Tensor | None,
-                    told: dict[str, Statistics] = told,
-                    inputs: int = inputs,
-                    probes: list[Tensor] = probes,
-                ) -> Tensor:
-                    between = features_of(layer, x, out, bias)
-                    statistics = told[layer.layer_name] = seen[layer.layer_name]
-                    if not in_backward():  # where an activation checkpoint computes what was seen before
-                        statistics.see(layer, between)
-                    if not torch.is_grad_enabled():  # the model may have turned gradients off here
-                        return out
-                    probes.append(out.new_zeros(()).requires_grad_())
-                    out = out + probes[-1]
-                    note: Any = out.register_hook
-                    note(lambda gradient: statistics.see_gradient(layer, between, gradient, inputs))
-                    return out
-
-                with watching(self.layers.values(), watch):
+                one = Pass(lambda layer: seen[layer.layer_name], inputs_in((call.args, call.kwargs)))
+                with watching(self.layers.values(), one.watch):
                     output = call_again(call)
                     if self.with_gradients:
-                        reached |= _differentiate(output, probes, generator)
-                for each in told.values():
-                    each.end_batch(inputs)
+                        reached |= _differentiate(output, one.probes, generator)
+                one.end()
         return reached
 
 

@@ -56,7 +56,7 @@ class OptimizerOfFactors:
                 parameters of its own.
         """
         self.optimizer = optimizer
-        self.enforced = self.announced = self.gradients_added = False
+        self.enforced = self.announced = self.gradients_added = self._are_reached = False
         self._layers = list(layers)
         self._all = [optimizer, *_inner(optimizer)]
         self._check()
@@ -123,6 +123,28 @@ class OptimizerOfFactors:
             parameters = frozenset(p for group in self._groups() for p in group["params"])
             self._held = (key, parameters)
         return self._held[1]
+
+    def check_gradients(self) -> None:
+        """Look once, before the first step, whether the factors are reached by what reaches the rest of their layer.
+
+        A backward pass for ``inputs=model.parameters()`` leaves gradients there only, and no graph leads to a weight.
+
+        Raises:
+            RuntimeError: If a layer's bias has a gradient and its factors have none; the message names it.
+        """
+        if self._are_reached:
+            return
+        for layer in self.regularized:
+            bias = layer.shown_parameters().get("bias")
+            if bias is not None and bias.grad is not None and bias in self.held():
+                if any(p.grad is not None or not p.requires_grad for p in layer.form.trained):
+                    self._are_reached = True
+                    return
+                raise RuntimeError(
+                    f"`{layer.weight_name()}` got no gradient where its bias got one: its layer trains U, s and V "
+                    f"in its place: leave the layer out, `exclude_modules={layer.layer_names()}`, or call the backward "
+                    "pass without `inputs`"
+                )
 
     @property
     def layers(self) -> list[SVDLayer]:

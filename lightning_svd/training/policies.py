@@ -149,8 +149,8 @@ class FallToBudget(RankPolicy):
 class Finetune(FallToBudget):
     """For a trained net: one cut, soon, judged by what the loss feels on data, and no sparsity penalty.
 
-    Until then layers are the dense ones: what an optimizer like Adam does to U, s and V in a few steps of a loss that is
-    small already, undoes more than a cut. The arguments are those of :class:`FallToBudget`.
+    Until then layers are the dense ones: what Adam does to U, s and V in a few steps of a loss that is small already
+    undoes more than a cut. The arguments are those of :class:`FallToBudget`.
     """
 
     importance = "fisher"

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm, set_factors_of
 from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.matrices import Factors, check_finite, numerical_rank, wide
 from lightning_svd.model.calls import CallRecorder, cut
-from lightning_svd.model.checks import FEW, whole_layers
+from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
-from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
+from lightning_svd.model.surgery import begin, check_dense, check_in_place, finish, trained_weights, undo
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.ranks.latency import time_layers
@@ -321,6 +322,8 @@ class SVDTraining:
                 few, inputs = cut(self.model, calls, FEW)
                 cost = count_calls(self.model, self.layers, few, inputs)
                 refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
+        except NotTheSameError:
+            raise
         except Exception as error:
             raise ValueError(
                 "the model was run once more in evaluation, to count what it costs and to see which layers can become "
@@ -376,6 +379,8 @@ class SVDTraining:
         if optimizer.gradients_added:
             optimizer.gradients_added = False
         else:
+            if scale:
+                optimizer.check_gradients()
             self.add_gradients(optimizer, step, scale)
 
     def add_gradients(self, optimizer: OptimizerOfFactors, step: int, scale: float = 1.0) -> None:
@@ -407,6 +412,7 @@ class SVDTraining:
             layers = self.layers.values()
             self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
         if self.cost is None:
+            check_in_place(self.model, self.layers)
             self.recorder.start()
         if self.observer is not None and self._observes:
             self.observer.begin_batch()
@@ -643,7 +649,8 @@ class SVDTraining:
         form = "pair" if self.recipe.final == "factored" else "decomposed"
         finals = {name: form if pays[name] and self.recipe.final != "dense" else "dense" for name in self.layers}
         self._replace(finish(self.model, finals))
-        return report
+        slow = no_faster(self.model)
+        return replace(report, warnings=(*report.warnings, slow)) if slow else report
 
     def _warn_of_what_is_not_finite(self) -> None:
         broken = [

@@ -4,7 +4,15 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# What is installed: these versions, with these options of `pip install`. And how pytest is called.
+CONSTRAINTS    ?= constraints.txt
+INSTALL_FLAGS  ?=
+PYTEST_FLAGS   ?=
+# Old versions know what has been deprecated since; that is not what they are tried for.
+OLD_WARNINGS   := $(foreach kind,Deprecation PendingDeprecation Future,-W default::$(kind)Warning)
+
 .PHONY: help install demo test lint types contracts docs unit notebooks compatibility user-code stress format clean
+.PHONY: test-oldest test-newest wheel release
 
 help:
 	@echo "make demo    train a small ResNet dense and low-rank, compare, write a report (about 2 minutes)"
@@ -14,16 +22,20 @@ help:
 	@echo "make compatibility  write docs/compatibility.md from the tests"
 	@echo "make stress  kill runs, damage files, malform arguments; write docs/reliability.md (about 20 minutes)"
 	@echo "make user-code  write docs/user-code.md from the tests"
+	@echo "make test-oldest  the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
+	@echo "make test-newest  the tests with the newest versions there are, in .venv-newest"
+	@echo "make wheel   build the wheel, install it by itself, and test that"
+	@echo "make release VERSION=1.2.3  check and build a release, and say what to tag; nothing is uploaded"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the demo wrote"
 
 # The stamp depends on what is installed, so a changed requirement installs again and an unchanged one does not.
-$(VENV)/installed: pyproject.toml constraints.txt
-	@echo "==> Installing into $(VENV), versions from constraints.txt (a few minutes the first time)"
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	@echo "==> Installing into $(VENV), versions from $(CONSTRAINTS) (a few minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# torch first and by its exact version: otherwise another package's open bound may choose a larger build of it.
-	@$(PIP) install --quiet "torch==$$(sed -n 's/^torch==//p' constraints.txt)" -c constraints.txt
-	@$(PIP) install --quiet --editable '.[dev]' -c constraints.txt
+	@$(PIP) install --quiet $(INSTALL_FLAGS) "torch$$(sed -n 's/^torch==/==/p' $(CONSTRAINTS))" -c $(CONSTRAINTS)
+	@$(PIP) install --quiet $(INSTALL_FLAGS) --editable '.[dev]' -c $(CONSTRAINTS)
 	@touch $@
 
 install: $(VENV)/installed
@@ -53,7 +65,22 @@ docs: install
 
 unit: install
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest --doctest-modules tests lightning_svd
+	@$(BIN)/python -m pytest --doctest-modules $(PYTEST_FLAGS) tests lightning_svd
+
+test-oldest:
+	@$(MAKE) unit VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTEST_FLAGS="$(OLD_WARNINGS) $(PYTEST_FLAGS)"
+
+# Installed anew each time: what is newest changes.
+test-newest:
+	@rm -f .venv-newest/installed
+	@$(MAKE) unit VENV=.venv-newest CONSTRAINTS=constraints-newest.txt \
+		INSTALL_FLAGS="--upgrade --upgrade-strategy eager"
+
+wheel:
+	@PYTHON=$(PYTHON) .ci/wheel
+
+release:
+	@PYTHON=$(PYTHON) .ci/release $(VERSION)
 
 notebooks: install
 	@$(BIN)/python -m pytest tests/test_notebooks.py
@@ -74,4 +101,4 @@ format: install
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) docs/_build lightning-svd-demo
+	rm -rf $(VENV) .venv-oldest .venv-newest dist docs/_build lightning-svd-demo

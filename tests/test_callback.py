@@ -13,11 +13,19 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state, trained_parameters
+from models import (
+    EMAWeightAveraging,
+    SmallMLP,
+    SmallNet,
+    ValidatedNet,
+    data,
+    quiet_trainer,
+    same_state,
+    trained_parameters,
+)
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_same
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from models import SmallNet, ValidatedNet, data, quiet_trainer, same_state
+from models import EMAWeightAveraging, SmallNet, ValidatedNet, data, quiet_trainer, same_state
 from torch import nn
 
 from lightning_svd import FallToBudget, SVDTrainingCallback, load_low_rank, svd_layers

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
-from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer
+from models import EMAWeightAveraging, SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer
 from test_packages import SmallNetForCLI
 from test_resume import BATCHES, assert_equal
 from test_strategies import Dealing, Witness, two_processes, witnessed

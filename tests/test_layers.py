@@ -683,7 +683,8 @@ def test_after_loading_it_is_saved_as_it_was_trained(kind, ranks, shown):
     keep(layer, ranks)
     if shown:
         layer.show_factors()
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         layer.load_state_dict(dense.state_dict())
     loaded = layer.state_dict()["weight"].clone()
     trained_by(torch.optim.SGD([*layer.form.trained], lr=0.01), layer, x)

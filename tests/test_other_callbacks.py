@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -23,7 +22,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from models import SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state
+from models import EMAWeightAveraging, SmallMLP, SmallNet, ValidatedNet, data, quiet_trainer, same_state
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from models import ValidatedNet, data, quiet_trainer
+from models import EMAWeightAveraging, ValidatedNet, data, quiet_trainer
 from torch import nn
 
 from lightning_svd import FallToBudget, Fisher, SVDTrainingCallback, svd_layers

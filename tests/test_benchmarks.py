@@ -10,6 +10,7 @@ from pathlib import Path
 import casts
 import compress_cost
 import harness
+import inputs
 import latency
 import nets
 import pages
@@ -225,7 +226,7 @@ def test_scale_measures_each_part_and_draws_the_same_figures_again(tmp_path, mon
     assert {row["what"] for row in result["rows"]} == {"decomposition", "width", "depth", "logging", "cut"}
     assert all(row["layers"] == 4 and row["ratio"] > 0 for row in result["rows"] if row["what"] in ("logging", "cut"))
     for folder in ("a", "b"):
-        pages.draw("scale", result["rows"], tmp_path / folder)
+        pages.draw("scale", scale, result["rows"], tmp_path / folder)
     drawn = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert drawn == ["scale-depth.svg", "scale-width.svg"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in drawn)
@@ -469,15 +470,15 @@ def test_a_language_model_is_trained_and_judged_by_its_next_bytes(monkeypatch, t
 def test_trained_nets_are_compressed_finetuned_and_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrained, "NETS", {"made-up": made_up_net})
     monkeypatch.setattr(pretrained, "ROUNDS", 1)
-    monkeypatch.setitem(pretrained.METHODS, "ours", rivals.spectrum)
-    monkeypatch.setattr("lightning_svd.compress", None, raising=False)
+    for ours in ("ours", "reconstructed"):
+        monkeypatch.setitem(pretrained.METHODS, ours, rivals.spectrum)
     path = tmp_path / "rows.json"
     arguments = ["--cache", str(tmp_path), "--inputs", "64", "--threads", "1", "--json", str(path), "--shares", "0.5"]
     for steps in ("0", "0,3"):
         pretrained.main([*arguments, "--nets", "made-up", "--finetune", steps])
     result = json.loads(path.read_text(encoding="utf-8"))
     kinds = [(row["method"], row["steps"], row["teacher"]) for row in result["rows"]]
-    assert len(kinds) == len(set(kinds)) == 1 + 4 * 3
+    assert len(kinds) == len(set(kinds)) == 1 + 5 * 3
     rows = dict(zip(kinds, result["rows"], strict=True))
     assert rows["original", 0, ""]["quality"] == 100.0 and rows["original", 0, ""]["macs"] == 1.0
     assert all(
@@ -498,12 +499,22 @@ def test_a_net_without_labels_is_only_distilled():
 
 
 def test_a_rival_that_wins_is_named():
-    about = {"net": "a", "share": 0.5, "steps": 0, "teacher": ""}
+    about = {"net": "a", "share": 0.5, "steps": 0, "teacher": "", "higher_is_better": True}
     rows = [about | {"method": method, "quality": quality} for method, quality in (("ours", 8.0), ("ASVD", 9.0))]
-    assert pretrained.lost(rows, {"a": ("accuracy", True)}) == [
-        "a, 0.5, finetuning none: ASVD is 1.00 points better than ours"
-    ]
-    assert pretrained.lost(rows, {"a": ("error", False)}) == []
+    assert pretrained.lost(rows) == ["a, 0.5, finetuning none: ASVD is 1.00 points better than ours"]
+    assert pretrained.lost([row | {"higher_is_better": False} for row in rows]) == []
+
+
+def test_quality_is_shown_against_the_inputs_that_were_calibrated_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "NETS", {"made-up": made_up_net})
+    small = ["--nets", "made-up", "--counts", "8,32", "--seeds", "0", "--cache", str(tmp_path), "--threads", "1"]
+    inputs.main([*small, "--json", str(tmp_path / "rows.json")])
+    rows = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["inputs"] for row in rows] == [8, 32] and all(0 <= row["quality"] <= 100 for row in rows)
+    (table,) = inputs.tables(rows)
+    assert [line[0] for line in table.rows] == ["8", "32"]
+    pages.draw("inputs", inputs, rows, tmp_path)
+    assert (tmp_path / "inputs-quality.svg").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ compress_cost

@@ -339,3 +339,20 @@ def test_a_compiled_network_is_observed_all_the_same(kind):
         assert plain.positions == compiled.positions == INPUTS
         for key, tensor in compiled.sums().items():
             torch.testing.assert_close(tensor, plain.sums()[key])
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_module_is_left_as_it_was_found():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12))
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    run = SVDTraining(model, optimizer, 6, target_macs=0.4, importance=Fisher(2), schedule=Finetune(end=0.5))
+    run.begin_batch([optimizer])
+    for _ in range(6):
+        model(torch.randn(INPUTS, 12)).square().sum().backward()
+        run.step()
+        optimizer.zero_grad()
+    assert run.timeline and run.ratio("macs") <= 0.4
+    assert model._compiled_call_impl is compiled

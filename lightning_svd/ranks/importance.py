@@ -114,7 +114,7 @@ class Fisher(OnData):
     To second order and in Kronecker factors, as Martens and Grosse 2015 (arXiv 1503.05671) have them.
 
     Args:
-        steps: As of :class:`OnData`.
+        steps: As of :class:`~lightning_svd.ranks.importance.OnData`.
         targets: What the loss is against: "drawn", targets drawn from what the model puts out itself, so that it makes
             no difference how small the loss of a trained net is, or whether it is one that distils; or "given", those
             of your own loss, in its own backward pass, which costs less.

@@ -411,11 +411,12 @@ class SVDTraining:
         if known.keys() != {id(each) for each in optimizers}:
             layers = self.layers.values()
             self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
-        if self.cost is None:
-            check_in_place(self.model, self.layers)
-            self.recorder.start()
+        self.recorder.stop()
         if self.observer is not None and self._observes:
             self.observer.begin_batch()
+        if self.cost is None:
+            check_in_place(self.model, self.layers)
+            self.recorder.start()  # after the other, since it stops ahead of it: both wrap compiled calls
         for layer in self.layers.values():
             layer.forget_loaded()
         for optimizer in self.optimizers:

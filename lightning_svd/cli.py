@@ -130,17 +130,20 @@ def _compress(options: argparse.Namespace) -> None:
         model = to_dense(model)  # shares are of the dense model
     batches = calibration_batches(options.data, model)
     first = list(itertools.islice(batches, 1))  # to follow the model with, for onnx
-    small, report = compress(
-        model,
-        itertools.chain(first, batches),
-        target_macs=options.target_macs,
-        target_params=options.target_params,
-        importance=options.importance,
-        inputs=options.inputs,
-        reconstruct=options.reconstruct,
-        curve=options.curve,
-        inplace=True,
-    )
+    try:
+        small, report = compress(
+            model,
+            itertools.chain(first, batches),
+            target_macs=options.target_macs,
+            target_params=options.target_params,
+            importance=options.importance,
+            inputs=options.inputs,
+            reconstruct=options.reconstruct,
+            curve=options.curve,
+            inplace=True,
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}, with the weights of {options.file}") from None
     if options.report:
         report.to_json(options.report)
     if options.html:

@@ -1,5 +1,6 @@
 """A small sample of what the scripts in tests/stress do at length, and the page of what came out there."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from lightning_svd.writing import whole_file, write_whole
 SCRIPTS = Path(__file__).parent / "stress"
 
 pytestmark = [
-    # Lightning's own: a resumed Trainer need not write files.
+    # Lightning's own: a resumed Trainer need not write files, nor has a dataset in order any state to restore.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
@@ -23,6 +25,12 @@ pytestmark = [
 def test_malformed_configurations_are_refused_and_valid_ones_are_not():
     tally = constructors.run(malformed=300, valid=100, seed=1)
     assert not tally.faults and tally.tried == 400
+
+
+@pytest.mark.parametrize("name", [name for name in constructors.CONSTRUCTORS if name != "compress"])
+def test_every_argument_is_tried(name):
+    constructor, kinds, _ = constructors.CONSTRUCTORS[name]
+    assert inspect.signature(constructor).parameters.keys() == kinds.keys()
 
 
 def test_damaged_files_leave_the_model_as_it_was():

@@ -222,6 +222,7 @@ OF_COMPRESS = {name: kind for name, kind in LAYERS.items() if name not in ("min_
     "inplace": flag(),
     "progress": Kind([False], flag().junk),
     "seed": count(least=0),
+    "reconstruct": Kind([0, 1], count(least=0).junk),
     "loss": Kind([], [v for v in [*ANYTHING, *WORDS, *NUMBERS, *BOOLS] if not callable(v)], optional=True),
 }
 

@@ -94,7 +94,7 @@ user-code: install
 stress: install
 	@for script in constructors damage kills; do \
 		$(BIN)/python tests/stress/$$script.py --json tests/stress/results/$$script.json || exit 1; done
-	@$(BIN)/python tests/stress/pages.py
+	@$(BIN)/python tests/stress/reliability.py
 
 format: install
 	@$(BIN)/ruff check --fix .

@@ -87,5 +87,5 @@ def test_what_cannot_be_written_is_named(where, tmp_path):
 
 
 def test_the_page_is_what_the_results_say():
-    check = [sys.executable, str(SCRIPTS / "pages.py"), "--check"]
-    assert subprocess.run(check, check=False).returncode == 0, "run `python tests/stress/pages.py`"
+    check = [sys.executable, str(SCRIPTS / "reliability.py"), "--check"]
+    assert subprocess.run(check, check=False).returncode == 0, "run `python tests/stress/reliability.py`"

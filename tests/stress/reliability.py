@@ -1,7 +1,7 @@
 """Writes docs/reliability.md from tests/stress/results; with --check it writes nothing and says whether the page is so.
 
 python tests/stress/kills.py --json tests/stress/results/kills.json
-python tests/stress/pages.py
+python tests/stress/reliability.py
 """
 
 import json

@@ -12,7 +12,8 @@ What is found there needs no decomposition ahead of it; a :class:`Basis` says wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -325,10 +326,11 @@ def bases_of(left: Tensor | None, right: Tensor | None, seen: Statistics, of_los
             if not wanted:
                 break
             plain, white = _gram(left, seen.features, dtype), _gram(right, seen.features, dtype)
-            features, size = _normal(seen.features, seen.positions, white, seen.positions, LEAST_WHITE, right is None)
-            del white
+            aside = None if right is None else white
+            measured = _trace(white), partial(_over, target=aside)
+            features, size = _normal(seen.features, seen.positions, white, seen.positions, LEAST_WHITE, *measured)
             for number in wanted:
-                root = _root(left is None, plain, seen if of_loss[number] else None)
+                root = _root(left is None, plain, aside, seen if of_loss[number] else None)
                 if root is not None:
                     found[number] = _basis(features, size, root)
     return [found[number] for number in range(len(of_loss))]
@@ -362,12 +364,13 @@ class _Root(NamedTuple):
     size: Tensor
 
 
-def _root(is_identity: bool, plain: Tensor, seen: Statistics | None) -> _Root | None:
+def _root(is_identity: bool, plain: Tensor, white: Tensor | None, seen: Statistics | None) -> _Root | None:
     """Of what an error costs; None where that is for float64 to say.
 
     Args:
         is_identity: Whether ``plain`` is the identity.
         plain: L^T L, in the dtype to compute in.
+        white: R^T R; None for the identity.
         seen: Whose gradients say it; None for errors of outputs, which count alike.
     """
     if seen is None:
@@ -377,7 +380,10 @@ def _root(is_identity: bool, plain: Tensor, seen: Statistics | None) -> _Root | 
         costs = plain / size.clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
     else:
         assert seen.gradients is not None
-        costs, size = _normal(seen.gradients, seen.inputs, plain, seen.positions, LEAST_PLAIN, is_identity)
+        if white is not None:
+            white = white / _trace(white).clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1)
+        measured = _trace(plain) if white is None else (plain * white).sum((-2, -1)), partial(_under, target=white)
+        costs, size = _normal(seen.gradients, seen.inputs, plain, seen.positions, LEAST_PLAIN, *measured)
     rank, eps, narrow = costs.shape[-1], torch.finfo(costs.dtype).eps, torch.finfo(torch.float32).eps
     root, failed = torch.linalg.cholesky_ex(costs)
     if not bool(failed.any()):
@@ -417,9 +423,15 @@ def _gram(factor: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _normal(
-    moments: Tensor, count: int, target: Tensor, samples: int, least: float, is_white: bool
+    moments: Tensor,
+    count: int,
+    target: Tensor,
+    samples: int,
+    least: float,
+    of_target: Tensor,
+    measured: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Mean moments (groups, r, r), shrunk, of about unit trace in the dtype of the target, and their own trace.
+    """Mean moments (groups, r, r), shrunk, in the dtype of the target and over their own trace, and that trace.
 
     Args:
         moments: Sums.
@@ -427,12 +439,36 @@ def _normal(
         target: What they are shrunk towards.
         samples: How many of them are independent.
         least: The least share of the target.
-        is_white: Whether the target is the identity.
+        of_target: The trace of the target where it is measured.
+        measured: Gives a matrix with the eigenvalues that moments have there.
     """
     moments = moments.to(target.dtype)
     traces = _trace(moments).clamp_min(torch.finfo(torch.float32).tiny)
-    shrunk = _shrunk(moments / traces.view(-1, 1, 1), target, samples, least, is_white)
-    return shrunk, traces / max(1, count)
+    moments = moments / traces.view(-1, 1, 1)
+    return _shrunk(moments, target, samples, least, of_target, measured(moments)), traces / max(1, count)
+
+
+# How few samples are for so many directions depends on the scale of each. It is measured where R is orthonormal, so
+# that white inputs have white features, and is then the same for all factors of a weight.
+
+
+def _over(moments: Tensor, target: Tensor | None) -> Tensor:
+    """Moments of features where R is orthonormal, R^T R being the target; None for the identity."""
+    if target is None:
+        return moments
+    size = moments.shape[-1]
+    target = target * (size / _trace(target).clamp_min(torch.finfo(torch.float32).tiny)).view(-1, 1, 1)
+    # Directions of which a weight has next to nothing say next to nothing.
+    least = torch.finfo(moments.dtype).eps ** 0.5 * torch.eye(size).to(moments)
+    root = torch.linalg.cholesky_ex(target + least)[0]
+    half = torch.linalg.solve_triangular(root, moments, upper=False)
+    whole: Tensor = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    return whole
+
+
+def _under(moments: Tensor, target: Tensor | None) -> Tensor:
+    """Moments of gradients there, but for a change of the basis."""
+    return moments if target is None else moments @ target
 
 
 def _trace(matrices: Tensor) -> Tensor:
@@ -454,27 +490,26 @@ def _unit_columns(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix / lengths.unsqueeze(-2), lengths
 
 
-def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float, is_white: bool) -> Tensor:
-    """Moments (groups, r, r) mixed with a target of their size, by as much as samples are few for so many directions.
+def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float, of_target: Tensor, measured: Tensor) -> Tensor:
+    """Moments (groups, r, r) mixed with others of the same trace, by as much as samples are few for so many directions.
 
     The share is that of the oracle approximating shrinkage (Chen et al. 2010, arXiv 0907.4698), which takes samples to
-    be independent, and the target to be white: it is found where that is so, and is then the same for all factors of a
-    weight.
+    be independent.
+
+    Args:
+        moments: To mix.
+        target: With what.
+        samples: How many the moments are of.
+        least: The least share of the target.
+        of_target: The trace of the target where traces are taken.
+        measured: A matrix with the eigenvalues of the moments there.
     """
-    size, tiny = moments.shape[-1], torch.finfo(torch.float32).tiny
-    white = moments
-    if not is_white:
-        target = target / (_trace(target) / size).clamp_min(tiny).view(-1, 1, 1)
-        # Directions of which a weight has next to nothing say next to nothing.
-        least_of_target = torch.finfo(moments.dtype).eps ** 0.5 * torch.eye(size).to(moments)
-        root = torch.linalg.cholesky_ex(target + least_of_target)[0]
-        half = torch.linalg.solve_triangular(root, moments, upper=False)
-        white = torch.linalg.solve_triangular(root, half.mT, upper=False)
-    trace, squared = _trace(white), white.square().sum((-2, -1))
+    tiny, size = torch.finfo(torch.float32).tiny, moments.shape[-1]
+    trace, squared = _trace(measured), (measured * measured.mT).sum((-2, -1))
     spread = (squared - trace.square() / size).clamp_min(tiny)
     share = ((1 - 2 / size) * squared + trace.square()) / ((samples + 1 - 2 / size) * spread)
     share = share.clamp(least, 1).view(-1, 1, 1)
     # Of what is all zero (features, or gradients that never came) the order of the others is left.
-    scale = (trace.where(trace > 0, torch.ones_like(trace)) / size).view(-1, 1, 1)
+    scale = (trace.where(trace > 0, torch.ones_like(trace)) / of_target.clamp_min(tiny)).view(-1, 1, 1)
     shrunk: Tensor = (1 - share) * moments + share * scale * target
     return shrunk

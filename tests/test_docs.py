@@ -11,6 +11,7 @@ import lightning_svd
 from lightning_svd import FallToBudget, Regularizer, SVDTrainingCallback
 
 ROOT = Path(__file__).parents[1]
+MODULE = re.compile(r"`(\w+\.py)`")
 ARGUMENTS = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")
 
 
@@ -47,3 +48,10 @@ def test_links_to_files_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#]+)", text) + re.findall(r"(?:src|srcset|href)=\"([^\"#]+)", text)
     assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
+
+
+def test_every_module_has_its_reason_in_the_list_of_files():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    cells = re.findall(r"^\|[^|]*\|([^|]+)\|", text, re.MULTILINE)
+    modules = [path.name for path in (ROOT / "lightning_svd").rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for cell in cells for name in MODULE.findall(cell)) == sorted(modules)

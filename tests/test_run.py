@@ -10,8 +10,7 @@ from torch import nn
 
 from lightning_svd import FallToBudget, Regularizer, SVDTraining, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
-from lightning_svd.training import processes
-from lightning_svd.training import run as run_module
+from lightning_svd.training import processes, trained_layers
 
 
 def net(scale=1.0):
@@ -133,14 +132,14 @@ def test_after_a_cut_momentum_follows_its_columns_and_what_is_not_in_use_stays(c
 @pytest.mark.parametrize("left", [5, 2], ids=["in place", "shrunken"])
 def test_layers_alike_are_cut_as_each_alone(left, monkeypatch):
     states = []
-    for entries, sizes in ((run_module.STACKED, [1, 4]), (2 * 8 * 17, [1, 2, 2]), (0, [1] * 5)):
-        monkeypatch.setattr(run_module, "STACKED", entries)
+    for entries, sizes in ((trained_layers.STACKED, [1, 4]), (2 * 8 * 17, [1, 2, 2]), (0, [1] * 5)):
+        monkeypatch.setattr(trained_layers, "STACKED", entries)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 8), *(nn.Linear(8, 8) for _ in range(4)))
         options = {"total_steps": 100, "schedule": FallToBudget(start=0.02, end=0.9, shape="constant")}
         optimizer = OPTIMIZERS["sgd"](model.parameters())
         run = SVDTraining(model, optimizer, choose_ranks=keep(left), **options)
-        assert [len(stack) for stack in run_module._stacks(run.layers, [*run.layers])] == sizes
+        assert [len(stack) for stack in trained_layers._stacks(run.layers, [*run.layers])] == sizes
         loop(model, run, 2)
         with torch.no_grad():
             for layer in run.layers.values():

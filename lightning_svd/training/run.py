@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from torch.optim import Optimizer
 
 from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
-from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm, set_factors_of
-from lightning_svd.layers.layer import Replaced, SVDLayer
-from lightning_svd.layers.matrices import Factors, check_finite, numerical_rank, wide
+from lightning_svd.layers.forms import PairForm, SVDForm
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.matrices import check_finite
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
@@ -36,9 +35,7 @@ from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
-
-# Entries of layers that are refactorized in one stack: more do not fit a processor's cache, and nothing is gained.
-STACKED = 1 << 18
+from lightning_svd.training.trained_layers import TrainedLayers
 
 
 class SVDTraining:
@@ -68,7 +65,6 @@ class SVDTraining:
 
     Attributes:
         plan: What became of each layer.
-        layers: The factorized layers by name.
         cost: Of the model; None until a forward pass was counted.
         penalties: The regularizers' values in the last step; None before.
         strength: The sparsity weight in the last step.
@@ -113,19 +109,16 @@ class SVDTraining:
         self.backwards = self.last_cut = self._steps = 0
         self._waits = self._observes = False
         self._refused: dict[str, str] = {}
-        self._are_others = False
-        self._on_reshape = on_reshape or (lambda: None)
         self._choose_ranks = choose_ranks or self._by_recipe
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
         self.plan = self.recipe.plan(model, include_frozen=thaws)
         if not thaws:
             self.plan = _trained_by(trainers, model, self.plan)
         self.distiller = distiller_of(self.recipe.distill, model)  # of the dense model
-        self.layers = begin(model, self.plan)
+        self._trained = TrainedLayers(begin(model, self.plan), self.importance, on_reshape or (lambda: None))
         self.bounds = self.recipe.bounds(self.plan)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
         self._dense = trained_weights(self.layers)
-        self.optimizers: list[OptimizerOfFactors] = []
         self.until_closed = ExitStack()
         if self.distiller is not None:
             self.distiller.start(self.layers)
@@ -135,11 +128,11 @@ class SVDTraining:
             self.until_closed.callback(self.observer.rest)
         try:
             check_dense(model, self._dense)
-            self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
-            if state is None:
-                self._factorize()
-            else:
+            self._trained.train_with(trainers)
+            if state is not None:
                 self.load_state_dict(state)
+            elif not self.recipe.begins_dense():
+                self._trained.factorize()
             if self.recipe.target[0] == "params":
                 self.recipe.check_reachable(count_params(model), self.full_ranks, self.bounds)
         except BaseException:
@@ -152,7 +145,7 @@ class SVDTraining:
         self.recorder = CallRecorder(model, self.layers)
         if self.cost is None:
             self.recorder.start()
-        self._tell_of_others()
+        self._trained.tell_of_others()
         if self.observer is not None and state is None:
             self._plan_observation(0)
 
@@ -181,6 +174,16 @@ class SVDTraining:
     # -------------------------------------------------------------------------------------------------- what a layer is
 
     @property
+    def layers(self) -> dict[str, SVDLayer]:
+        """The factorized layers by name."""
+        return self._trained.by_name
+
+    @property
+    def optimizers(self) -> list[OptimizerOfFactors]:
+        """The optimizers that train them."""
+        return self._trained.optimizers
+
+    @property
     def full_ranks(self) -> dict[str, int]:
         """The rank that each layer began with."""
         return {name: layer.full_rank for name, layer in self.layers.items()}
@@ -206,56 +209,13 @@ class SVDTraining:
         """Whether any layer has penalties now."""
         return any(isinstance(layer.form, SVDForm) for layer in self.layers.values())
 
-    # ------------------------------------------------------------------------------------------------------------ begin
-
-    def _factorize(self) -> None:
-        if self.recipe.begins_dense():
-            return
-        for name, factors in self._exact([*self.layers]):
-            # Where most singular values are zero, as in a layer that begins at zero, U and V get no gradient: it trains
-            # as it is until ranks are cut.
-            spectrum = factors.s if factors.s.ndim == 1 else factors.s.amin(0)
-            if 2 * numerical_rank(spectrum, self.layers[name].matrix_shape) >= spectrum.shape[-1]:
-                self._replace([self.layers[name].to_svd(factors)])
-
-    def _exact(self, names: Sequence[str]) -> Iterator[tuple[str, Factors]]:
-        """Exact factors layer by layer, as :meth:`_exact_of_stacks` has them."""
-        for stack, factors in self._exact_of_stacks(names):
-            for name, *mine in zip(stack, *(factor.unbind() for factor in factors), strict=True):
-                yield name, Factors(*mine)
-
-    def _exact_of_stacks(self, names: Sequence[str]) -> Iterator[tuple[tuple[str, ...], Factors]]:
-        """Exact factors of layers alike, stacked; each stack is computed in one process and the same in all."""
-
-        def compute(stack: tuple[str, ...]) -> list[Tensor]:
-            return list(self.importance.factors_of([self.layers[name] for name in stack]))
-
-        def empty(stack: tuple[str, ...]) -> list[Tensor]:
-            layer = self.layers[stack[0]]
-            like, groups = wide(layer.form.trained[0].detach()), layer.view.groups
-            leading = (len(stack), groups) if groups > 1 else (len(stack),)
-            m, n = layer.matrix_shape
-            return [like.new_empty((*leading, *shape)) for shape in ((m, layer.rank), (layer.rank,), (n, layer.rank))]
-
-        for stack, tensors in processes.shared_out(_stacks(self.layers, names), compute, empty):
-            yield stack, Factors(*tensors)
-
-    def _replace(self, replaced: Sequence[Replaced]) -> None:
-        for optimizer in self.optimizers:
-            optimizer.replace(replaced)
-        self._are_others |= any(new for _, new in replaced)
-
-    def _tell_of_others(self) -> None:
-        """Tell what keeps a list of the parameters if they are others now."""
-        if self._are_others:
-            self._are_others = False
-            self._on_reshape()
+    # ------------------------------------------------------------------------------------------------------- giving up
 
     def undo(self) -> None:
         """Let go of the model and the optimizers; before the first step they are exactly as they were."""
         self.close()
-        self._replace(undo(self.model, self._dense))
-        self._tell_of_others()
+        self._trained.replace(undo(self.model, self._dense))
+        self._trained.tell_of_others()
 
     def abandon(self) -> dict[str, Any]:
         """Let go of a run that failed; returns what a file that is written because of it needs to resume.
@@ -341,15 +301,11 @@ class SVDTraining:
         refused, self._refused = self._refused, {}
         if not refused:
             return
-        self._replace(finish(self.model, dict.fromkeys(refused, "dense")))
+        self._trained.release(finish(self.model, dict.fromkeys(refused, "dense")), [*refused])
         self.plan = [replace(of, skipped=refused.get(of.name, of.skipped)) for of in self.plan]
-        self.layers = {name: layer for name, layer in self.layers.items() if name not in refused}
         self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
         if self.observer is not None:
             self.observer.know(self.layers)
-        for optimizer in self.optimizers:
-            optimizer.know(self.layers.values())
-        self._tell_of_others()
 
     # ----------------------------------------------------------------------------------------------------------- a step
 
@@ -407,10 +363,7 @@ class SVDTraining:
         Args:
             optimizers: Those that train the model by now: a schedule may have made new ones.
         """
-        known = {id(each.optimizer): each for each in self.optimizers}
-        if known.keys() != {id(each) for each in optimizers}:
-            layers = self.layers.values()
-            self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
+        self._trained.train_with(optimizers)
         self.recorder.stop()
         if self.observer is not None and self._observes:
             self.observer.begin_batch()
@@ -510,10 +463,10 @@ class SVDTraining:
         """
         before, clock = self.ranks(), self.clock(step)
         verdict = self._verdict() if self.observer is not None else None
-        energies = verdict.values if verdict else self._refactorize()
+        energies = verdict.values if verdict else self._trained.refactorize()
         change: Change = processes.decide(
             lambda: self.policy.change(
-                clock, self.full_ranks, before, lambda: self._choose_ranks(self._on_cpu(energies), self._known_cost)
+                clock, self.full_ranks, before, lambda: self._choose_ranks(_on_cpu(energies), self._known_cost)
             )
         )
         self.policy.resume(clock)
@@ -521,15 +474,14 @@ class SVDTraining:
         fall = [name for name, rank in change.ranks.items() if rank < self.layers[name].rank]
         if verdict:
             for name, factors in verdict.cut({name: change.ranks[name] for name in fall}):
-                self._take_at(self.layers[name], factors)
+                self._trained.take(name, factors)
         else:
-            for names, factors in self._exact_of_stacks([name for name in fall if _is_coarse(self.layers[name])]):
-                self._take([self.layers[name] for name in names], factors)
-        for name, rank in change.ranks.items():
-            self._keep(name, rank)
+            self._trained.refactorize_coarse(fall)
+        self._trained.keep(change.ranks)
         if change.final:
-            self._train_as_final()
-        self._tell_of_others()
+            self._trained.train_as_final(lambda name, rank: self._known_cost.layers[name].pays(rank))
+            self.penalties = None
+        self._trained.tell_of_others()
         if self.ranks() == before:
             return None
         self.timeline.append(RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params")))
@@ -539,24 +491,6 @@ class SVDTraining:
     def _known_cost(self) -> ModelCost:
         assert self.cost is not None
         return self.cost
-
-    def _refactorize(self) -> dict[str, Tensor]:
-        """Give every layer its exact factors, the strongest ranks first; returns what each rank carries.
-
-        In half precision taking them rounds: there a layer waits until its rank falls.
-        """
-        trained = {name: layer for name, layer in self.layers.items() if not isinstance(layer.form, PairForm)}
-        energies = {}
-        for names, factors in self._exact_of_stacks([*trained]):
-            layers = [trained[name] for name in names]
-            takes = isinstance(layers[0].form, SVDForm) and not _is_coarse(layers[0])
-            for name, layer, *mine in zip(names, layers, *(factor.unbind() for factor in factors), strict=True):
-                energies[name] = self.importance.values(Factors(*mine))
-                if isinstance(layer.form, DenseForm):
-                    self._replace([layer.to_svd(Factors(*mine))])
-            if takes:
-                self._take(layers, factors)
-        return energies
 
     def _verdict(self) -> Verdict:
         """What ranks are worth by what was observed, which is then forgotten."""
@@ -569,58 +503,6 @@ class SVDTraining:
             warning = f"{count} layers met no data before ranks were cut and are judged by their weights: {names}"
             self.warnings += [warning] if warning not in self.warnings else []
         return verdict
-
-    def _take_at(self, layer: SVDLayer, factors: Factors) -> None:
-        """Let a layer take exact factors of a rank below its own."""
-        if isinstance(layer.form, DenseForm):
-            self._replace([layer.to_svd(factors)])
-        else:
-            self._take([layer], Factors(*(factor.unsqueeze(0) for factor in factors)))
-
-    def _take(self, layers: Sequence[SVDLayer], factors: Factors) -> None:
-        """Let layers alike take exact factors, stacked, in the place of those that they train."""
-        forms = [layer.form for layer in layers if isinstance(layer.form, SVDForm)]
-        orders = set_factors_of(forms, factors)
-        stay = (orders == torch.arange(orders.shape[1], device=orders.device)).all(-1).tolist()
-        for form, order, stays in zip(forms, orders.unbind(), stay, strict=True):
-            if not stays:
-                self._move(form.trained, form.trained, partial(_in_order, order=order))
-
-    def _on_cpu(self, energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """In one transfer: each would wait for the device."""
-        if not energies:
-            return {}
-        parts = torch.split(torch.cat([*energies.values()]).cpu(), [len(values) for values in energies.values()])
-        return dict(zip(energies, parts, strict=True))
-
-    def _keep(self, name: str, rank: int) -> None:
-        """Use this many ranks of a layer; where they are less than half of what it stores, storage shrinks."""
-        layer = self.layers[name]
-        if not isinstance(layer.form, SVDForm) or rank >= layer.rank:
-            return
-        layer.form.rank = rank
-        if 2 * rank < layer.form.room:
-            old, new = layer.shrink()
-            self._move(old, new, partial(_first_columns, rank=rank))
-            return
-        parameters = layer.form.trained
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad.narrow(-1, rank, parameter.shape[-1] - rank).zero_()
-        self._move(parameters, parameters, partial(_without_columns, rank=rank))
-
-    def _move(self, old: Sequence[nn.Parameter], new: Sequence[nn.Parameter], move: Callable[[Tensor], Tensor]) -> None:
-        for optimizer in self.optimizers:
-            optimizer.move_columns(old, new, move)
-        self._are_others |= any(before is not after for before, after in zip(old, new, strict=True))
-
-    def _train_as_final(self) -> None:
-        """From now on layers train as what they are going to be: pairs without s and penalties, or dense."""
-        for name, layer in self.layers.items():
-            if isinstance(layer.form, SVDForm):
-                pays = self._known_cost.layers[name].pays(layer.rank)
-                self._replace([layer.to_pair() if pays else layer.to_dense()])
-        self.penalties = None
 
     def _by_recipe(self, energies: dict[str, Tensor], cost: ModelCost) -> dict[str, int]:
         return self.recipe.choose_ranks(energies, cost, self.bounds)
@@ -649,7 +531,7 @@ class SVDTraining:
         pays = {name: cost.layers[name].pays(layer.rank) for name, layer in self.layers.items()}
         form = "pair" if self.recipe.final == "factored" else "decomposed"
         finals = {name: form if pays[name] and self.recipe.final != "dense" else "dense" for name in self.layers}
-        self._replace(finish(self.model, finals))
+        self._trained.replace(finish(self.model, finals))
         slow = no_faster(self.model)
         return replace(report, warnings=(*report.warnings, slow)) if slow else report
 
@@ -742,7 +624,7 @@ class SVDTraining:
                 "resume with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
             )
         for name, entry in saved.items():
-            self._replace([self.layers[name].load_exact_state(entry)])
+            self._trained.replace([self.layers[name].load_exact_state(entry)])
         self._steps, self.last_cut = state["steps"], state["last_cut"]
         self.policy.resume(self.total_steps + 1 if state["is_final"] else self.last_cut)
         self.timeline = [RankChange(**change) for change in state["timeline"]]
@@ -787,36 +669,9 @@ def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequen
     ]
 
 
-def _stacks(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> list[tuple[str, ...]]:
-    """These layers in groups alike, of small ones that are trained as an SVD; others are alone."""
-    alike: dict[object, list[str]] = {}
-    for name in names:
-        form = layers[name].form
-        like = form.trained[-1]
-        shapes = tuple(parameter.shape for parameter in form.trained)
-        key = (form.rank, shapes, like.dtype, like.device) if isinstance(form, SVDForm) else name
-        alike.setdefault(key, []).append(name)
-    stacks = []
-    for together in alike.values():
-        entries = sum(parameter.numel() for parameter in layers[together[0]].form.trained)
-        most = max(1, min(STACKED // max(1, entries), -(-len(together) // processes.size())))
-        stacks += [tuple(together[start : start + most]) for start in range(0, len(together), most)]
-    return stacks
-
-
-def _is_coarse(layer: SVDLayer) -> bool:
-    """Whether to write exact factors into a layer rounds them visibly."""
-    return torch.finfo(layer.form.trained[0].dtype).bits < 32
-
-
-def _in_order(value: Tensor, order: Tensor) -> Tensor:
-    return value.index_select(-1, order)
-
-
-def _first_columns(value: Tensor, rank: int) -> Tensor:
-    return value.narrow(-1, 0, rank).clone()
-
-
-def _without_columns(value: Tensor, rank: int) -> Tensor:
-    value.narrow(-1, rank, value.shape[-1] - rank).zero_()
-    return value
+def _on_cpu(energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In one transfer: each would wait for the device."""
+    if not energies:
+        return {}
+    parts = torch.split(torch.cat([*energies.values()]).cpu(), [len(values) for values in energies.values()])
+    return dict(zip(energies, parts, strict=True))

@@ -22,7 +22,9 @@ from lightning_svd.layers.matrices import exact_products, gram_defect
 ValueAndGradient = tuple[Tensor, Tensor]
 LARGE = 1 << 16  # entries of a factor from which copying it beside its like costs more than a kernel's launch
 ALL = slice(None)
-COLUMNS = 64  # of a Gram matrix that are computed in one step, where a step's number is given
+COLUMNS = 32  # of a Gram matrix that are computed in one step, where a step's number is given
+# Columns of a product that a processor's kernels compute at once: fewer cost as much, and often more.
+TOGETHER = 16
 
 
 def orthogonality(factor: Tensor, columns: slice = ALL) -> ValueAndGradient:
@@ -37,11 +39,22 @@ def orthogonality(factor: Tensor, columns: slice = ALL) -> ValueAndGradient:
             of the whole penalty for these columns of A, at b / r of the cost.
     """
     scale = 1.0 / max(1, factor.shape[-1]) ** 2
+    wider = _with_some_before(columns, factor.shape[-1])
+    asked = slice(columns.start - wider.start, None) if wider is not columns else ALL
     # Products in half precision or TF32 would drown the defect.
     with exact_products(factor.device):
-        defect = gram_defect(factor, columns)
-        value = defect.square().sum((-2, -1)) * scale
-        return value, factor @ defect.mul_(4.0 * scale)  # the smaller of the two is scaled
+        defect = gram_defect(factor, wider)
+        value = defect[..., asked].square().sum((-2, -1)) * scale
+        return value, (factor @ defect.mul_(4.0 * scale))[..., asked]  # the smaller of the two is scaled
+
+
+def _with_some_before(columns: slice, rank: int) -> slice:
+    """The same columns, and a few before them where that makes their number one that kernels are made for."""
+    if columns == ALL:
+        return columns
+    stop = min(columns.stop, rank)
+    more = -(stop - columns.start) % TOGETHER
+    return slice(columns.start - more, stop) if 0 < more <= columns.start else columns
 
 
 def l1(s: Tensor) -> ValueAndGradient:
@@ -191,6 +204,7 @@ def _turn(rank: int, step: int | None) -> tuple[slice, int]:
     if step is None or turns == 1:
         return ALL, 1
     width = -(-rank // turns)
+    width += -width % TOGETHER
     start = step % turns * width
     return slice(start, start + width), turns
 

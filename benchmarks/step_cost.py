@@ -12,6 +12,10 @@ the row's products against the dense net's: what the ratio could be if nothing b
 The part ``low-rank`` trains by :class:`SVDTraining` down to 0.25 of the MACs, and compares a step in each form in which
 a layer of this rank may be trained with that of plain pairs of torch layers of the same ranks. The goal is 1.15.
 
+The part ``observed`` compares a step whose batch is observed, for ranks that are judged by data, with one that is not,
+says how many plain steps the cut takes that follows, and which share of a run both take beyond a cut by the spectrum.
+The goal is 2 %.
+
 With ``--memory`` each variant of the part ``step`` also makes steps in a process of its own, whose memory at the peak
 of a step is compared (not with ``--quick``), and the part ``memory`` is measured: what a run under AdamW holds in each
 of its phases, by what it is. The goal, of all together: below 1.3 times the dense run's at the start with
@@ -25,6 +29,7 @@ import copy
 import gc
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -39,7 +44,7 @@ import torch.nn.functional as F
 from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
 from torch import Tensor, nn
 
-from lightning_svd import SVDLayer, SVDTraining, add_gradients, decompose, svd_layers, to_factored
+from lightning_svd import Fisher, Outputs, SVDLayer, SVDTraining, add_gradients, decompose, svd_layers, to_factored
 from lightning_svd.model.counting import count_costs
 from lightning_svd.ranks.allocation import keep_by_budget
 from lightning_svd.ranks.costs import ModelCost
@@ -55,12 +60,14 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 BUDGETS = (0.5, 0.35, 0.25)
 LOW_BUDGET = 0.25
+LENGTH = 1_000  # steps of a run of which two observed ones and one cut are a share
 LEFT = 0.1  # of every layer's ranks, where a run ends whose memory is measured
-PARTS = ("step", "low-rank", "memory")
+PARTS = ("step", "low-rank", "observed", "memory")
 QUICK_ROUNDS, QUICK_INPUTS = 3, 8
 QUICK_NETS = {
     "step": ["resnet18"],
     "low-rank": ["mlp1024", "vit384", "resnet18"],
+    "observed": ["mlp1024", "vit384", "resnet18"],
     "memory": ["mlp1024", "vit384", "resnet18"],
 }
 
@@ -280,7 +287,7 @@ class Cuts(RankPolicy):
         self.left = [step for step in sorted(self.plan) if step > last_change]
 
     def is_due(self, step: int) -> bool:
-        return step in self.left
+        return bool(self.left) and step >= self.left[0]
 
     def change(
         self,
@@ -389,6 +396,63 @@ def low_rank(net: str, options: argparse.Namespace, setting: Setting) -> list[Ro
     ]
 
 
+# ----------------------------------------------------------------------------------------------------------- observed
+
+OBSERVERS = {
+    "outputs": lambda steps: Outputs(steps),
+    "fisher, targets given": lambda steps: Fisher(steps, targets="given"),
+    "fisher, targets drawn": lambda steps: Fisher(steps),
+}
+
+
+def observed(net: str, options: argparse.Namespace, setting: Setting) -> list[Row]:
+    """A step of layers that are dense still with its batch observed, against one without; and the cut after one."""
+    torch.manual_seed(setting.seed)
+    build, shape = CASES[net]
+    dense, batch = build().to(setting.device), batch_of(shape, setting)
+
+    def run(plan: Mapping[int, float | None], **importance: Any) -> Run:
+        policy = Cuts(plan, max(plan, default=0))
+        made = Run(copy.deepcopy(dense), batch, sgd, setting, schedule=policy, full_rank_as="dense", **importance)
+        made.step()
+        return made
+
+    runs = {"not observed": run({})}
+    # With a cut that is due after so many steps, each of them is observed.
+    runs |= {name: run({STEPS: None}, importance=make(STEPS)) for name, make in OBSERVERS.items()}
+    progress(f"{net}: observed steps")
+    seconds = in_turns({name: each.step for name, each in runs.items()}, options.rounds, torch.device(setting.device))
+    cuts = {"not observed": cut_seconds(run({2: 0.5}), setting)}
+    cuts |= {name: cut_seconds(run({2: 0.5}, importance=make(1)), setting) for name, make in OBSERVERS.items()}
+    plain = statistics.median(seconds["not observed"])
+    return [
+        {
+            "what": "observed",
+            "net": net,
+            "input": list(shape),
+            "variant": name,
+            **against(seconds[name], seconds["not observed"]),
+            "cut": cuts[name] / plain,
+        }
+        for name in runs
+    ]
+
+
+def cut_seconds(run: Run, setting: Setting) -> float:
+    """Seconds of the cut after a run's second step."""
+    assert run.training is not None
+    cut_ranks, device = run.training.cut, torch.device(setting.device)
+    seconds: list[float] = []
+
+    def timed(*args: Any) -> Any:
+        taken = in_turns({"cut": lambda: cut_ranks(*args)}, 1, device, warm_up=0)
+        seconds.extend(taken["cut"])
+
+    run.training.cut = timed  # type: ignore[method-assign]
+    run.step()
+    return seconds[0]
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -436,7 +500,7 @@ def peaks(net: str, variants: Sequence[str], setting: Setting, threads: int) -> 
 KINDS = ("parameters", "gradients", "state", "activations")
 
 
-def memory(net: str, setting: Setting) -> list[Row]:
+def memory(net: str, options: argparse.Namespace, setting: Setting) -> list[Row]:
     """What a run under AdamW holds in a step of each of its phases, as shares of the dense weights' bytes."""
     torch.manual_seed(setting.seed)
     build, shape = CASES[net]
@@ -562,7 +626,7 @@ def tables(rows: list[Row]) -> list[Table]:
     for net, what in dict.fromkeys((row["net"], row.get("what", "step")) for row in rows):
         mine = [row for row in rows if (row["net"], row.get("what", "step")) == (net, what)]
         title = f"{net}, input {' x '.join(map(str, mine[0]['input']))}"
-        made.append({"step": _steps_table, "low-rank": _low_rank_table, "memory": _memory_table}[what](title, mine))
+        made.append(_TABLES[what](title, mine))
     return made
 
 
@@ -586,6 +650,22 @@ def _low_rank_table(title: str, rows: list[Row]) -> Table:
     return Table(title, ["variant", "step / fixed ranks", "middle half", "seconds"], cells)
 
 
+def _observed_table(title: str, rows: list[Row]) -> Table:
+    of_run = 2 * rows[0]["ratio"] + rows[0]["cut"]
+    cells = [
+        [
+            row["variant"],
+            times(row["ratio"]),
+            middle_half(row),
+            times(row["cut"]),
+            f"{(2 * row['ratio'] + row['cut'] - of_run) / LENGTH:.2%}",
+        ]
+        for row in rows
+    ]
+    headings = ["observed for", "step / not observed", "middle half", "the cut, in steps", f"more in {LENGTH:,} steps"]
+    return Table(f"{title}, layers dense until the cut", headings, cells)
+
+
 def _memory_table(title: str, rows: list[Row]) -> Table:
     parts = {"without activations": KINDS[:-1], "together": KINDS}
     of_dense = {name: sum(rows[0][kind] for kind in kinds) for name, kinds in parts.items()}
@@ -600,6 +680,9 @@ def _memory_table(title: str, rows: list[Row]) -> Table:
     how = "at the peak of a step" if rows[0]["device"] == "cuda" else "saved for the backward pass"
     title = f"{title}, AdamW: bytes / the dense weights' {rows[0]['bytes'] / 1e6:.1f} MB; activations {how}"
     return Table(title, ["phase", *KINDS, *(f"{name} / dense" for name in parts)], cells)
+
+
+_TABLES = {"step": _steps_table, "low-rank": _low_rank_table, "observed": _observed_table, "memory": _memory_table}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -620,7 +703,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if part == "step":
                 rows += measure(net, options, setting)
             else:
-                rows += low_rank(net, options, setting) if part == "low-rank" else memory(net, setting)
+                parts = {"low-rank": low_rank, "observed": observed, "memory": memory}
+                rows += parts[part](net, options, setting)
             tables(rows)[-1].print()
             save("step_cost", argv, options, rows)
 

@@ -130,6 +130,12 @@ def test_a_runs_memory_is_told_apart_in_every_phase(tmp_path, monkeypatch):
     )
 
 
+def test_a_step_is_observed_for_each_importance_that_needs_data(tmp_path):
+    rows = rows_written(step_cost.main, tmp_path / "r.json", "--parts", "observed", "--rounds", "1")["rows"]
+    assert [row["variant"] for row in rows] == ["not observed", *step_cost.OBSERVERS]
+    assert all(row["ratio"] > 0 and row["cut"] > 0 for row in rows)
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the peak of a process is read off Linux's /proc"
 )

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_svd import FallToBudget, SVDTrainingCallback, load_low_rank, save_low_rank
-from lightning_svd.files.export import largest_difference, to_onnx
+from lightning_svd.model.export import largest_difference, to_onnx
 
 TARGET, STEPS, BATCH = 0.5, 8, 4
 WORDS = 200

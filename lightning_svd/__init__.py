@@ -6,15 +6,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_svd.compression.compress import compress
     from lightning_svd.compression.report import CompressionReport
-    from lightning_svd.files.export import to_onnx
     from lightning_svd.files.low_rank import load_low_rank, save_low_rank
     from lightning_svd.layers.layer import SVDLayer
     from lightning_svd.lightning.callback import SVDTrainingCallback
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
+    from lightning_svd.model.export import to_onnx
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
+    from lightning_svd.model.timing import Timing, profile
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
-    from lightning_svd.report.data import LayerReport, RankChange, SVDReport, summarize
+    from lightning_svd.ranks.latency import LatencyTable
+    from lightning_svd.report.data import LatencyReport, LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
     from lightning_svd.training.policies import FallToBudget, Finetune, RankPolicy
     from lightning_svd.training.regularizers import Regularizer, add_gradients
@@ -29,6 +31,8 @@ __all__ = [
     "Finetune",
     "Fisher",
     "Importance",
+    "LatencyReport",
+    "LatencyTable",
     "LayerPlan",
     "LayerReport",
     "Outputs",
@@ -41,12 +45,14 @@ __all__ = [
     "SVDTrainingCallback",
     "Spectrum",
     "SpectrumMonitor",
+    "Timing",
     "add_gradients",
     "compact",
     "compress",
     "decompose",
     "load_low_rank",
     "plan",
+    "profile",
     "read_plan",
     "save_low_rank",
     "summarize",
@@ -67,14 +73,16 @@ _HOMES = {
     "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
-    "to_onnx": "files.export",
+    "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
     **dict.fromkeys(("FallToBudget", "Finetune", "RankPolicy"), "training.policies"),
     **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
-    **dict.fromkeys(("LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),
+    **dict.fromkeys(("Timing", "profile"), "model.timing"),
+    "LatencyTable": "ranks.latency",
+    **dict.fromkeys(("LatencyReport", "LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),
 }
 
 

@@ -31,12 +31,13 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a finite number > 0, got {shown(value)}")
 
 
-def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """An integer of at least ``least``, and at most ``most`` if that is given."""
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None, other: str = "") -> None:
+    """An integer of at least ``least``, and at most ``most`` if that is given; an error names what ``other`` may be."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= (most or _MOST):
         most = most or (_MOST if isinstance(value, int) and value > _MOST else None)
         raise ValueError(
-            f"`{name}` must be an integer >= {least}{f' and <= {most}' if most else ''}, got {shown(value)}"
+            f"`{name}` must be an integer >= {least}{f' and <= {most}' if most else ''}"
+            f"{f', or {other}' if other else ''}, got {shown(value)}"
         )
 
 

@@ -136,6 +136,8 @@ def _compress(options: argparse.Namespace) -> None:
             itertools.chain(first, batches),
             target_macs=options.target_macs,
             target_params=options.target_params,
+            target_latency=options.target_latency,
+            latency_table=options.latency_table,
             importance=options.importance,
             inputs=options.inputs,
             reconstruct=options.reconstruct,
@@ -154,6 +156,28 @@ def _compress(options: argparse.Namespace) -> None:
     else:
         print(report)
         print("\n".join(f"{name}: {value}" for name, value in written.items()))
+
+
+def _profile(options: argparse.Namespace) -> None:
+    from lightning_svd.files.loading import build, example_input, model_class
+    from lightning_svd.model.timing import Timing, profile
+
+    if not options.out.parent.is_dir():
+        raise ValueError(f"`--out`: there is no folder {options.out.parent}")
+    timing = Timing(options.batch_size, options.runtime, options.seconds)
+    model = build(model_class(options.model), options.arguments)
+    example = example_input(options.example_input, model)
+    if example is None:
+        raise ValueError(
+            "give the shape of an input, `--example-input 1,3,32,32`: the model has no `example_input_array`"
+        )
+    layers = {"target_modules": options.target_modules, "exclude_modules": options.exclude_modules}
+    table = profile(model, example, timing, **layers, conv_mode=options.conv_mode)
+    table.save(options.out)
+    least = table.whole.samples[0][1] / table.whole.dense
+    shown = {"written": str(options.out), "seconds": table.whole.dense, "layers": len(table.layers)}
+    shown |= {"least share of the time that was measured": round(least, 4), **table.whole.conditions}
+    print(json.dumps(shown) if options.json else "\n".join(f"{name}: {value}" for name, value in shown.items()))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -210,6 +234,8 @@ def _parser() -> argparse.ArgumentParser:
     budget = compressed.add_mutually_exclusive_group()
     budget.add_argument("--target-macs", type=float, help="share to keep; 0.5 if no budget is given")
     budget.add_argument("--target-params", type=float, help="share to keep")
+    budget.add_argument("--target-latency", type=float, help="share of the time to keep")
+    compressed.add_argument("--latency-table", type=Path, help="of `lightning-svd profile`; measured if not given")
     compressed.add_argument("--to", choices=("factored", "onnx"), required=True)
     compressed.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
     compressed.add_argument("--inputs", type=int, default=256, help="how many to take from the data")
@@ -218,6 +244,17 @@ def _parser() -> argparse.ArgumentParser:
     compressed.add_argument("--curve", action="store_true", help="say how far outputs would move at other budgets")
     compressed.add_argument("--report", type=Path, help="JSON file to write the report to")
     compressed.add_argument("--html", type=Path, help="page to write the report to")
+
+    profiled = command("profile", _profile, "how long a model takes here, layer by layer: a table to train or cut by")
+    _add_model(profiled, required=True)
+    profiled.add_argument("--example-input", type=_integers, help="shape of an input: 1,3,32,32")
+    profiled.add_argument("--batch-size", type=int, help="inputs at a time; those of the example if not given")
+    profiled.add_argument("--runtime", default="eager", help="eager, compiled or onnx")
+    profiled.add_argument("--seconds", type=float, default=30.0, help="about how long to measure")
+    profiled.add_argument("--target-modules", nargs="+", help="names, types, patterns, all-linear")
+    profiled.add_argument("--exclude-modules", nargs="+", help="layers to leave out")
+    profiled.add_argument("--conv-mode", default="channel", help="channel, spatial or auto")
+    profiled.add_argument("--out", type=Path, required=True, help="JSON file to write")
 
     converted = command("convert", _convert, "a checkpoint or safetensors file in another form, checked against it")
     _add_file(converted)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_model
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
-from lightning_svd.files.export import TOLERANCE, onnx_session
 from lightning_svd.files.loading import load
 from lightning_svd.layers.pairs import low_rank_pairs
+from lightning_svd.model.export import TOLERANCE, onnx_session
 from lightning_svd.report.inspection import inspect_model
 
 MODEL, SHAPE = ["--model", "models:SmallNet"], ["--example-input", "2,1,8,8"]

@@ -9,8 +9,8 @@ from test_cli import refused, run
 from torch import nn
 
 from lightning_svd import load_low_rank
-from lightning_svd.files.export import onnx_session
 from lightning_svd.layers.pairs import low_rank_pairs
+from lightning_svd.model.export import onnx_session
 
 SOURCE = """
 import torch

@@ -8,10 +8,10 @@ from models import SmallNet, data, quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, decompose, svd_layers
+from lightning_svd.model import timing as latency
 from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.surgery import compact, factorized_copy, to_factored
-from lightning_svd.ranks import latency
-from lightning_svd.ranks.latency import time_layers
+from lightning_svd.model.timing import time_layers
 
 
 def cut_net(rank=2):
@@ -54,7 +54,7 @@ def test_every_layer_that_was_used_is_timed_at_all_its_inputs():
     assert cost.layers["first"].input_shapes == ((5, 12), (5, 12))
     layers = timed(net, x).layers
     for name in ("first", "second"):
-        assert layers[name].latency.dense > 0 and layers[name].latency.factored > 0
+        assert layers[name].latency.dense > 0 and layers[name].latency.at(2) > 0
     assert layers["unused"] == cost.layers["unused"]
 
 
@@ -87,8 +87,8 @@ def test_each_form_does_the_work_of_all_inputs(monkeypatch):
         )
     price = latency._timed(count_costs(net, torch.randn(5, 12)).layers["first"], net.first)
     forms = [kind for kind, shape in calls if shape == (5, 12) and kind is nn.Sequential]
-    assert len(forms) == 2 * latency.ROUNDS  # two inputs each time
-    assert price.latency.dense < price.latency.factored  # the fastest round of each, dense before factored
+    assert len(forms) == 2 * (1 + latency.ROUNDS)  # two inputs each time, and once before
+    assert price.latency.dense < price.latency.at(2)  # the fastest round of each, dense before factored
 
 
 def test_compact_leaves_dense_what_is_no_faster_as_factors(slow_factors):
@@ -167,7 +167,7 @@ def test_layers_are_timed_as_the_model_runs_in_its_layout_and_under_its_precisio
         raced.append((autocast, layouts, weights))
         return [1.0, 0.5]
 
-    monkeypatch.setattr("lightning_svd.ranks.latency._race", race)
+    monkeypatch.setattr("lightning_svd.model.timing._race", race)
     model = SmallNet().to(memory_format=torch.channels_last)
     callback = SVDTrainingCallback(target_macs=0.4, measure_latency=True)
     quiet_trainer(callbacks=[callback], precision="bf16-mixed").fit(model, data())

@@ -259,7 +259,7 @@ def test_a_cost_in_one_unit_is_the_models_and_adds_up(unit, layers, other, seed)
 
 
 def test_a_layer_whose_factors_are_slower_costs_what_the_dense_one_does():
-    fast, slow = LayerLatency(dense=2.0, factored=1.0), LayerLatency(dense=1.0, factored=2.0)
+    fast, slow = LayerLatency(2.0, ((3, 1.0),)), LayerLatency(1.0, ((3, 2.0),))
     assert [LayerCost(100, 20, 100, 20, latency=each).at(3, "macs") for each in (None, fast, slow)] == [60, 60, 100]
 
 

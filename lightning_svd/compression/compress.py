@@ -29,11 +29,13 @@ from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
+from lightning_svd.model.timing import measured_at
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.ranks.statistics import Basis, bases_of, sides, spectral_basis
 from lightning_svd.report.data import report_on
 from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.run import CORRECTIONS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -53,6 +55,7 @@ def compress(
     *,
     target_macs: float | None = None,
     target_params: float | None = None,
+    target_latency: float | None = None,
     loss: Loss | None = None,
     importance: str = "auto",
     inputs: int = 256,
@@ -80,6 +83,8 @@ def compress(
             each. With ``loss``, whatever that takes.
         target_macs: Share of the multiply-accumulates to keep, in (0, 1]; 0.5 if no budget is given.
         target_params: Share of the parameters to keep instead.
+        target_latency: Share of the time to keep instead, by a table that ``latency_table`` names, from
+            :func:`~lightning_svd.profile`, or that is measured first, for a batch of ``batches``.
         loss: ``loss(model, batch)``, a scalar; without one the model's own outputs say what matters.
         importance: "fisher" (what the loss feels), "outputs" (what outputs need; no backward pass), "spectrum" (the
             weights alone), or "auto", which tries all.
@@ -94,7 +99,7 @@ def compress(
         progress: Show a progress bar.
         seed: Of what is drawn.
         layers: Which layers, as for :class:`~lightning_svd.training.recipe.Recipe`: ``target_modules``,
-            ``exclude_modules``, ``conv_mode``, ``rank_pattern``, ``min_rank``, ``round_to``.
+            ``exclude_modules``, ``conv_mode``, ``rank_pattern``, ``min_rank``, ``round_to``, ``latency_table``.
 
     Returns:
         The small model, in evaluation if ``model`` was, and the report.
@@ -118,7 +123,7 @@ def compress(
     check_count("seed", seed, least=0)
     for name in layers.keys() & _OF_TRAINING:
         raise TypeError(f"`{name}` is of training, which `compress` does without")
-    recipe = Recipe(target_macs=target_macs, target_params=target_params, **layers)
+    recipe = Recipe(target_macs=target_macs, target_params=target_params, target_latency=target_latency, **layers)
     with torch.inference_mode(False), tracking(progress) as track:
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
@@ -166,7 +171,7 @@ class _Compression:
         self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
         self.layers = begin(model, self.plan)
         self.weights = trained_weights(self.layers)
-        self.bounds = recipe.bounds(self.plan)
+        self.bounds = recipe.bounds(self.plan, model)
         self.tried: dict[str, float] = {}
         self.spectra: dict[str, list[float]] = {}
         self.reconstructed = False
@@ -203,13 +208,16 @@ class _Compression:
                 self.data.outputs(self.data.batches[:1])
         finally:
             recorder.stop()
-        calls, inputs = cut(self.model, recorder.calls, FEW)
+        whole = recorder.calls
+        calls, inputs = cut(self.model, whole, FEW)
         cost = count_calls(self.model, self.layers, calls, inputs)
         entries = max(int(AT_ONCE * sum(weight.numel() for weight in self.weights.values())), LITTLE // 4)
         refused = whole_layers(self.model, calls, self.layers, entries=min(ENTRIES, entries))
         for name in self.layers.keys() - watched.keys():
             seen = name in recorder.seen
             refused[name] = "it is called with more than its input" if seen else "the calibration data never reaches it"
+        cost = self.recipe.timed(cost, self.model, self.layers, self.plan, whole)
+        self.calls = list(whole) if self.recipe.timing else []
         return self._leave(refused, cost), watched.total()
 
     def _leave(self, reasons: Mapping[str, str], cost: ModelCost) -> ModelCost:
@@ -259,6 +267,7 @@ class _Compression:
                 chosen[candidate.label] = mine
 
         of_weights = self._decompose("spectrum" in importances)
+        self._correct_latency()
         if "spectrum" in importances:
             bases["spectrum"] = of_weights
             judge([_Candidate("spectrum", "spectrum", _carried(of_weights), False)])
@@ -281,6 +290,16 @@ class _Compression:
         self.ranks, self.bases = chosen[best.label], bases[best.metric]
         if best.metric == "spectrum":
             self.means = {}
+
+    def _correct_latency(self) -> None:
+        """Measure the whole at about the ranks that a budget of time will give."""
+        timing = self.recipe.timing
+        if timing is None:
+            return
+        energies = {name: torch.tensor(spectrum).square() for name, spectrum in self.spectra.items()}
+        for _ in range(CORRECTIONS):
+            ranks = self._ranks(energies, False)
+            self.cost = measured_at(self.model, self.plan, self.calls, timing, self.cost, ranks)
 
     def _forget(self, bases: dict[str, Basis], used: Sequence[Mapping[str, int]]) -> None:
         """Let go of what is not used with any of these ranks; a dense layer uses none."""
@@ -360,8 +379,9 @@ class _Compression:
         if kind == "energy":
             ranks = keep_by_energy(values, self.cost.by("params"), target, **self.bounds)
         else:
-            budget = (target if share is None else share) * self.cost.dense(kind)
-            ranks = keep_by_budget(values, self.cost.by(kind), budget, adds_up=adds_up, **self.bounds)
+            cost = self.cost.by(kind)
+            budget = cost.budget(target if share is None else share)
+            ranks = keep_by_budget(values, cost, budget, adds_up=adds_up, **self.bounds)
         # A layer that stays dense has all its ranks, whatever bound there is for them.
         full = self.full_ranks
         return {name: rank if self.cost.layers[name].pays(rank) else full[name] for name, rank in ranks.items()}

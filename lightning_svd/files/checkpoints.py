@@ -14,21 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_svd.files.plain_data import (
-    Fits,
-    by_name,
-    each,
-    having,
-    is_count,
-    is_finite,
-    is_flag,
-    is_mapping,
-    is_number,
-    is_tensor,
-    is_text,
-    optional,
-    row,
-)
 from lightning_svd.layers.compounds import join, join_states, split_everywhere, split_prefixes, split_states
 from lightning_svd.layers.forms import FORMS, DenseForm, balanced
 from lightning_svd.layers.layer import FactorizedModule, release
@@ -47,6 +32,21 @@ from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.plan import LayerPlan, layers_of
 from lightning_svd.model.surgery import become, settle, svd_layers
+from lightning_svd.plain_data import (
+    Fits,
+    by_name,
+    each,
+    having,
+    is_count,
+    is_finite,
+    is_flag,
+    is_mapping,
+    is_number,
+    is_tensor,
+    is_text,
+    optional,
+    row,
+)
 
 KEY = "lightning_svd"
 VERSION = 2
@@ -60,10 +60,22 @@ _COST_OF_LAYER = having(
     dense_macs=is_count,
     macs_per_rank=is_count,
     input_shapes=each(each(is_count)),
-    latency=optional(having(dense=is_number, factored=is_number)),
+    latency=optional(having(dense=is_finite, factored=each(row(is_count, is_finite)))),
+)
+_LATENCY = having(
+    dense=is_finite,
+    samples=each(row(is_finite, is_finite)),
+    others=is_finite,
+    conditions=by_name(lambda value: is_text(value) or is_count(value)),
 )
 _IS_COST = optional(
-    having(layers=by_name(_COST_OF_LAYER), other_params=is_count, other_macs=is_count, batch_size=is_count)
+    having(
+        layers=by_name(_COST_OF_LAYER),
+        other_params=is_count,
+        other_macs=is_count,
+        batch_size=is_count,
+        latency=optional(_LATENCY),
+    )
 )
 _IS_CHANGE = having(
     step=is_count, epoch=is_count, ranks=by_name(is_count), macs_ratio=is_number, params_ratio=is_number

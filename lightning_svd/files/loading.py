@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lightning_svd.arguments import needs
 from lightning_svd.files.checkpoints import KEY, saved_state
-from lightning_svd.files.export import largest_difference, onnx_seconds, to_onnx
 from lightning_svd.files.foreign import (
     first_line,
     is_checkpoint,
@@ -38,6 +37,7 @@ from lightning_svd.files.low_rank import (
 )
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.model.counting import as_arguments
+from lightning_svd.model.export import largest_difference, onnx_seconds, to_onnx
 from lightning_svd.model.surgery import to_dense
 
 

@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split
 from lightning_svd.layers.forms import DenseForm, SVDForm
@@ -264,6 +266,31 @@ def factorized_copy(module: ModuleT) -> ModuleT:
         factors = None if form == "dense" else Factors(*(f.detach() for f in layer.factors()))
         factorize(found[name], layer.view, name, form, factors)
     return twin
+
+
+def frozen_copy(module: nn.Module, who: str, instead: str) -> nn.Module:
+    """A copy in evaluation mode whose parameters get no gradients; data sets that the module keeps are shared.
+
+    Args:
+        module: With factorized layers or without; those of the copy are dense.
+        who: Needs the copy, as an error says it.
+        instead: What to do where there can be none.
+
+    Raises:
+        ValueError: If it cannot be copied.
+    """
+    kept = [value for child in module.modules() for value in vars(child).values()]
+    shared = {id(value): value for value in kept if isinstance(value, (Dataset, DataLoader))}
+    what = type(module).__name__
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise ValueError(f"{who} a copy of {what}, which has lazy layers: call it once before the fit")
+    try:
+        twin = copy.deepcopy(module, shared)
+    except Exception as error:
+        raise ValueError(
+            f"{who} a copy of {what}, which cannot be copied ({type(error).__name__}: {error}): {instead}"
+        ) from error
+    return twin.eval().requires_grad_(False)
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> str:

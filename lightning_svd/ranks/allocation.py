@@ -103,9 +103,8 @@ def keep_by_budget(
     ranks = {name: ladder[0] for name, ladder in ladders.items()}
     spent = cost.total(ranks)
     if spent > budget:
-        dense = cost.dense()
-        least = share_above(spent / dense)
-        raise ValueError(f"the budget must be at least {least} of the dense model's cost, got {budget / dense:.6g}")
+        least, got = share_above(cost.share(spent)), cost.share(budget)
+        raise ValueError(f"the budget must be at least {least} of the dense model's cost, got {got:.6g}")
     curves = {name: _curve(cost, name, energies[name], ladders[name], adds_up) for name in ladders}
     for only_hull in (True, False):
         spent = _fill(ranks, curves, spent, budget, only_hull)

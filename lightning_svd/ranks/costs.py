@@ -1,14 +1,17 @@
-"""What layers and models cost, dense and at any rank: multiply-accumulates and parameters, as numbers."""
+"""What layers and models cost, dense and at any rank: multiply-accumulates, parameters and seconds, as numbers."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 Unit = Literal["macs", "params"]
+# Ranks between those that a budget of time chooses from: kernels take about as long for any in between.
+STEP = 8
 
 
 class Cost(ABC):
@@ -41,13 +44,68 @@ class Cost(ABC):
         """Cost of the model at these ranks, a rank for every factorized layer."""
         return self.rest() + sum(self.at(name, rank) for name, rank in ranks.items())
 
+    def budget(self, share: float) -> float:
+        """The most that a model may cost which is to cost this share of the dense one."""
+        return share * self.dense()
+
+    def share(self, total: float) -> float:
+        """The share of the dense model's cost that a :meth:`total` is; the inverse of :meth:`budget`."""
+        return total / (self.dense() or 1)
+
 
 @dataclass(frozen=True)
 class LayerLatency:
-    """Measured seconds of one layer for the inputs that were counted, as a dense layer and as two factors."""
+    """Measured seconds of one layer, as a dense layer and as two factors of some ranks.
+
+    Attributes:
+        dense: Of the dense layer.
+        factored: (rank, seconds) of its factors, ranks ascending; between them time is taken to lie on a line.
+    """
 
     dense: float
-    factored: float
+    factored: tuple[tuple[int, float], ...]
+
+    def at(self, rank: int) -> float:
+        """Of two factors of a rank; beyond the ranks that were measured that of the nearest."""
+        least, most = self.factored[0][0], self.factored[-1][0]
+        return _along(self.factored, min(max(rank, least), most))
+
+
+@dataclass(frozen=True)
+class ModelLatency:
+    """Measured seconds of a whole model, against the sum of its layers' own.
+
+    A model takes more than its layers do one by one, and sometimes less: for what is no layer, what is cold in a cache,
+    what a compiler fuses. So the whole was measured too, dense and at a few ranks.
+
+    Attributes:
+        dense: Seconds of the dense model.
+        samples: (sum of the layers' seconds, seconds of the whole), ascending in both.
+        others: Sum of the seconds of layers that were timed and are not factorized.
+        conditions: What it was measured on and how, by name: the device, its threads, the batch size, ...
+    """
+
+    dense: float
+    samples: tuple[tuple[float, float], ...]
+    others: float = 0.0
+    conditions: Mapping[str, str | int] = field(default_factory=dict)
+
+    def whole(self, layers: float) -> float:
+        """Seconds of the model whose layers take so long one by one."""
+        return _along(self.samples, layers)
+
+    def layers(self, whole: float) -> float:
+        """The inverse of :meth:`whole`."""
+        return _along([(seconds, layers) for layers, seconds in self.samples], whole)
+
+
+def _along(points: Sequence[tuple[float, float]], x: float) -> float:
+    """On the lines through points (x, y), ascending in x; beyond the ends on the last line."""
+    if len(points) == 1:
+        return points[0][1]
+    right = min(max(1, bisect_left(points, x, key=lambda point: point[0])), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +118,7 @@ class LayerCost:
         dense_macs: MACs of the dense layer in the forward pass that was counted; 0 if none was.
         macs_per_rank: MACs of both factors for each rank in that pass; 0 if none was.
         input_shapes: Of the layer's inputs in that pass, batch included.
-        latency: At its present rank; None if it was not measured.
+        latency: None if it was not measured.
     """
 
     dense_params: int
@@ -80,7 +138,7 @@ class LayerCost:
 
     def pays(self, rank: int) -> bool:
         """Whether two factors of this rank are better than the dense layer: cheaper and, if measured, faster."""
-        return rank <= self.break_even and (self.latency is None or self.latency.factored < self.latency.dense)
+        return rank <= self.break_even and (self.latency is None or self.latency.at(rank) < self.latency.dense)
 
     def dense(self, unit: Unit) -> int:
         """MACs or parameters of the dense layer."""
@@ -89,6 +147,12 @@ class LayerCost:
     def per_rank(self, unit: Unit) -> int:
         """MACs or parameters of each rank."""
         return self.macs_per_rank if unit == "macs" else self.params_per_rank
+
+    def seconds(self, rank: int) -> float:
+        """Measured seconds at this rank, as :meth:`at`; 0 if they were not measured."""
+        if self.latency is None:
+            return 0.0
+        return self.latency.at(rank) if self.pays(rank) else self.latency.dense
 
     def at(self, rank: int, unit: Unit) -> int:
         """MACs or parameters at this rank: two factors where they pay, dense beyond."""
@@ -104,12 +168,14 @@ class ModelCost:
         other_params: Parameters of everything else, biases included.
         other_macs: MACs of everything else.
         batch_size: Inputs in the forward pass that was counted; 0 if none was.
+        latency: Of the whole; None if it was not measured.
     """
 
     layers: Mapping[str, LayerCost]
     other_params: int
     other_macs: int = 0
     batch_size: int = 0
+    latency: ModelLatency | None = None
 
     @property
     def counted(self) -> bool:
@@ -136,11 +202,25 @@ class ModelCost:
         left = {name: of for name, of in self.layers.items() if name not in names}
         macs = sum(self.layers[name].dense_macs for name in names)
         params = sum(self.layers[name].dense_params for name in names)
-        return replace(self, layers=left, other_macs=self.other_macs + macs, other_params=self.other_params + params)
+        without = replace(self, layers=left, other_macs=self.other_macs + macs, other_params=self.other_params + params)
+        if self.latency is None:
+            return without
+        seconds = sum(latency.dense for name in names if (latency := self.layers[name].latency))
+        return replace(without, latency=replace(self.latency, others=self.latency.others + seconds))
 
-    def by(self, unit: Unit) -> CountedCost:
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelCost:
+        """The inverse of ``dataclasses.asdict``."""
+        layers = {}
+        for name, price in data["layers"].items():
+            latency = price["latency"] and LayerLatency(**price["latency"])
+            layers[name] = LayerCost(**{**price, "latency": latency})
+        latency = data["latency"] and ModelLatency(**data["latency"])
+        return cls(**{**data, "layers": layers, "latency": latency})
+
+    def by(self, unit: Unit | Literal["latency"]) -> Cost:
         """The cost in one unit."""
-        return CountedCost(self, unit)
+        return LatencyCost(self) if unit == "latency" else CountedCost(self, unit)
 
 
 @dataclass(frozen=True)
@@ -175,4 +255,54 @@ class CountedCost(Cost):
         first = -(-min_rank // round_to) * round_to
         yield from range(first, min(most, candidates) + 1, round_to)
         if candidates > most or first > candidates:
+            yield candidates
+
+
+@dataclass(frozen=True)
+class LatencyCost(Cost):
+    """Cost in measured time, in microseconds that the layers take one by one.
+
+    What is to be met is time of the whole: ``budget`` and ``share`` are of that.
+
+    Attributes:
+        model: What was measured.
+    """
+
+    model: ModelCost
+
+    def at(self, name: str, rank: int) -> float:
+        return 1e6 * self.model.layers[name].seconds(rank)
+
+    def rest(self) -> float:
+        return 1e6 * self._whole.others
+
+    def dense(self) -> float:
+        return self.budget(1.0)
+
+    def budget(self, share: float) -> float:
+        return 1e6 * self._whole.layers(share * self._whole.dense)
+
+    def share(self, total: float) -> float:
+        return self._whole.whole(total / 1e6) / self._whole.dense
+
+    @property
+    def _whole(self) -> ModelLatency:
+        assert self.model.latency is not None
+        return self.model.latency
+
+    def ladder(self, name: str, candidates: int, min_rank: int, round_to: int) -> Iterator[int]:
+        """The ranks that were measured and every eighth between them, each where no larger one is as fast; and dense.
+
+        With ``round_to`` multiples of it in their place.
+        """
+        price = self.model.layers[name]
+        measured = [rank for rank, _ in price.latency.factored] if price.latency else []
+        step = round_to if round_to > 1 else STEP
+        ranks = {*range(step, price.break_even + 1, step), *(measured if round_to == 1 else [])}
+        worth: list[int] = []
+        for rank in sorted((r for r in ranks if min_rank <= r <= candidates and price.pays(r)), reverse=True):
+            if not worth or self.at(name, rank) < self.at(name, worth[-1]):
+                worth.append(rank)
+        yield from reversed(worth)
+        if not worth or worth[0] < candidates:
             yield candidates

@@ -136,6 +136,36 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class LatencyReport:
+    """How long the model takes against the dense one.
+
+    Attributes:
+        dense_seconds: Of the dense model, measured.
+        seconds: Of the model as it is now, by the table of its layers' times.
+        measured: Share of the dense model's time, both timed at the end; None if they were not.
+        conditions: What the table was measured on and how, by name.
+    """
+
+    dense_seconds: float
+    seconds: float
+    measured: float | None = None
+    conditions: Mapping[str, str | int] = field(default_factory=dict)
+
+    @property
+    def ratio(self) -> float:
+        """Share of the dense model's time, by the table."""
+        return self.seconds / self.dense_seconds
+
+    def __str__(self) -> str:
+        how = f"({1e3 * self.dense_seconds:.3g} ms -> {1e3 * self.seconds:.3g} ms by the table"
+        return (
+            f"{self.ratio:.1%} of the time {how})"
+            if self.measured is None
+            else (f"{self.ratio:.1%} of the time {how}, {self.measured:.1%} measured)")
+        )
+
+
+@dataclass(frozen=True)
 class SVDReport:
     """What SVD training did to a model: each layer's rank and cost, totals, and the history of the run.
 
@@ -153,6 +183,7 @@ class SVDReport:
         metric_values: (optimizer step, its value) of every validation.
         pauses: When ranks did not fall because the metric had.
         arguments: What the run was asked for, by the names of the callback's arguments; empty if not known.
+        latency: How long the model takes; None if that was no budget.
     """
 
     layers: tuple[LayerReport, ...]
@@ -168,6 +199,7 @@ class SVDReport:
     metric_values: tuple[tuple[int, float], ...] = ()
     pauses: tuple[Pause, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    latency: LatencyReport | None = None
 
     @property
     def macs_ratio(self) -> float:
@@ -232,8 +264,11 @@ class SVDReport:
             timeline = tuple(RankChange(**_with_nan(change)) for change in data.pop("timeline"))
             pauses = tuple(Pause(**pause) for pause in data.pop("pauses", ()))
             arguments = data.pop("arguments", {})
-            fields = {name: _tuples(value) for name, value in data.items() if name not in _RATIOS}
-            return cls(layers=layers, timeline=timeline, pauses=pauses, arguments=arguments, **fields)
+            latency = data.pop("latency", None)
+            latency = LatencyReport(**latency) if latency else None
+            fields: dict[str, Any] = {name: _tuples(value) for name, value in data.items() if name not in _RATIOS}
+            history: dict[str, Any] = {"timeline": timeline, "pauses": pauses, "arguments": arguments}
+            return cls(layers=layers, latency=latency, **history, **fields)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"`source` must be a report that `to_json` wrote: {error}") from error
 
@@ -285,6 +320,8 @@ class SVDReport:
         if self.dense_macs:
             macs = f"({quantity(self.dense_macs)} -> {quantity(self.macs)} per input)"
             parts.insert(0, f"{self.macs_ratio:.1%} of the MACs {macs}")
+        if self.latency:
+            parts.insert(0, str(self.latency))
         if self.layers:
             parts.append(f"{self.rank_ratio:.1%} of the ranks")
         return f"Low-rank model: {separator.join(parts)}"
@@ -331,7 +368,7 @@ def report_on(
                 spectrum_before=tuple(spectra_before[name]),
                 spectrum_after=tuple((spectra_after or {}).get(name) or layer.spectrum()),
                 dense_seconds=price.latency.dense if price.latency else None,
-                seconds=(price.latency.factored if factored else price.latency.dense) if price.latency else None,
+                seconds=(price.latency.at(layer.rank) if factored else price.latency.dense) if price.latency else None,
             )
         )
     other_macs = cost.other_macs // inputs
@@ -342,7 +379,16 @@ def report_on(
         macs=other_macs + sum(row.macs for row in rows),
         dense_params=cost.dense("params"),
         params=cost.other_params + sum(row.params for row in rows),
+        latency=_latency(cost, {row.name: row.full_rank if row.form == "dense" else row.rank for row in rows}),
     )
+
+
+def _latency(cost: ModelCost, ranks: Mapping[str, int]) -> LatencyReport | None:
+    if cost.latency is None:
+        return None
+    priced = cost.by("latency")
+    seconds = cost.latency.dense * priced.share(priced.total(ranks))
+    return LatencyReport(cost.latency.dense, seconds, conditions=cost.latency.conditions)
 
 
 def summarize(module: nn.Module, example_input: Any = None) -> SVDReport:

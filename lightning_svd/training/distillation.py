@@ -6,7 +6,6 @@ their distance, which has a closed form, is added at the student's output in the
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_svd.arguments import check_choice, check_positive, check_weight, shown
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import wide
 from lightning_svd.model.calls import Call, CallWatcher, holders, logits_of, run_again, tensors_of, without_fast_path
+from lightning_svd.model.surgery import frozen_copy
 from lightning_svd.training import processes
 
 KINDS = ("auto", "logits", "features")
@@ -106,7 +104,11 @@ class Distiller(CallWatcher):
         super().__init__()
         self.asked, self.model = asked, model
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        self.teacher = frozen_copy(self._student())
+        self.teacher = frozen_copy(
+            self._student(),
+            "`distill` keeps",
+            "name the network in it that is to be compared, `distill=Distillation(where=...)`",
+        )
         self._calls: dict[nn.Module, Call] = {}  # of the teacher's modules, without arguments, by the student's
         self._names: dict[nn.Module, str] = {}
         self._teaching = False
@@ -249,27 +251,6 @@ def distiller_of(asked: bool | Distillation, model: nn.Module) -> Distiller | No
     if asked is False:
         return None
     return Distiller(Distillation() if asked is True else asked, model)
-
-
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose parameters get no gradients; data sets that the module keeps are shared.
-
-    Raises:
-        ValueError: If it cannot be copied.
-    """
-    kept = [value for child in module.modules() for value in vars(child).values()]
-    shared = {id(value): value for value in kept if isinstance(value, (Dataset, DataLoader))}
-    what = type(module).__name__
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        raise ValueError(f"`distill` keeps a copy of {what}, which has lazy layers: call it once before the fit")
-    try:
-        twin = copy.deepcopy(module, shared)
-    except Exception as error:
-        raise ValueError(
-            f"`distill` keeps a copy of {what}, which cannot be copied ({type(error).__name__}: {error}): name the "
-            "network in it that is to be compared, `distill=Distillation(where=...)`"
-        ) from error
-    return twin.eval().requires_grad_(False)
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,19 +22,28 @@ from lightning_svd.arguments import (
     check_targets,
     shown,
 )
+from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.views import CONV_MODES
+from lightning_svd.model.calls import Call
 from lightning_svd.model.plan import LayerPlan, Targets, plan, read_plan
+from lightning_svd.model.timing import Timing, kernel_width, profile_calls
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy, share_above, smallest_cost
-from lightning_svd.ranks.costs import ModelCost, Unit
+from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.ranks.importance import IMPORTANCES, Importance
+from lightning_svd.ranks.latency import LatencyTable
 from lightning_svd.training.distillation import Distillation
 from lightning_svd.training.policies import SCHEDULES, RankPolicy
 from lightning_svd.training.regularizers import SPARSITY, Regularizer
 
 DEFAULT_TARGET_MACS = 0.5
 FINAL = ("factored", "dense", "decomposed")
-Target = Literal["macs", "params", "energy"]
-TARGETS: dict[str, Target] = {"target_macs": "macs", "target_params": "params", "energy_threshold": "energy"}
+Target = Literal["macs", "params", "latency", "energy"]
+TARGETS: dict[str, Target] = {
+    "target_macs": "macs",
+    "target_params": "params",
+    "target_latency": "latency",
+    "energy_threshold": "energy",
+}
 
 
 @dataclass
@@ -50,12 +61,14 @@ class Recipe:
     plan_file: str | None = None
     target_macs: float | None = None
     target_params: float | None = None
+    target_latency: float | None = None
+    latency_table: str | os.PathLike[str] | LatencyTable | Timing | None = None
     energy_threshold: float | None = None
     schedule: str | RankPolicy = "fall"
     full_rank_as: str = "auto"
     importance: str | Importance = "auto"
     min_rank: int = 1
-    round_to: int = 1
+    round_to: int | str = 1
     regularizer: str | Regularizer | None = "hoyer"
     measure_latency: bool = False
     final: str = "factored"
@@ -67,7 +80,8 @@ class Recipe:
         check_choice("conv_mode", self.conv_mode, (*CONV_MODES, "auto"))
         check_rank_pattern(self.rank_pattern)
         check_count("min_rank", self.min_rank)
-        check_count("round_to", self.round_to)
+        if self.round_to != "auto":
+            check_count("round_to", self.round_to, other='"auto"')
         check_path("plan_file", self.plan_file)
         chosen = (self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern)
         if self.plan_file is not None and chosen != (None, None, "channel", None):
@@ -95,6 +109,10 @@ class Recipe:
             raise ValueError(f"give one of {', '.join(f'`{name}`' for name in TARGETS)}, got {', '.join(given)}")
         if not given:
             self.target_macs = DEFAULT_TARGET_MACS
+        if not isinstance(self.latency_table, (LatencyTable, Timing)):
+            check_path("latency_table", self.latency_table)
+        if self.latency_table is not None and self.target_latency is None:
+            raise ValueError("`latency_table` is for a budget of time: give `target_latency` too")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -139,25 +157,66 @@ class Recipe:
                 model, self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern, include_frozen
             )
         lookups = [layer.name for layer in plans if layer.kind == "Embedding" and not layer.skipped]
-        if lookups and self.target[0] == "macs":
+        if lookups and self.target[0] in ("macs", "latency"):
+            what = "MACs" if self.target[0] == "macs" else "time to speak of"
             raise ValueError(
-                f"`{lookups[0]}` is an Embedding, whose lookups cost no MACs: give `target_params` or "
+                f"`{lookups[0]}` is an Embedding, whose lookups cost no {what}: give `target_params` or "
                 "`energy_threshold`, or leave it out"
             )
         return plans
 
-    def bounds(self, plans: list[LayerPlan]) -> dict[str, Any]:
+    def bounds(self, plans: list[LayerPlan], model: nn.Module) -> dict[str, Any]:
         """What ranks a layer may have."""
+        round_to = self.round_to
+        if round_to == "auto":
+            round_to = 1 if self.target[0] == "latency" else kernel_width(model)  # time says it by itself
         most = {layer.name: layer.max_rank for layer in plans if layer.max_rank is not None}
-        return {"min_rank": self.min_rank, "round_to": self.round_to, "max_ranks": most}
+        return {"min_rank": self.min_rank, "round_to": round_to, "max_ranks": most}
 
     def choose_ranks(self, energies: dict[str, Tensor], cost: ModelCost, bounds: Mapping[str, Any]) -> dict[str, int]:
         """The ranks to end with: those that carry most for the budget."""
         kind, share = self.target
         if kind == "energy":
             return keep_by_energy(energies, cost.by("params"), share, **bounds)
-        budget = share * cost.dense(kind)
-        return keep_by_budget(energies, cost.by(kind), budget, adds_up=self.measure().adds_up, **bounds)
+        priced = cost.by(kind)
+        return keep_by_budget(energies, priced, priced.budget(share), adds_up=self.measure().adds_up, **bounds)
+
+    @property
+    def timing(self) -> Timing | None:
+        """How latencies are to be measured in the run itself; None where they are not, or are in a table already."""
+        if self.target[0] != "latency" or not isinstance(self.latency_table, (Timing, NoneType)):
+            return None
+        return self.latency_table or Timing()
+
+    def timed(
+        self,
+        cost: ModelCost,
+        model: nn.Module,
+        layers: Mapping[str, SVDLayer],
+        plans: Sequence[LayerPlan],
+        calls: Sequence[Call],
+    ) -> ModelCost:
+        """The cost with latencies, those of the table or measured now, if they are what the budget is of.
+
+        Args:
+            cost: Counted.
+            model: The whole tree.
+            layers: Its factorized layers by name.
+            plans: Of its layers.
+            calls: Of modules in it.
+
+        Raises:
+            ValueError: If the table cannot be read or is of another model, or the model cannot be measured.
+        """
+        if self.target[0] != "latency":
+            return cost
+        if self.timing:
+            table, source = profile_calls(model, plans, calls, self.timing), "the one that was measured"
+        elif isinstance(self.latency_table, LatencyTable):
+            table, source = self.latency_table, "the table"
+        else:
+            table, source = LatencyTable.load(str(self.latency_table)), str(self.latency_table)
+        return table.applied(cost, {name: layer.view for name, layer in layers.items()}, source)
 
     def check_reachable(self, cost: ModelCost, full_ranks: Mapping[str, int], bounds: Mapping[str, Any]) -> None:
         """Refuse a budget that no ranks can meet.
@@ -168,19 +227,23 @@ class Recipe:
         kind, share = self.target
         if kind == "energy":
             return
-        unit: Unit = kind
-        if not cost.dense(unit):
-            raise ValueError("`target_macs`: the first forward pass used no layer whose MACs could be counted")
-        least = smallest_cost(cost.by(unit), full_ranks, **bounds) / cost.dense(unit)
+        if kind != "params" and not cost.dense("macs"):
+            raise ValueError(f"`target_{kind}`: the first forward pass used no layer whose MACs could be counted")
+        priced = cost.by(kind)
+        least = priced.share(smallest_cost(priced, full_ranks, **bounds))
         if least > share:
             raise ValueError(
-                f"`target_{unit}` must be at least {share_above(least)} for this model, its cost when every "
+                f"`target_{kind}` must be at least {share_above(least)} for this model, its cost when every "
                 f"factorized layer keeps its fewest ranks, got {share!r}"
             )
 
 
 def _described(value: Any) -> Any:
-    if not isinstance(value, (Distillation, Importance, RankPolicy, Regularizer)):
+    if isinstance(value, LatencyTable):
+        return dict(value.whole.conditions)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, (Distillation, Importance, RankPolicy, Regularizer, Timing)):
         return value
     own = [name for name in inspect.signature(type(value)).parameters if name in vars(value)]
     return {"class": type(value).__name__} | {name: _described(vars(value)[name]) for name in own}

@@ -17,15 +17,15 @@ from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import check_finite
-from lightning_svd.model.calls import CallRecorder, cut
+from lightning_svd.model.calls import Call, CallRecorder, cut
 from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
 from lightning_svd.model.surgery import begin, check_dense, check_in_place, finish, trained_weights, undo
-from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
+from lightning_svd.model.timing import measured_at, share_of_dense, time_layers
+from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
-from lightning_svd.ranks.latency import time_layers
-from lightning_svd.report.data import Pause, RankChange, SVDReport, report_on
+from lightning_svd.report.data import LatencyReport, Pause, RankChange, SVDReport, report_on
 from lightning_svd.training import processes
 from lightning_svd.training.distillation import distiller_of
 from lightning_svd.training.guard import MetricGuard
@@ -36,6 +36,8 @@ from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
 from lightning_svd.training.trained_layers import TrainedLayers
+
+CORRECTIONS = 2  # of a budget of time, by the whole model's at the ranks that it would give
 
 
 class SVDTraining:
@@ -109,6 +111,7 @@ class SVDTraining:
         self.backwards = self.last_cut = self._steps = 0
         self._waits = self._observes = False
         self._refused: dict[str, str] = {}
+        self._timed: list[Call] = []  # for the final model to be timed as the dense one was
         self._choose_ranks = choose_ranks or self._by_recipe
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
         self.plan = self.recipe.plan(model, include_frozen=thaws)
@@ -116,7 +119,7 @@ class SVDTraining:
             self.plan = _trained_by(trainers, model, self.plan)
         self.distiller = distiller_of(self.recipe.distill, model)  # of the dense model
         self._trained = TrainedLayers(begin(model, self.plan), self.importance, on_reshape or (lambda: None))
-        self.bounds = self.recipe.bounds(self.plan)
+        self.bounds = self.recipe.bounds(self.plan, model)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
         self._dense = trained_weights(self.layers)
         self.until_closed = ExitStack()
@@ -277,18 +280,21 @@ class SVDTraining:
         if not seen or (every_layer and not seen >= self.layers.keys()):
             return None
         self.recorder.stop()  # what follows are replays
-        try:
-            with self.observer.resting() if self.observer is not None else nullcontext():
+        with self.observer.resting() if self.observer is not None else nullcontext():
+            try:
                 few, inputs = cut(self.model, calls, FEW)
                 cost = count_calls(self.model, self.layers, few, inputs)
                 refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
-        except NotTheSameError:
-            raise
-        except Exception as error:
-            raise ValueError(
-                "the model was run once more in evaluation, to count what it costs and to see which layers can become "
-                f"two, and failed: {type(error).__name__}: {error}"
-            ) from error
+            except NotTheSameError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    "the model was run once more in evaluation, to count what it costs and to see which layers can "
+                    f"become two, and failed: {type(error).__name__}: {error}"
+                ) from error
+            cost = self.recipe.timed(cost, self.model, self.layers, self.plan, calls)
+        if self.recipe.timing:
+            self._timed = list(calls)
         if self.observer is not None:
             self.observer.check(few)
         cost = cost.without(refused)
@@ -464,11 +470,7 @@ class SVDTraining:
         before, clock = self.ranks(), self.clock(step)
         verdict = self._verdict() if self.observer is not None else None
         energies = verdict.values if verdict else self._trained.refactorize()
-        change: Change = processes.decide(
-            lambda: self.policy.change(
-                clock, self.full_ranks, before, lambda: self._choose_ranks(_on_cpu(energies), self._known_cost)
-            )
-        )
+        change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
         self.policy.resume(clock)
         self.last_cut = clock
         fall = [name for name, rank in change.ranks.items() if rank < self.layers[name].rank]
@@ -486,6 +488,24 @@ class SVDTraining:
             return None
         self.timeline.append(RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params")))
         return self.timeline[-1]
+
+    def _decide(
+        self, clock: int, before: Mapping[str, int], energies: Mapping[str, Tensor]
+    ) -> tuple[Change, ModelCost]:
+        """What the policy says, and the cost: what it is in time is measured once more ahead of the last cut."""
+        cost, pending, timing = self._known_cost, self.policy.pending, self.recipe.timing
+
+        def choose() -> dict[str, int]:
+            nonlocal cost
+            carried = _on_cpu(energies)
+            ranks = self._choose_ranks(carried, cost)
+            for _ in range(CORRECTIONS if pending is not None and clock >= pending and self._timed else 0):
+                assert timing is not None
+                cost = measured_at(self.model, self.plan, self._timed, timing, cost, ranks)
+                ranks = self._choose_ranks(carried, cost)
+            return ranks
+
+        return self.policy.change(clock, self.full_ranks, before, choose), cost
 
     @property
     def _known_cost(self) -> ModelCost:
@@ -520,7 +540,7 @@ class SVDTraining:
         for layer in self.layers.values():
             layer.forget_loaded(goes_on=False)  # an average that was loaded at the end: its nearest of the ranks
         cost = self.cost or count_params(self.model)
-        if self.recipe.measure_latency:
+        if self.recipe.measure_latency and cost.latency is None:
             cost = self._with_latency(cost)
         self._warn_of_what_is_not_finite()
         report = replace(
@@ -533,7 +553,16 @@ class SVDTraining:
         finals = {name: form if pays[name] and self.recipe.final != "dense" else "dense" for name in self.layers}
         self._trained.replace(finish(self.model, finals))
         slow = no_faster(self.model)
-        return replace(report, warnings=(*report.warnings, slow)) if slow else report
+        report = replace(report, warnings=(*report.warnings, slow)) if slow else report
+        return replace(report, latency=self._measured(report.latency)) if report.latency else report
+
+    def _measured(self, promised: LatencyReport) -> LatencyReport:
+        """How long the final model takes too, where the dense one was timed in this run."""
+        timing, calls = self.recipe.timing, self._timed
+        if timing is None:
+            return promised
+        share = processes.decide(lambda: share_of_dense(self.model, calls, timing) if calls else None)
+        return replace(promised, measured=share)
 
     def _warn_of_what_is_not_finite(self) -> None:
         broken = [
@@ -641,8 +670,7 @@ class SVDTraining:
         if self.guard and state["guard"]:
             self.guard.load_state_dict(state["guard"])
         if state["cost"]:
-            layers = {name: LayerCost(**cost) for name, cost in state["cost"]["layers"].items()}
-            self.cost = ModelCost(**(state["cost"] | {"layers": layers}))
+            self.cost = ModelCost.from_dict(state["cost"])
         self._refused = skipped
         self._release_refused()
 

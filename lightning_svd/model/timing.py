@@ -1,0 +1,468 @@
+"""How long a model and its layers take, measured: MACs that are saved are not always time that is saved."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+
+from lightning_svd.arguments import check_choice, check_count, check_positive
+from lightning_svd.layers.layer import SVDLayer, plain_dense, plain_pair
+from lightning_svd.layers.matrices import Factors
+from lightning_svd.layers.pairs import bias_of, factored_pair, fill
+from lightning_svd.model.calls import Call, cut, inputs_of, mapped, untouched
+from lightning_svd.model.checks import pairs_in_place
+from lightning_svd.model.counting import as_arguments, count_calls
+from lightning_svd.model.export import onnx_session, to_onnx
+from lightning_svd.model.plan import LayerPlan, Targets, plan
+from lightning_svd.model.surgery import begin, frozen_copy, to_dense
+from lightning_svd.ranks.costs import STEP, LayerCost, LayerLatency, ModelCost, ModelLatency
+from lightning_svd.ranks.latency import LatencyTable, TimedLayer
+
+RUNTIMES = ("eager", "compiled", "onnx")
+ROUNDS = 5  # in which what is compared takes turns
+SECONDS = 0.05  # for the two forms of a layer of a known rank
+LEVELS = 3  # of looking for steps between the ranks that were timed
+OF_LAYERS = 0.6  # share of the time that layers are measured in; the rest is for the whole
+SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of each layer's break-even rank, at which the whole is measured
+BEND = 0.05  # by which a time is off the line between its neighbors where a staircase has a step
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How the latency of a model is measured.
+
+    Args:
+        batch_size: Inputs at a time; None for those of the batch that is at hand.
+        runtime: What the model is going to run in: "eager" PyTorch, "compiled" by ``torch.compile``, or ONNX Runtime,
+            "onnx".
+        seconds: About how long to measure; large models take at least a few runs of each layer.
+
+    Raises:
+        ValueError: If an argument is out of range; the message names it.
+    """
+
+    batch_size: int | None = None
+    runtime: str = "eager"
+    seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            check_count("batch_size", self.batch_size)
+        check_choice("runtime", self.runtime, RUNTIMES)
+        check_positive("seconds", self.seconds)
+
+
+def profile(
+    model: nn.Module,
+    example_input: Any,
+    timing: Timing = Timing(),
+    *,
+    target_modules: Targets = None,
+    exclude_modules: Targets = None,
+    conv_mode: str = "channel",
+) -> LatencyTable:
+    """Measure how long a model and its layers take, dense and as two factors of some ranks.
+
+    What is measured on one machine can be a budget on another: ``table.save("phone.json")`` there, and
+    ``SVDTrainingCallback(target_latency=0.5, latency_table="phone.json")`` here. The model is left as it is; a copy of
+    it is measured, on its device, in its dtype and layout, under the caller's autocast.
+
+    Args:
+        model: In plain PyTorch.
+        example_input: What it is called with, a tuple for several arguments, a dict for arguments by keyword.
+        timing: How it is measured.
+        target_modules: Layers to measure, as for :func:`~lightning_svd.plan`.
+        exclude_modules: Layers to leave out.
+        conv_mode: As which matrix convolutions are seen.
+
+    Raises:
+        ValueError: If the model cannot be copied or run, or has nothing to factorize.
+    """
+    plans = plan(model, target_modules, exclude_modules, conv_mode, include_frozen=True)
+    keywords = isinstance(example_input, dict)
+    arguments = ((), dict(example_input)) if keywords else (as_arguments(example_input), {})
+    return profile_calls(model, plans, [Call(model, *arguments)], timing)
+
+
+def profile_calls(model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Call], timing: Timing) -> LatencyTable:
+    """:func:`profile` of calls that were noted.
+
+    Args:
+        model: The whole tree; a copy of it is measured.
+        plans: Of its layers.
+        calls: Of modules in it.
+        timing: How it is measured.
+
+    Raises:
+        ValueError: If it cannot be copied.
+    """
+    twin, calls = _copied(model, calls, timing)
+    layers = begin(twin, plans)
+    with untouched(twin), torch.no_grad():
+        cost = count_calls(twin, layers, calls)
+        latencies = _layers_timed(cost, layers, timing.seconds * OF_LAYERS)
+        cost = replace(
+            cost, layers={name: replace(price, latency=latencies.get(name)) for name, price in cost.layers.items()}
+        )
+        whole = _whole_timed(layers, calls, cost, timing)
+    timed = {name: TimedLayer(layers[name].view.to_dict(), latency) for name, latency in latencies.items()}
+    return LatencyTable(timed, replace(whole, conditions=_conditions(twin, inputs_of(calls), timing)))
+
+
+def measured_at(
+    model: nn.Module,
+    plans: Sequence[LayerPlan],
+    calls: Sequence[Call],
+    timing: Timing,
+    cost: ModelCost,
+    ranks: Mapping[str, int],
+) -> ModelCost:
+    """The cost corrected by how long the whole takes at these very ranks.
+
+    Args:
+        model: As for :func:`profile_calls`.
+        plans: As there.
+        calls: As there.
+        timing: As there.
+        cost: With latencies.
+        ranks: Of each factorized layer.
+    """
+    assert cost.latency is not None
+    twin, calls = _copied(model, calls, timing)
+    layers = begin(twin, plans)
+    pairs = {name: rank for name, rank in ranks.items() if cost.layers[name].pays(rank)}
+    with untouched(twin), torch.no_grad():
+        dense, now = _wholes_timed(layers, calls, [{}, pairs], timing)
+    priced = cost.by("latency")
+    one_by_one, whole = priced.total(ranks) / 1e6, cost.latency.dense * now / dense
+    others = [(x, y) for x, y in cost.latency.samples if (x - one_by_one) * (y - whole) > 0]
+    return replace(cost, latency=replace(cost.latency, samples=tuple(sorted([*others, (one_by_one, whole)]))))
+
+
+def _copied(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[nn.Module, list[Call]]:
+    """A copy to be measured, and the calls of its modules with as many inputs as are asked for."""
+    names = {module: name for name, module in model.named_modules()}
+    twin = frozen_copy(model, "`target_latency` measures", "measure a copy of your own with `lightning_svd.profile`")
+    twins = dict(twin.named_modules())
+    calls = [replace(call, module=twins[names[call.module]]) for call in calls]
+    if timing.batch_size is not None:
+        calls = _of_size(twin, calls, timing.batch_size)
+    return twin, calls
+
+
+def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> float:
+    """How long a finished model takes for calls, as a share of a dense copy of it; both take turns."""
+    names = {module: name for name, module in model.named_modules()}
+    with untouched(model), torch.no_grad(), ExitStack() as stack:
+        actions = {}
+        for key, twin in {"dense": to_dense(model).eval(), "now": model}.items():
+            modules = dict(twin.named_modules())
+            mine = [replace(call, module=modules[names[call.module]]) for call in calls]
+            actions[key] = stack.enter_context(_running(mine, timing.runtime))
+        taken = _fastest(actions, timing.seconds * (1 - OF_LAYERS))
+    return taken["now"] / taken["dense"]
+
+
+def _of_size(module: nn.Module, calls: Sequence[Call], batch_size: int) -> list[Call]:
+    """The calls with so many inputs: cut, or repeated."""
+    there = inputs_of(calls)
+    if there < batch_size:
+        times = -(-batch_size // there)
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if tensor.ndim and len(tensor) == there else tensor
+
+        calls = [
+            replace(call, args=mapped(call.args, repeated), kwargs=mapped(call.kwargs, repeated)) for call in calls
+        ]
+    cut_calls, inputs = cut(module, calls, batch_size)
+    if inputs != batch_size:
+        raise ValueError(
+            f"`batch_size`: the model was called with {there} inputs, and a batch of {batch_size} cannot be made of "
+            "them: profile it with such a batch, `lightning_svd.profile`"
+        )
+    return cut_calls
+
+
+def _conditions(model: nn.Module, inputs: int, timing: Timing) -> dict[str, str | int]:
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    kind = like.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    conditions: dict[str, str | int] = {
+        "device": torch.cuda.get_device_name(like.device) if like.is_cuda else kind,
+        "runtime": timing.runtime,
+        "batch_size": inputs,
+        "dtype": str(torch.get_autocast_dtype(kind) if autocast else like.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+    }
+    if kind == "cpu":
+        processor = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        conditions |= {"device": processor, "threads": torch.get_num_threads()}
+    return conditions
+
+
+def kernel_width(model: nn.Module) -> int:
+    """Ranks that kernels compute at once where a model is: the numbers in a vector, or in a tile of a matrix unit."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        return 8
+    return {"AVX512": 16, "AVX2": 8}.get(torch.backends.cpu.get_cpu_capability(), 4)
+
+
+# ---------------------------------------------------------------------------------------------------------- layers
+
+
+def time_layers(cost: ModelCost, layers: Mapping[str, SVDLayer]) -> ModelCost:
+    """``cost`` with how long each layer takes, dense and as two factors of its rank, in evaluation.
+
+    Both forms are run on this machine with inputs of the shapes that were counted. They take turns, and the
+    fastest run of each counts: whatever else the machine does can only make one slower.
+
+    Args:
+        cost: With the shapes of a forward pass; a layer that was not used in it is not timed, nor is an embedding.
+        layers: The factorized layers by name.
+    """
+    return replace(cost, layers={name: _timed(price, layers[name]) for name, price in cost.layers.items()})
+
+
+def _timed(price: LayerCost, layer: SVDLayer) -> LayerCost:
+    if not price.dense_macs:  # not used, or a lookup
+        return price
+    dense, factored = _race((plain_dense(layer), plain_pair(layer)), _inputs(price, layer))
+    return replace(price, latency=LayerLatency(dense, ((max(1, layer.rank), factored),)))
+
+
+def _inputs(price: LayerCost, layer: SVDLayer) -> list[Tensor]:
+    """As the model runs: in the layout of its weights."""
+    like = layer.form.trained[0].detach()
+    inputs = [like.new_ones(shape) for shape in price.input_shapes]
+    if layer.layout is not torch.contiguous_format:
+        inputs = [x.contiguous(memory_format=layer.layout) if x.ndim > 3 else x for x in inputs]
+    return inputs
+
+
+@torch.inference_mode()
+def _race(forms: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[float]:
+    """Seconds that each form takes for all inputs."""
+
+    def action(form: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            for x in inputs:
+                form(x)
+
+        return run
+
+    return [*_fastest({number: action(form.eval()) for number, form in enumerate(forms)}, SECONDS).values()]
+
+
+def _layers_timed(cost: ModelCost, layers: Mapping[str, SVDLayer], seconds: float) -> dict[str, LayerLatency]:
+    """Of each layer that was used, dense and at the ranks at which its time bends; layers alike are timed once."""
+    alike: dict[object, list[str]] = {}
+    for name, price in cost.layers.items():
+        if price.dense_macs and price.break_even:
+            layer = layers[name]
+            like = layer.form.trained[0]
+            view = repr(sorted(layer.view.to_dict().items(), key=lambda item: item[0]))
+            key = view, price.input_shapes, like.dtype, like.device, layer.layout, bias_of(layer) is not None
+            alike.setdefault(key, []).append(name)
+    # Each gets of the time what it has of the MACs, and half of it all are shared out evenly.
+    macs = sum(cost.layers[names[0]].dense_macs for names in alike.values())
+    found: dict[str, LayerLatency] = {}
+    for names in alike.values():
+        price, layer = cost.layers[names[0]], layers[names[0]]
+        share = (price.dense_macs / macs + 1 / len(alike)) / 2
+        latency = _staircase(price, layer, seconds * share)
+        found |= dict.fromkeys(names, latency)
+    return {name: found[name] for name in cost.layers if name in found}
+
+
+def _staircase(price: LayerCost, layer: SVDLayer, seconds: float) -> LayerLatency:
+    """Seconds of a layer, dense and at a few ranks: more of them where its time does not lie on a line."""
+    inputs = _inputs(price, layer)
+    taken: dict[int, float] = {}
+
+    def action(form: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            for x in inputs:
+                form(x)
+
+        return run
+
+    actions = {0: action(plain_dense(layer).eval())}
+    asked = coarse(price.break_even)
+    for _ in range(LEVELS):
+        actions |= {rank: action(_random_pair(layer, rank)) for rank in asked}
+        mine = {rank: actions[rank] for rank in (0, *asked)}
+        for rank, fastest in _fastest(mine, seconds / LEVELS).items():
+            taken[rank] = min(fastest, taken.get(rank, fastest))
+        asked = _bent({rank: taken[rank] for rank in sorted(taken) if rank})
+        if not asked:
+            break
+    return LayerLatency(taken.pop(0), tuple(sorted(taken.items())))
+
+
+def _bent(taken: Mapping[int, float]) -> list[int]:
+    """The ranks in the middle between two neighbors of one that is off the line between its own."""
+    middles = set()
+    for low, rank, high in zip(taken, [*taken][1:], [*taken][2:], strict=False):
+        line = taken[low] + (taken[high] - taken[low]) * (rank - low) / (high - low)
+        if abs(taken[rank] - line) > BEND * line:
+            middles |= {(one + other) // 2 // STEP * STEP for one, other in ((low, rank), (rank, high))}
+    return sorted(middles - taken.keys() - {0})
+
+
+def coarse(most: int) -> list[int]:
+    """A few ranks up to ``most``, each about half of the next, multiples of :data:`STEP` where that is small enough."""
+    ranks = {most}
+    rank = most // 2
+    while rank >= STEP:
+        ranks.add(rank // STEP * STEP)
+        rank //= 2
+    ranks.add(min(most, max(1, STEP // 2)))
+    return sorted(ranks)
+
+
+def _random_pair(layer: SVDLayer, rank: int) -> nn.Sequential:
+    """Two plain layers of this rank, as :func:`plain_pair` makes them."""
+    bias, like = bias_of(layer), layer.form.trained[0].detach()
+    pair = factored_pair(layer.view, rank, bias is not None)
+    for half in pair:
+        shape = half.get_parameter("weight").shape
+        weight = torch.randn(shape, dtype=like.dtype, device=like.device) / shape[1:].numel() ** 0.5
+        fill(half, weight, bias, like, layer.layout)
+    return pair.eval()
+
+
+# ------------------------------------------------------------------------------------------------------- the whole
+
+
+def _whole_timed(
+    layers: Mapping[str, SVDLayer], calls: Sequence[Call], cost: ModelCost, timing: Timing
+) -> ModelLatency:
+    """Seconds of the whole model, dense and at a few ranks, against the sum of its layers' own."""
+    timed = {name: price for name, price in cost.layers.items() if price.latency}
+    one_by_one, choices = [], []
+    for share in (1.0, *SHARES):
+        ranks = {name: _rank_at(price, share) if share < 1 else layers[name].full_rank for name, price in timed.items()}
+        choices.append({name: rank for name, rank in ranks.items() if timed[name].pays(rank)})
+        one_by_one.append(sum(timed[name].seconds(rank) for name, rank in ranks.items()))
+    wholes = _wholes_timed(layers, calls, choices, timing)
+    samples = _ascending(zip(one_by_one, wholes, strict=True))
+    return ModelLatency(samples[-1][1], samples)
+
+
+def _wholes_timed(
+    layers: Mapping[str, SVDLayer], calls: Sequence[Call], choices: Sequence[Mapping[str, int]], timing: Timing
+) -> list[float]:
+    """Seconds of the whole model for each choice of ranks, layers that are in none dense."""
+    # What takes long to make is timed at once; otherwise they all take turns.
+    rounds = ROUNDS if timing.runtime == "eager" else 1
+    each = timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
+    taken: list[list[float]] = [[] for _ in choices]
+    for _ in range(rounds):
+        for ranks, mine in zip(choices, taken, strict=True):
+            with _cut_to(layers, ranks), _running(calls, timing.runtime) as run:
+                mine += _fastest({0: run}, each).values()
+    return [min(mine) for mine in taken]
+
+
+def _rank_at(price: LayerCost, share: float) -> int:
+    rank = int(share * price.break_even)
+    return max(1, rank if rank < STEP else rank // STEP * STEP)
+
+
+def _ascending(samples: Iterable[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    """Those samples, from the one with the most of the layers' seconds on, that are smaller than the last in both."""
+    kept: list[tuple[float, float]] = []
+    for one_by_one, whole in sorted(samples, key=lambda sample: (-sample[0], sample[1])):
+        if not kept or (one_by_one < kept[-1][0] and whole < kept[-1][1]):
+            kept.append((one_by_one, whole))
+    return tuple(reversed(kept))
+
+
+@contextmanager
+def _cut_to(layers: Mapping[str, SVDLayer], ranks: Mapping[str, int]) -> Iterator[None]:
+    """Have layers be pairs of these ranks inside, of random weights."""
+    weights = {}
+    try:
+        for name, rank in ranks.items():
+            layer = layers[name]
+            weights[name] = layer.rebuilt().detach()
+            layer.to_svd(_random_factors(layer, rank))
+            layer.to_pair()
+        with pairs_in_place(layers, [*ranks]):
+            yield
+    finally:
+        for name, weight in weights.items():
+            layers[name].to_dense(weight)
+
+
+def _random_factors(layer: SVDLayer, rank: int) -> Factors:
+    like = layer.form.trained[0].detach()
+    (m, n), groups = layer.matrix_shape, (layer.view.groups,) if layer.view.groups > 1 else ()
+    U, V = (torch.randn(*groups, size, rank, device=like.device) / size**0.5 for size in (m, n))
+    return Factors(U, U.new_ones(*groups, rank), V)
+
+
+@contextmanager
+def _running(calls: Sequence[Call], runtime: str) -> Iterator[Callable[[], None]]:
+    """What makes the calls in a runtime."""
+    if runtime == "onnx":
+        call = calls[0]
+        if len(calls) > 1 or call.kwargs or not all(isinstance(each, Tensor) for each in call.args):
+            raise ValueError('`runtime`: "onnx" is for a model that is called once, with tensors by position')
+        with tempfile.TemporaryDirectory() as folder:
+            to_onnx(call.module, Path(folder) / "model.onnx", call.args)
+            session = onnx_session(Path(folder) / "model.onnx")
+            yield lambda: session(call.args)
+        return
+    made: list[Callable[..., Any]] = [call.module for call in calls]
+    if runtime == "compiled":
+        torch.compiler.reset()
+        made = [torch.compile(module) for module in made]
+
+    def run() -> None:
+        for module, call in zip(made, calls, strict=True):
+            for _ in range(call.times):
+                module(*call.args, **call.kwargs)
+
+    try:
+        yield run
+    finally:
+        if runtime == "compiled":
+            torch.compiler.reset()
+
+
+def _fastest(actions: Mapping[Any, Callable[[], object]], seconds: float) -> dict[Any, float]:
+    """Seconds of one run of each: they take turns, and the fastest turn counts.
+
+    Whatever else the machine does can only make one slower.
+
+    Args:
+        actions: What to time, by any key.
+        seconds: About how long to take for all.
+    """
+    timers = {
+        key: Timer("action()", globals={"action": action}, num_threads=torch.get_num_threads())
+        for key, action in actions.items()
+    }
+    for action in actions.values():
+        action()
+    turn = seconds / len(timers) / ROUNDS
+    return {
+        key: min(rounds)
+        for key, *rounds in zip(
+            timers,
+            *([timer.blocked_autorange(min_run_time=turn).median for timer in timers.values()] for _ in range(ROUNDS)),
+            strict=True,
+        )
+    }

@@ -1,0 +1,416 @@
+"""A budget of time: tables of how long layers take, what is chosen by them, and what a run promises and keeps."""
+
+import copy
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import SmallNet, data, quiet_trainer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_svd import (
+    LatencyTable,
+    SVDReport,
+    SVDTraining,
+    SVDTrainingCallback,
+    Timing,
+    compress,
+    decompose,
+    plan,
+    profile,
+    svd_layers,
+)
+from lightning_svd.cli import main
+from lightning_svd.model import timing
+from lightning_svd.model.counting import count_costs
+from lightning_svd.model.surgery import begin
+from lightning_svd.ranks.allocation import _curve, _hull, keep_by_budget, smallest_cost
+from lightning_svd.ranks.costs import LayerCost, LayerLatency, ModelCost, ModelLatency
+
+QUICK = Timing(seconds=0.01)
+
+
+def net(width=48):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 40))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that goes by products: a nanosecond for each multiply-accumulate, and a microsecond for any run."""
+
+    def fastest(actions, seconds):
+        taken = {}
+        for key, action in actions.items():
+            with FlopCounterMode(display=False) as counter:
+                action()
+            taken[key] = 1e-6 + 1e-9 * counter.get_total_flops() / 2
+        return taken
+
+    monkeypatch.setattr(timing, "_fastest", fastest)
+
+
+# ------------------------------------------------------------------------------------------------------- allocation
+
+
+def staircase(price, widths, heights):
+    """A layer whose time rises in steps."""
+    ranks = list(itertools.accumulate(widths))
+    seconds = [1e-6 * height for height in itertools.accumulate(heights)]
+    points = []
+    for start, end, time in zip([0, *ranks], ranks, seconds, strict=False):
+        points += [(start + 1, time), (end, time)]
+    return replace(price, latency=LayerLatency(1e-6 * (sum(heights) + 1), tuple(dict(points).items())))
+
+
+@st.composite
+def made_up(draw):
+    """A model of three layers with staircases of their own, and what their ranks carry."""
+    layers, energies = {}, {}
+    for name in "abc":
+        steps = draw(st.lists(st.tuples(st.integers(2, 6), st.integers(1, 9)), min_size=1, max_size=4))
+        widths, heights = zip(*steps, strict=True)
+        layers[name] = staircase(LayerCost(10_000, 10, 10_000, 10), widths, heights)
+        full = sum(widths) + draw(st.integers(1, 4))
+        energies[name] = torch.tensor(draw(st.lists(st.floats(0.1, 9.0), min_size=full, max_size=full))).sort(
+            descending=True
+        )[0]
+    dense = sum(layer.latency.dense for layer in layers.values())
+    return ModelCost(layers, 0, 0, 1, ModelLatency(dense, ((0.5 * dense, 0.5 * dense), (dense, dense)))), energies
+
+
+@given(made_up(), st.floats(0.2, 1.0))
+def test_no_ranks_that_fit_carry_more_by_more_than_a_step(made, share):
+    cost, energies = made
+    priced = cost.by("latency")
+    full = {name: len(energy) for name, energy in energies.items()}
+    budget = max(priced.budget(share), smallest_cost(priced, full)) * (1 + 1e-9)
+    ranks = keep_by_budget(energies, priced, budget, adds_up=True)
+    assert priced.total(ranks) <= budget * (1 + 1e-9)
+    ladders = {name: list(priced.ladder(name, full[name], 1, 1)) for name in full}
+
+    def value(choice):
+        return sum(float(energies[name][:rank].sum()) for name, rank in choice.items())
+
+    choices = [dict(zip(ladders, chosen, strict=True)) for chosen in itertools.product(*ladders.values())]
+    best = max(value(choice) for choice in choices if priced.total(choice) <= budget)
+    hulls = [_hull(_curve(priced, name, energies[name], ladders[name], True)) for name in full]
+    largest = max((high[2] - low[2] for hull in hulls for low, high in itertools.pairwise(hull)), default=0.0)
+    assert value(ranks) >= (best - largest) * (1 - 1e-9)
+
+
+@given(made_up())
+def test_the_ranks_to_choose_from_are_the_last_of_each_step(made):
+    cost, energies = made
+    priced = cost.by("latency")
+    for name, energy in energies.items():
+        ladder = list(priced.ladder(name, len(energy), 1, 1))
+        times = [priced.at(name, rank) for rank in ladder]
+        assert ladder == sorted(ladder) and times == sorted(times) and ladder[-1] == len(energy)
+        ends = {rank for rank, _ in cost.layers[name].latency.factored}
+        assert set(ladder[:-1]) <= ends | set(range(8, len(energy), 8))
+
+
+def test_a_rank_between_two_that_were_measured_takes_what_lies_between():
+    latency = LayerLatency(9.0, ((4, 1.0), (8, 3.0), (16, 4.0)))
+    assert [latency.at(rank) for rank in (1, 4, 6, 8, 12, 16, 20)] == [1.0, 1.0, 2.0, 3.0, 3.5, 4.0, 4.0]
+
+
+@given(st.floats(0.05, 1.5))
+def test_time_of_the_whole_and_of_the_layers_are_inverse(share):
+    latency = ModelLatency(10.0, ((1.0, 4.0), (3.0, 6.0), (8.0, 10.0)))
+    assert latency.whole(latency.layers(10.0 * share)) == pytest.approx(10.0 * share)
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def test_a_profile_finds_out_how_long_each_layer_takes(clock):
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    table = profile(model, torch.randn(6, 40), QUICK)
+    for name, (m, n) in {"0": (48, 40), "2": (48, 48), "4": (40, 48)}.items():
+        latency = table.layers[name].latency
+        assert latency.dense == pytest.approx(1e-6 + 6e-9 * m * n)
+        assert all(seconds == pytest.approx(1e-6 + 6e-9 * rank * (m + n)) for rank, seconds in latency.factored)
+        assert latency.factored[-1][0] == (m * n - 1) // (m + n)
+    assert table.whole.dense == pytest.approx(1e-6 + 6e-9 * (40 * 48 + 48 * 48 + 48 * 40))
+    assert table.whole.conditions["batch_size"] == 6 and table.whole.conditions["runtime"] == "eager"
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()) and model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_real_clock_gives_a_table_too():
+    table = profile(net(), torch.randn(6, 40), QUICK)
+    assert table.layers.keys() == {"0", "2", "4"} and 0 < table.whole.samples[0][1] <= table.whole.dense
+    times = [seconds for layer in table.layers.values() for _, seconds in layer.latency.factored]
+    assert all(0 < seconds < 1 for seconds in times)
+
+
+@pytest.mark.parametrize(("there", "asked"), [(6, 2), (2, 6), (4, 6)])
+def test_a_batch_is_made_of_the_size_that_is_asked_for(clock, there, asked):
+    table = profile(net(), torch.randn(there, 40), replace(QUICK, batch_size=asked))
+    assert table.whole.conditions["batch_size"] == asked
+    assert table.layers["2"].latency.dense == pytest.approx(1e-6 + asked * 1e-9 * 48 * 48)
+
+
+def test_layers_alike_are_timed_once(clock, monkeypatch):
+    timed, staircase_of = [], timing._staircase
+    monkeypatch.setattr(timing, "_staircase", lambda *args: (timed.append(args), staircase_of(*args))[1])
+    table = profile(nn.Sequential(*(nn.Linear(40, 40) for _ in range(5))), torch.randn(3, 40), QUICK)
+    assert len(timed) == 1 and len(table.layers) == 5
+
+
+def test_more_ranks_are_timed_where_time_jumps(monkeypatch):
+    def fastest(actions, seconds):
+        return {rank: 1e-3 if rank == 0 else 1e-4 * (1 + 5 * (rank > 100)) for rank in actions}
+
+    monkeypatch.setattr(timing, "_fastest", fastest)
+    layer = nn.Linear(1024, 1024)
+    begin(layer, plan(layer))
+    latency = timing._staircase(count_costs(layer, torch.randn(1, 1024)).layers[""], layer, 1.0)
+    ranks = [rank for rank, _ in latency.factored]
+    assert len(ranks) < 30 and min(rank for rank in ranks if rank > 100) - max(r for r in ranks if r <= 100) <= 16
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "compiled"])
+def test_another_runtime_times_the_whole_model(runtime, monkeypatch):
+    if runtime == "compiled":
+        made = []
+        monkeypatch.setattr(torch, "compile", lambda module: (made.append(module), module)[1])
+    else:
+        pytest.importorskip("onnxruntime")
+        monkeypatch.setattr(timing, "SHARES", (0.5,))
+    table = profile(net(), torch.randn(6, 40), replace(QUICK, runtime=runtime))
+    assert table.whole.conditions["runtime"] == runtime and table.whole.dense > 0
+    if runtime == "compiled":
+        assert len(made) == 1 + len(timing.SHARES)
+
+
+def test_onnx_is_for_one_call_with_tensors():
+    with pytest.raises(ValueError, match='`runtime`: "onnx" is for a model that is called once, with tensors'):
+        profile(net(), {"input": torch.randn(6, 40)}, replace(QUICK, runtime="onnx"))
+
+
+def test_a_table_is_the_same_after_a_file(clock, tmp_path):
+    table = profile(SmallNet(), torch.randn(2, 1, 8, 8), QUICK, conv_mode="spatial")
+    again = LatencyTable.load(table.save(tmp_path / "phone.json"))
+    assert again.whole == table.whole and again.layers.keys() == table.layers.keys()
+    assert all(again.layers[name].latency == layer.latency for name, layer in table.layers.items())
+    cost = count_costs(_factorized(SmallNet(), "spatial"), torch.randn(2, 1, 8, 8))
+    views = {name: layer.view for name, layer in svd_layers(_factorized(SmallNet(), "spatial")).items()}
+    assert again.applied(cost, views).latency == table.whole
+
+
+def _factorized(module, conv_mode="channel"):
+    decompose(module, conv_mode=conv_mode)
+    return module
+
+
+WRONG = {
+    "no JSON": lambda content: "latency: 3",
+    "a list": lambda content: json.dumps([content]),
+    "another file": lambda content: json.dumps({"layers": {}}),
+    "a newer version": lambda content: json.dumps(content | {"version": 2}),
+    "no seconds": lambda content: json.dumps({key: value for key, value in content.items() if key != "seconds"}),
+    "NaN": lambda content: json.dumps(content | {"seconds": content["seconds"] | {"dense": float("nan")}}),
+    "a negative time": lambda content: json.dumps(content).replace('"dense": ', '"dense": -', 1),
+    "ranks in disorder": lambda content: json.dumps(
+        content | {"layers": {name: of | {"factored": of["factored"][::-1]} for name, of in content["layers"].items()}}
+    ),
+    "samples in disorder": lambda content: json.dumps(
+        content | {"seconds": content["seconds"] | {"samples": content["seconds"]["samples"][::-1]}}
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_file_that_is_no_table_is_refused_by_name(what, clock, tmp_path):
+    path = profile(net(), torch.randn(6, 40), QUICK).save(tmp_path / "phone.json")
+    path.write_text(WRONG[what](json.loads(path.read_text())))
+    with pytest.raises(ValueError, match=r"^`latency_table`: .*phone\.json") as caught:
+        LatencyTable.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def applied(table, model):
+    cost = count_costs(_factorized(model), torch.randn(6, 40))
+    return table.applied(cost, {name: layer.view for name, layer in svd_layers(model).items()}, "phone.json")
+
+
+def test_a_table_that_lacks_a_layer_or_is_of_another_is_refused_by_its_name(clock):
+    table = profile(net(), torch.randn(6, 40), QUICK)
+    lacks = replace(table, layers={name: layer for name, layer in table.layers.items() if name != "2"})
+    with pytest.raises(ValueError, match=r"`latency_table`: phone.json has no times of `2`"):
+        applied(lacks, net())
+    with pytest.raises(ValueError, match=r"phone.json is of another `0`, whose outputs is 48, not 32"):
+        applied(table, net(32))
+
+
+def test_layers_of_the_table_that_are_left_alone_take_their_time(clock):
+    table = profile(net(), torch.randn(6, 40), QUICK)
+    model = net()
+    decompose(model, exclude_modules=["2"])
+    cost = count_costs(model, torch.randn(6, 40))
+    cost = table.applied(cost, {name: layer.view for name, layer in svd_layers(model).items()})
+    assert cost.latency.others == table.layers["2"].latency.dense
+    priced = cost.by("latency")
+    assert priced.share(priced.total({"0": 40, "4": 40})) == pytest.approx(1.0)
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def fit(model=None, **arguments):
+    torch.manual_seed(0)
+    model = model or SmallNet()
+    callback = SVDTrainingCallback(**arguments)
+    quiet_trainer(callbacks=[callback]).fit(model, data())
+    return callback.report, model
+
+
+def table_of(model):
+    """Of a model by the clock of the test."""
+    return profile(model, torch.randn(4, 1, 8, 8), QUICK)
+
+
+def test_a_run_ends_at_the_time_that_was_asked_for_by_a_table_and_looks_at_no_clock(clock, monkeypatch, tmp_path):
+    path = table_of(SmallNet()).save(tmp_path / "phone.json")
+    monkeypatch.setattr(timing, "_fastest", None)
+    reports = [fit(target_latency=0.6, latency_table=path)[0] for _ in range(2)]
+    first, second = reports
+    assert first.latency == second.latency and first.latency.measured is None
+    assert 0.5 < first.latency.ratio <= 0.6 and first.latency.conditions["batch_size"] == 4
+    assert [layer.rank for layer in first.layers] == [layer.rank for layer in second.layers]
+    assert "of the time" in str(first) and "time" in first.headings
+    assert SVDReport.from_json(first.to_json()) == first
+    assert first.arguments["latency_table"] == str(path)
+
+
+def test_a_table_itself_may_be_given(clock):
+    table = table_of(SmallNet())
+    report, _ = fit(target_latency=0.6, latency_table=table)
+    assert report.latency.ratio <= 0.6 and report.arguments["latency_table"] == dict(table.whole.conditions)
+
+
+def test_without_a_table_the_run_measures_and_says_what_came_out(clock):
+    report, model = fit(target_latency=0.6, latency_table=QUICK)
+    assert 0.5 < report.latency.ratio <= 0.6
+    assert report.latency.measured == pytest.approx(report.latency.ratio, abs=0.02)
+    assert f"{report.latency.measured:.1%} measured" in str(report)
+    assert any(type(module) is nn.Sequential for module in model.features)
+
+
+def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatch):
+    counted = timing._fastest
+
+    def slower(actions, seconds):  # a whole of low rank takes longer than its layers do
+        taken = counted(actions, seconds)
+        return {key: value * (1.0 if value > 5e-6 else 1.3) for key, value in taken.items()}
+
+    monkeypatch.setattr(timing, "_fastest", slower)
+    report, _ = fit(target_latency=0.7, latency_table=QUICK)
+    assert report.latency.measured <= 0.72
+
+
+def test_a_time_that_no_ranks_have_is_refused_before_the_first_step(clock):
+    model = SmallNet()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"`target_latency` must be at least 0\.\d+ for this model.*, got 0.01"):
+        fit(model, target_latency=0.01, latency_table=table_of(SmallNet()))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latency_table": "phone.json"}, "give `target_latency` too"),
+        ({"target_latency": 0.5, "latency_table": 3}, "`latency_table` must be the path of a file"),
+        ({"target_latency": 50}, r"`target_latency` must be in \(0, 1\]"),
+        ({"target_latency": 0.5, "target_macs": 0.5}, "give one of"),
+        ({"round_to": "device"}, '`round_to` must be an integer >= 1, or "auto", got'),
+    ],
+)
+def test_arguments_are_checked_in_the_constructor(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SVDTrainingCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"batch_size": 0}, "`batch_size`"), ({"runtime": "tpu"}, "`runtime`"), ({"seconds": -1.0}, "`seconds`")],
+)
+def test_how_to_measure_is_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Timing(**arguments)
+
+
+def test_a_file_that_is_not_there_is_refused_before_the_first_step():
+    with pytest.raises(ValueError, match=r"`latency_table`: cannot read a table from nowhere.json"):
+        fit(target_latency=0.5, latency_table="nowhere.json")
+
+
+def test_a_run_that_is_resumed_keeps_the_times(clock):
+    def loop(training, optimizer, steps):
+        for _ in range(steps):
+            torch.manual_seed(training._steps)
+            training.model(torch.randn(6, 40)).square().mean().backward()
+            training.step()
+            optimizer.zero_grad()
+
+    def begun(model, **state):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return SVDTraining(model, optimizer, 10, target_latency=0.6, latency_table=QUICK, **state), optimizer
+
+    whole, optimizer = begun(net())
+    loop(whole, optimizer, 4)
+    state, weights = copy.deepcopy(whole.state_dict()), copy.deepcopy(whole.model.state_dict())
+    loop(whole, optimizer, 6)
+    model = net()
+    model.load_state_dict(weights)
+    resumed, optimizer = begun(model, state=state)
+    assert resumed.cost == type(resumed.cost).from_dict(state["cost"]) and resumed.cost.latency is not None
+    loop(resumed, optimizer, 6)
+    assert resumed.finish().latency.ratio <= 0.6
+
+
+def test_compress_to_a_time(clock):
+    model = net()
+    batches = [torch.randn(8, 40) for _ in range(8)]
+    _, report = compress(model, batches, target_latency=0.5, latency_table=QUICK, progress=False)
+    assert 0.3 < report.ranks.latency.ratio <= 0.5
+
+
+def test_the_command_makes_a_table(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(
+        "import torch\nclass Net(torch.nn.Sequential):\n"
+        "    def __init__(self):\n        super().__init__(torch.nn.Linear(40, 48), torch.nn.Linear(48, 40))\n"
+    )
+    named, out = f"{tmp_path / 'model.py'}:Net", tmp_path / "phone.json"
+    main(["profile", "--model", named, "--example-input", "3,40", "--seconds", "0.01", "--out", str(out), "--json"])
+    assert json.loads(capsys.readouterr().out)["batch_size"] == 3
+    assert LatencyTable.load(out).layers.keys() == {"0", "1"}
+    with pytest.raises(SystemExit, match="give the shape of an input"):
+        main(["profile", "--model", named, "--out", str(out)])
+
+
+# ------------------------------------------------------------------------------------------------------------ widths
+
+
+@pytest.mark.parametrize(("capability", "width"), [("AVX512", 16), ("AVX2", 8), ("DEFAULT", 4)])
+def test_ranks_are_multiples_of_what_kernels_compute_at_once(monkeypatch, capability, width):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    report, _ = fit(wide_net(), target_macs=0.8, round_to="auto")
+    ranks = [layer.rank for layer in report.layers if layer.form == "factored" and layer.break_even >= 16]
+    assert ranks and all(rank % width == 0 for rank in ranks)
+
+
+def wide_net():
+    model = SmallNet()
+    model.hidden, model.head = nn.Linear(96, 96), nn.Linear(96, 4)
+    return model

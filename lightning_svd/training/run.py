@@ -22,7 +22,15 @@ from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
-from lightning_svd.model.surgery import begin, check_dense, check_in_place, finish, trained_weights, undo
+from lightning_svd.model.surgery import (
+    begin,
+    check_dense,
+    check_in_place,
+    finish,
+    showing_factors,
+    trained_weights,
+    undo,
+)
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.ranks.latency import time_layers
@@ -62,7 +70,9 @@ class SVDTraining:
             in the middle of a run, does so in ``showing_weights`` if it looks at what optimizers hold.
         choose_ranks: The ranks to end with, from what each rank carries and the model's cost, instead of the recipe's.
         guard: What watches a metric and may pause the fall of ranks.
-        on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does.
+        on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does. Inside,
+            ``model.parameters()`` are those that are trained, U, s and V in the place of a weight, so that
+            ``DistributedDataParallel(model)`` can be made anew.
         state: Of a run to go on with, from :meth:`state_dict`.
         arguments: Fields of :class:`~lightning_svd.training.recipe.Recipe`.
 
@@ -98,7 +108,8 @@ class SVDTraining:
         state: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
-        self.model, self.total_steps, self.guard = model, total_steps, guard
+        self.model, self.guard = model, guard
+        self.total_steps = total_steps = processes.decide(lambda: total_steps)  # loaders may differ in length
         self.recipe = recipe or Recipe(**arguments)
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
         self.regularizer = self.recipe.regularization()
@@ -117,10 +128,8 @@ class SVDTraining:
         self._on_reshape = on_reshape or (lambda: None)
         self._choose_ranks = choose_ranks or self._by_recipe
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
-        self.plan = self.recipe.plan(model, include_frozen=thaws)
-        if not thaws:
-            self.plan = _trained_by(trainers, model, self.plan)
-        self.distiller = distiller_of(self.recipe.distill, model)  # of the dense model
+        processes.agree(partial(self._prepare, trainers, thaws))
+        processes.check_same(self._of_all_processes(state is not None))
         self.layers = begin(model, self.plan)
         self.bounds = self.recipe.bounds(self.plan)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
@@ -134,14 +143,9 @@ class SVDTraining:
         if self.observer is not None:
             self.until_closed.callback(self.observer.rest)
         try:
-            check_dense(model, self._dense)
-            self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in trainers]
+            processes.agree(partial(self._adopt, trainers, state))
             if state is None:
                 self._factorize()
-            else:
-                self.load_state_dict(state)
-            if self.recipe.target[0] == "params":
-                self.recipe.check_reachable(count_params(model), self.full_ranks, self.bounds)
         except BaseException:
             self.undo()
             raise
@@ -208,6 +212,31 @@ class SVDTraining:
 
     # ------------------------------------------------------------------------------------------------------------ begin
 
+    def _prepare(self, optimizers: Sequence[Optimizer], thaws: bool) -> None:
+        """What may be refused while the model is as it was."""
+        self.plan = self.recipe.plan(self.model, include_frozen=thaws)
+        if not thaws:
+            self.plan = _trained_by(optimizers, self.model, self.plan)
+        self.distiller = distiller_of(self.recipe.distill, self.model)  # of the dense model
+
+    def _adopt(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
+        """What may be refused when its layers are others, before anything is computed."""
+        check_dense(self.model, self._dense)
+        self.optimizers = [OptimizerOfFactors(each, self.layers.values()) for each in optimizers]
+        if state is not None:
+            self.load_state_dict(state)
+        if self.recipe.target[0] == "params":
+            self.recipe.check_reachable(count_params(self.model), self.full_ranks, self.bounds)
+
+    def _of_all_processes(self, resumes: bool) -> dict[str, Any]:
+        """What must not differ between processes, which would do other things at other times."""
+        arguments = {name: value for name, value in self.recipe.arguments.items() if name != "plan_file"}
+        arguments |= {"monitor": self.guard.monitor if self.guard else None, "ckpt_path": resumes}
+        for of in self.plan:
+            chosen = f"{of.kind} {of.matrix_shape} {of.conv_mode or ''} {of.max_rank or ''}".strip()
+            arguments[of.name] = "left alone" if of.skipped else chosen
+        return arguments
+
     def _factorize(self) -> None:
         if self.recipe.begins_dense():
             return
@@ -247,15 +276,19 @@ class SVDTraining:
 
     def _tell_of_others(self) -> None:
         """Tell what keeps a list of the parameters if they are others now."""
-        if self._are_others:
+        if self._are_others and hasattr(self, "recorder"):  # once it has begun
             self._are_others = False
-            self._on_reshape()
+            with showing_factors(self.model):
+                self._on_reshape()
 
     def undo(self) -> None:
         """Let go of the model and the optimizers; before the first step they are exactly as they were."""
+        self._let_go()
+        self._tell_of_others()
+
+    def _let_go(self) -> None:
         self.close()
         self._replace(undo(self.model, self._dense))
-        self._tell_of_others()
 
     def abandon(self) -> dict[str, Any]:
         """Let go of a run that failed; returns what a file that is written because of it needs to resume.
@@ -264,7 +297,7 @@ class SVDTraining:
         and the optimizers keep what belongs to the state that is returned.
         """
         if self._dense:
-            self.undo()
+            self._let_go()  # and tell nobody: DDP would wait for processes that did not fail
             return {}
         state = self.state_dict()
         self.close()
@@ -300,6 +333,7 @@ class SVDTraining:
         """
         if self.cost is not None:
             return True
+        processes.meet(self._device)
         learned = processes.decide(lambda: self._learn(every_layer))
         if learned is None:
             return False
@@ -440,14 +474,18 @@ class SVDTraining:
             optimizer.merge()
             optimizer.enforced = False
 
-    def see_metric(self, value: float, step: int) -> Pause | None:
-        """Take note of the watched metric, as all processes agree on; returns the pause that begins or ends with it."""
+    def see_metric(self, metric: Callable[[], float], step: int) -> Pause | None:
+        """Take note of the watched metric; returns the pause that begins or ends with it.
+
+        Args:
+            metric: Gives its value, in process 0, by which all others go: it may be that no other has it.
+            step: How many steps were taken.
+        """
         assert self.guard is not None
-        guard = self.guard
+        guard, value = self.guard, processes.decide(metric)
         started = not isinstance(self.policy, FallToBudget) or self.clock(step) >= self.policy.start * self.total_steps
         falling = self.policy.pending is not None and started
-        fallen = processes.decide(lambda: falling and guard.has_fallen(value))
-        return guard.see(step, value, fallen)
+        return guard.see(step, value, falling and guard.has_fallen(value))
 
     def after_step(self, step: int, epoch: int = 0, due: bool | None = None) -> RankChange | None:
         """Cut ranks if it is time.
@@ -490,11 +528,9 @@ class SVDTraining:
         if self._waits:
             due = not self.paused and observer.batches >= self.importance.steps
         if due:
-            is_finite = observer.gather()
+            is_finite = observer.is_finite()
             if not processes.decide(lambda: is_finite):
-                for name, layer in self.layers.items():
-                    for parameter in layer.form.trained:
-                        check_finite(parameter.detach(), name)
+                processes.agree(self._check_finite)
                 observer.forget()
                 due = False
             self._waits = not due
@@ -509,6 +545,8 @@ class SVDTraining:
             ValueError: If a layer's factors are not finite; the message names it.
         """
         before, clock = self.ranks(), self.clock(step)
+        processes.meet(self._device)
+        processes.agree(self._check_finite)
         verdict = self._verdict() if self.observer is not None else None
         energies = verdict.values if verdict else self._refactorize()
         change: Change = processes.decide(
@@ -534,6 +572,22 @@ class SVDTraining:
             return None
         self.timeline.append(RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params")))
         return self.timeline[-1]
+
+    @property
+    def _device(self) -> torch.device:
+        return next((layer.form.trained[0].device for layer in self.layers.values()), torch.device("cpu"))
+
+    def _check_finite(self) -> None:
+        """Refuse to go on with weights that are not finite, in whichever process, before anything is decided by them.
+
+        Raises:
+            ValueError: Naming the layer.
+        """
+        sums = [parameter.detach().sum() for layer in self.layers.values() for parameter in layer.form.trained]
+        if sums and not torch.isfinite(torch.stack([each.float() for each in sums])).all():  # or too large a sum
+            for name, layer in self.layers.items():
+                for parameter in layer.form.trained:
+                    check_finite(parameter.detach(), name)
 
     @property
     def _known_cost(self) -> ModelCost:
@@ -591,7 +645,11 @@ class SVDTraining:
         if not energies:
             return {}
         parts = torch.split(torch.cat([*energies.values()]).cpu(), [len(values) for values in energies.values()])
-        return dict(zip(energies, parts, strict=True))
+        found = dict(zip(energies, parts, strict=True))
+        for name, values in found.items():
+            if not torch.isfinite(values).all():
+                raise ValueError(f"`{name}`: what its ranks carry is not finite: its singular values are too large")
+        return found
 
     def _keep(self, name: str, rank: int) -> None:
         """Use this many ranks of a layer; where they are less than half of what it stores, storage shrinks."""

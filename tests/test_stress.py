@@ -8,6 +8,7 @@ from pathlib import Path
 import constructors
 import damage
 import kills
+import not_finite
 import processes
 import pytest
 
@@ -82,6 +83,12 @@ OF_PROCESSES = [
 def test_processes_of_which_one_goes_wrong_end_with_the_same_bits_or_soon(name):
     tally = processes.run([2], [name])
     assert not tally.faults and tally.tried == 1
+
+
+@pytest.mark.parametrize("name", sorted(not_finite.SITUATIONS))
+def test_what_is_not_finite_is_said_in_a_line_and_no_rank_is_chosen_by_it(name):
+    came, said = not_finite.outcome(name)
+    assert came == not_finite.SITUATIONS[name][1], said
 
 
 def test_a_link_stays_one_and_permissions_stay(tmp_path):

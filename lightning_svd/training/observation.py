@@ -121,10 +121,11 @@ class Observer(ABC):
         for each, (inputs, positions) in zip(self.seen.values(), counts.tolist(), strict=True):
             each.inputs, each.positions = inputs, positions
 
-    def is_finite(self) -> bool:
-        """Whether all that was noted is."""
-        sums = [tensor.sum() for each in self.seen.values() for tensor in each.sums().values()]
-        return bool(torch.isfinite(torch.stack(sums)).all())
+    def not_finite(self) -> list[str]:
+        """The layers of which something that was noted is NaN or infinite."""
+        sums = [torch.stack([tensor.sum() for tensor in each.sums().values()]).sum() for each in self.seen.values()]
+        are_finite = torch.isfinite(torch.stack(sums)).tolist() if sums else []
+        return [name for name, is_finite in zip(self.seen, are_finite, strict=True) if not is_finite]
 
     def forget(self) -> None:
         """Begin anew."""

@@ -18,8 +18,8 @@ from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm, set_factors_of
 from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.matrices import Factors, check_finite, numerical_rank, wide
-from lightning_svd.model.calls import CallRecorder, cut
-from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
+from lightning_svd.model.calls import CallRecorder, cut, replay
+from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
 from lightning_svd.model.surgery import (
@@ -124,6 +124,7 @@ class SVDTraining:
         self.backwards = self.last_cut = self._steps = 0
         self._waits = self._observes = False
         self._refused: dict[str, str] = {}
+        self._not_finite: list[str] = []  # what ranks wait for
         self._are_others = False
         self._on_reshape = on_reshape or (lambda: None)
         self._choose_ranks = choose_ranks or self._by_recipe
@@ -354,6 +355,10 @@ class SVDTraining:
         try:
             with self.observer.resting() if self.observer is not None else nullcontext():
                 few, inputs = cut(self.model, calls, FEW)
+                if not has_finite(replay(self.model, few)):
+                    self._not_finite = ["the model's outputs"]
+                    return None  # of NaN everything is the same: the next batch will show what layers do
+                self._not_finite = []
                 cost = count_calls(self.model, self.layers, few, inputs)
                 refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
         except NotTheSameError:
@@ -528,8 +533,8 @@ class SVDTraining:
         if self._waits:
             due = not self.paused and observer.batches >= self.importance.steps
         if due:
-            is_finite = observer.is_finite()
-            if not processes.decide(lambda: is_finite):
+            self._not_finite = processes.decide(observer.not_finite)
+            if self._not_finite:
                 processes.agree(self._check_finite)
                 observer.forget()
                 due = False
@@ -587,7 +592,13 @@ class SVDTraining:
         if sums and not torch.isfinite(torch.stack([each.float() for each in sums])).all():  # or too large a sum
             for name, layer in self.layers.items():
                 for parameter in layer.form.trained:
-                    check_finite(parameter.detach(), name)
+                    try:
+                        check_finite(parameter.detach(), name)
+                    except ValueError as error:
+                        raise ValueError(
+                            f"{error}: training has diverged, and no ranks are chosen by such weights: see the loss "
+                            "and its gradients, and go on from a checkpoint from before"
+                        ) from None
 
     @property
     def _known_cost(self) -> ModelCost:
@@ -719,6 +730,15 @@ class SVDTraining:
         ]
         if broken:
             self.warnings.append(f"{len(broken)} layers hold NaN or infinity: {', '.join(broken[:8])}")
+        of_layers = {id(parameter) for layer in self.layers.values() for parameter in layer.form.trained}
+        with showing_factors(self.model):
+            others = {name: tensor for name, tensor in self.model.named_parameters() if id(tensor) not in of_layers}
+        others = {name: tensor for name, tensor in others.items() if tensor.is_floating_point() and tensor.numel()}
+        # Infinity may be meant in a buffer, NaN nowhere.
+        bad = [name for name, tensor in others.items() if not bool(torch.isfinite(tensor).all())]
+        bad += [name for name, tensor in self.model.named_buffers() if bool(torch.isnan(tensor).any())]
+        if bad:
+            self.warnings.append(f"{len(bad)} tensors beside the layers' hold NaN: {', '.join(bad[:8])}")
 
     def _with_latency(self, cost: ModelCost) -> ModelCost:
         # One decision for all processes, whose clocks differ.
@@ -739,6 +759,8 @@ class SVDTraining:
             return None
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
+        if self._not_finite:
+            return f"ranks waited for data without NaN and infinity, met in {', '.join(self._not_finite[:8])}: {missed}"
         if self.guard and self.guard.pauses:
             paused = done - self.clock(done)
             return f"pruning paused for {paused} steps because `{self.guard.monitor}` had fallen: {missed}"

@@ -59,7 +59,7 @@ FINE = (REFUSED, ENDS, WAITS, NEVER, WARNS, PAUSES, GOES, WRITTEN)
 SILENT, CHOSEN, MANY = "no word of it", "ranks chosen by NaN", "a long message"
 
 STEPS = 24
-CUTS = {"start": 0.3, "end": 0.8, "cuts": 4}  # after steps 7, 10, 13, 16 and so on
+CUTS = {"start": 0.3, "end": 0.8, "cuts": 4}  # after 10, 13, 16 and 19 steps
 BEFORE_CUT = 8
 
 

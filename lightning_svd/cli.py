@@ -48,7 +48,7 @@ def _demo(options: argparse.Namespace) -> None:
         pairs = run_demo(options.out, options.seeds, options.target_macs, options.epochs, options.logger)
     if options.json:
         seeds = zip(options.seeds, pairs, strict=True)
-        print(json.dumps([{"seed": seed, "dense": a.numbers(), "low_rank": b.numbers()} for seed, (a, b) in seeds]))
+        print(_as_json([{"seed": seed, "dense": a.numbers(), "low_rank": b.numbers()} for seed, (a, b) in seeds]))
 
 
 def _wandb_workspace(options: argparse.Namespace) -> None:
@@ -64,7 +64,7 @@ def _plan(options: argparse.Namespace) -> None:
 
     model = build(model_class(options.model), options.arguments)
     layers = plan(model, options.target_modules, options.exclude_modules or (), options.conv_mode)
-    print(json.dumps([asdict(layer) for layer in layers]) if options.json else plan_table(layers))
+    print(_as_json([asdict(layer) for layer in layers]) if options.json else plan_table(layers))
     if options.out:
         write_plan(layers, options.out)
 
@@ -93,7 +93,7 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.html or options.target_macs or options.data:
         raise ValueError("`--html`, `--target-macs` and `--data` need the model: `--model package.module:Class`")
     layers = inspect_weights(*dense_weights(options.file, options.key), options.target_params)
-    print(json.dumps([asdict(layer) for layer in layers]) if options.json else as_table(layers))
+    print(_as_json([asdict(layer) for layer in layers]) if options.json else as_table(layers))
 
 
 def _curve(model: Any, options: argparse.Namespace) -> CompressionReport:
@@ -186,7 +186,7 @@ def _convert(options: argparse.Namespace) -> None:
     model = load(model_class(options.model), options.file, options.arguments, options.key)
     example = example_input(options.example_input, model)
     result = convert(model, options.to, options.out, example, options.batch_size)
-    print(json.dumps(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+    print(_as_json(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -286,6 +286,13 @@ def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def _integers(text: str) -> list[int]:
     return [int(item) for item in text.split(",")]
+
+
+def _as_json(value: Any) -> str:
+    """As JSON, with null for what is not finite."""
+    from lightning_svd.report.data import finite
+
+    return json.dumps(finite(value), allow_nan=False)
 
 
 def _json_object(text: str) -> dict[str, Any]:

@@ -12,7 +12,15 @@ from torch import nn
 from lightning_svd.layers.pairs import is_pair
 from lightning_svd.model import checks
 from lightning_svd.model.calls import Call, replay
-from lightning_svd.model.checks import chunks, difference, differing, pairs_in_place, tolerance, whole_layers
+from lightning_svd.model.checks import (
+    chunks,
+    difference,
+    differing,
+    has_finite,
+    pairs_in_place,
+    tolerance,
+    whole_layers,
+)
 from lightning_svd.model.surgery import svd_layers
 
 torch.set_num_threads(1)
@@ -346,6 +354,8 @@ def test_differences():
     assert difference(torch.zeros(2), torch.zeros(2)) == 0 and difference(torch.zeros(2), torch.ones(2)) == torch.inf
     assert difference((torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.full((2,), 1e-9))) == pytest.approx(1e-6)
     assert difference({"a": x}, {"b": x}) == torch.inf
+    assert has_finite(x) and has_finite((x * torch.nan, {"a": x})) and has_finite([3, "a", torch.arange(2)])
+    assert not has_finite((x * torch.nan, {"a": torch.tensor(torch.inf), "b": torch.zeros(0)}, torch.arange(2)))
     assert difference(3.0, 6.0) == 1 and difference("a", "b") == torch.inf
 
 

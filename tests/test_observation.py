@@ -227,6 +227,24 @@ def test_statistics_are_collected_ahead_of_cuts_and_never_else():
     assert not run.observer.seen
 
 
+def test_statistics_of_other_ranks_are_refused_by_name_and_change_nothing():
+    model = Mixed().double()
+    layers = begin(model, plan(model))
+    observer = noted(model, layers, batches(1))
+    state = observer.state_dict()
+    for key, wrong, said in (
+        ("features", torch.zeros(1, 2, 2), r"`features` is \(1, 2, 2\) there"),
+        ("squares", torch.zeros(()), r"`squares` is \(\) there"),
+        ("total", None, "`total` is missing there"),
+    ):
+        entry = {k: v for k, v in (state["seen"]["head"] | {key: wrong}).items() if v is not None}
+        before = {name: each.total.clone() for name, each in observer.seen.items()}
+        with pytest.raises(ValueError, match=f"checkpoint's statistics of `head` are not of this run: {said}"):
+            observer.load_state_dict({"batches": 7, "seen": state["seen"] | {"head": entry}})
+        assert observer.batches == 1
+        assert all(torch.equal(each.total, before[name]) for name, each in observer.seen.items())
+
+
 class Chosen(SVDTrainingCallback):
     def should_prune(self, step):
         return step == 5

@@ -14,7 +14,7 @@ from reports import layer_report, report_of, svd_report
 from torch import nn
 
 from lightning_svd import RankChange, SVDReport, decompose, plan, summarize, svd_layers
-from lightning_svd.report.data import LAYER_HEADINGS, plan_table, quantity
+from lightning_svd.report.data import LAYER_HEADINGS, Pause, plan_table, quantity
 from lightning_svd.report.tables import ROWS_ON_SCREEN, markdown_code, markdown_table, markdown_text
 
 LONG = "encoder.layers.11.self_attn.a_projection_with_a_long_name"
@@ -211,6 +211,12 @@ def test_macs_that_are_not_known_are_not_called_none():
 
 
 def test_a_change_whose_macs_are_not_known_is_read_back_and_shown():
+    pause = Pause(8, 16, math.nan, math.nan)
+    report = svd_report([], metric_values=((8, math.nan), (16, 1.0)), strengths=((0, math.inf),), pauses=(pause,))
+    read = SVDReport.from_json(report.to_json())
+    assert math.isnan(read.metric_values[0][1]) and read.metric_values[1] == (16, 1.0)
+    assert math.isnan(read.strengths[0][1]) and math.isnan(read.pauses[0].value) and read.pauses[0].end == 16
+    assert str(read.pauses[0]) == "paused from step 8 to step 16: nan with no number before"
     change = RankChange(8, 1, {"a": 2}, math.nan, 0.5)
     (read,) = SVDReport.from_json(svd_report([], timeline=(change,)).to_json()).timeline
     assert math.isnan(read.macs_ratio) and str(read) == "step 8 (epoch 1): 2 ranks, parameters 50.0%"

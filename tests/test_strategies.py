@@ -5,12 +5,13 @@ import hashlib
 import json
 import time
 import types
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
@@ -19,16 +20,20 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_svd import FallToBudget, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, Fisher, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.lightning.trainers import check_trainer
 from lightning_svd.ranks.importance import Spectrum
+from lightning_svd.training.recipe import Recipe
 
 # Lightning's and torch's own, in the processes that they start.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:Grad strides do not match bucket view strides"),  # of a matrix of one column
     pytest.mark.filterwarnings("ignore:.*is recommended to use .self.log.*sync_dist=True"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
 ]
 
 STEPS = 12
@@ -123,6 +128,42 @@ def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before,
     assert zero == one
     assert len(set(zero["digests"])) == STEPS
     assert len(set(map(tuple, zero["ranks"]))) > 2
+
+
+class Batches(SmallNet):
+    """Batches that are functions of the step and the process: a resumed Trainer begins its loader anew."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = BATCHES[batch_idx * self.trainer.world_size + self.global_rank]
+        return super().training_step((x, y), batch_idx)
+
+
+BATCHES = list(data())
+
+
+def test_what_is_saved_while_data_is_observed_is_what_all_processes_have_seen(tmp_path):
+    def fit(name, *others, ckpt_path=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        schedule = FallToBudget(start=0.5, end=0.7, cuts=1)
+        ours = SVDTrainingCallback(target_macs=0.4, schedule=schedule, importance=Fisher(3))
+        torch.manual_seed(0 if ckpt_path is None else 1)
+        options = two_processes() | {"enable_checkpointing": bool(others)}
+        quiet_trainer(callbacks=[ours, Witness(folder), *others], **options).fit(
+            Batches(optimizer="AdamW", lr=1e-2), data(), ckpt_path=ckpt_path
+        )
+        return witnessed(folder)[0]
+
+    whole, other = fit("whole", ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1))
+    assert whole == other
+    fell = next(step for step, ranks in enumerate(whole["ranks"], start=1) if ranks != whole["ranks"][0])
+    for step in (fell - 2, fell - 1):
+        saved = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        observed = saved["callbacks"]["SVDTrainingCallback"]["observed"]
+        assert observed["batches"] == 3 - (fell - step)
+        assert all(each["inputs"] == 16 * observed["batches"] for each in observed["seen"].values())
+        for resumed in fit(f"from {step}", ckpt_path=tmp_path / f"step={step}.ckpt"):
+            assert resumed["digests"] == whole["digests"][step:]
 
 
 class Dealing(SmallMLP):
@@ -296,8 +337,8 @@ def break_svds(pl_module):
 
 
 def ask_too_much(pl_module):
-    callback = next(each for each in pl_module.trainer.callbacks if isinstance(each, SVDTrainingCallback))
-    callback.recipe.target_macs = 1e-6
+    check = Recipe.check_reachable
+    Recipe.check_reachable = lambda self, *others: check(replace(self, target_macs=1e-6), *others)
 
 
 @pytest.mark.parametrize(

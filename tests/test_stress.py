@@ -8,6 +8,8 @@ from pathlib import Path
 import constructors
 import damage
 import kills
+import not_finite
+import processes
 import pytest
 
 from lightning_svd.writing import whole_file, write_whole
@@ -58,6 +60,35 @@ def test_killed_writers_and_full_disks_leave_the_old_file_or_the_new_one():
     kills.try_writers(tally, 2, kinds=kinds)
     kills.try_full_disks(tally, 4, kinds=kinds)
     assert not tally.faults and tally.tried == 12
+
+
+OF_PROCESSES = [
+    "an exception in the first training_step, in the last",
+    "NaN in a weight, by data, in the last",
+    "killed in a cut, in the first",
+    "an exception in a cut that cannot be sent, in the last",
+    "the pass that is run again fails, in the last",
+    "other layers are left out, in the first",
+    "another schedule, in the last",
+    "an argument that is refused, in the last",
+    "layers of other names, in the last",
+    "a metric of process 0 alone",
+    "a loop, no_sync",
+    "fewer batches, in the last",
+    "fewer batches, a loop in Join, before a cut, in the last",
+]
+
+
+@pytest.mark.parametrize("name", OF_PROCESSES)
+def test_processes_of_which_one_goes_wrong_end_with_the_same_bits_or_soon(name):
+    tally = processes.run([2], [name])
+    assert not tally.faults and tally.tried == 1
+
+
+@pytest.mark.parametrize("name", sorted(not_finite.SITUATIONS))
+def test_what_is_not_finite_is_said_in_a_line_and_no_rank_is_chosen_by_it(name):
+    came, said = not_finite.outcome(name)
+    assert came == not_finite.SITUATIONS[name][1], said
 
 
 def test_a_link_stays_one_and_permissions_stay(tmp_path):

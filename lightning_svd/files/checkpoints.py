@@ -81,7 +81,8 @@ _IS_CHANGE = having(
     step=is_count, epoch=is_count, ranks=by_name(is_count), macs_ratio=is_number, params_ratio=is_number
 )
 _IS_PAUSE = having(start=is_count, end=optional(is_count), value=is_number, best=is_number)
-_IS_SEEN = having(is_tensor, inputs=is_count, positions=is_count)
+# Statistics of a batch that was not finite are thrown away when ranks are due, and in a file until then.
+_IS_SEEN = having(lambda value: isinstance(value, Tensor), inputs=is_count, positions=is_count)
 
 # What a run that is to go on needs beside its layers: its kind, and of what kind entries are in it.
 _OF_A_RUN: dict[str, tuple[tuple[type, ...], Fits]] = {

@@ -59,10 +59,12 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
+        ValueError: If a parameter holds NaN or infinity, which no reader would take.
         OSError: If it cannot be written; a file that was there is as it was.
     """
     plain = to_factored(module, count_params(module)) if svd_layers(module) else module
     pairs = low_rank_pairs(plain)
+    _check_finite(dict(plain.named_parameters()), dict(plain.named_parameters()), "the model cannot be saved")
     ranks = {name: {"rank": rank_of(pair), "conv_mode": view_of(pair).conv_mode} for name, pair in pairs.items()}
     return write_weights(plain, path, {KEY: json.dumps({"version": VERSION, "layers": ranks})})
 

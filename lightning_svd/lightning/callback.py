@@ -16,6 +16,7 @@ from lightning_svd.lightning.callback_with_run import CallbackWithRun, with_reci
 from lightning_svd.lightning.checkpoint_io import SVDCheckpointIO
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.data import plan_table
+from lightning_svd.training import processes
 from lightning_svd.training.guard import guard_on
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
@@ -183,7 +184,8 @@ class SVDTrainingCallback(CallbackWithRun):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None and self._run.guard is not None:
             if trainer.sanity_checking:
-                trainers.metric(trainer, self._run.guard.monitor)  # refused before the first batch if nobody logs it
+                # Refused before the first batch if nobody logs it.
+                processes.decide(lambda: trainers.metric(trainer, str(self.monitor)))
             else:
                 self._see_metric(trainer, self._run)
 
@@ -195,7 +197,7 @@ class SVDTrainingCallback(CallbackWithRun):
             self._draw_spectra(trainer, trainer.current_epoch + 1)
 
     def _see_metric(self, trainer: Trainer, run: SVDTraining) -> None:
-        change = run.see_metric(trainers.metric(trainer, str(self.monitor)), trainers.steps_done(trainer))
+        change = run.see_metric(lambda: trainers.metric(trainer, str(self.monitor)), trainers.steps_done(trainer))
         if change is not None:
             rank_zero_info(f"SVD training: `{self.monitor}`: pruning {change}")
 

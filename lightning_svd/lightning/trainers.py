@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from lightning_svd.model.counting import as_arguments, evaluating
-from lightning_svd.model.surgery import showing_factors
 from lightning_svd.training.run import SVDTraining
 
 PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
@@ -96,15 +95,14 @@ def _showing_weights(run: SVDTraining, hook: Callable[..., None]) -> Callable[..
 
 
 def wrap_again(trainer: Trainer) -> None:
-    """Have DistributedDataParallel know the parameters that are trained now; nothing with another strategy.
+    """Have DistributedDataParallel know the parameters that the model shows now; nothing with another strategy.
 
     It lists the model's parameters once, when it wraps it, and builds its buckets for their shapes.
     """
     strategy = trainer.strategy
     if isinstance(strategy.model, DistributedDataParallel):
         strategy.model = trainer.lightning_module
-        with showing_factors(trainer.lightning_module):
-            strategy.configure_ddp()  # type: ignore[attr-defined]  # of the strategies that wrap so
+        strategy.configure_ddp()  # type: ignore[attr-defined]  # of the strategies that wrap so
 
 
 def _is_a(callback: Callback, *names: str) -> bool:

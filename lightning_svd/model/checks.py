@@ -267,6 +267,14 @@ def difference(expected: Any, actual: Any) -> float:
     return largest if any(map(_has_fractions, pairs[0])) else whole
 
 
+def has_finite(outputs: Any) -> bool:
+    """Whether there is a finite number in outputs; True where there are no numbers with fractions at all."""
+    tensors = [leaf for leaf in map(_as_tensor, leaves(outputs)) if _has_fractions(leaf) and leaf.numel()]
+    return not tensors or any(
+        bool(torch.isfinite(leaf.to_dense() if leaf.is_sparse else leaf).any()) for leaf in tensors
+    )
+
+
 def _as_tensor(leaf: Any) -> Any:
     return torch.tensor(leaf, dtype=torch.float64) if isinstance(leaf, float) else leaf
 

@@ -108,6 +108,12 @@ class Statistics:
         found = {name: getattr(self, name) for name in ("total", "features", "gradients", "squares", "tails")}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def clear(self) -> None:
+        """Begin anew."""
+        self.inputs = self.positions = 0
+        for tensor in self.sums().values():
+            tensor.zero_()
+
     def felt(self) -> Tensor:
         """What the loss feels of each rank, per input, as a share of what dropping several adds up to, (r,).
 

@@ -72,7 +72,8 @@ class Pause:
 
     def __str__(self) -> str:
         until = f"step {self.end}" if self.end is not None else "the end"
-        return f"paused from step {self.start} to {until}: {self.value:.4g} against {self.best:.4g} at best"
+        against = "with no number before" if math.isnan(self.best) else f"against {self.best:.4g} at best"
+        return f"paused from step {self.start} to {until}: {self.value:.4g} {against}"
 
 
 @dataclass(frozen=True)
@@ -262,14 +263,19 @@ class SVDReport:
             data = json.loads(text)
             layers = tuple(_read_layer(layer) for layer in data.pop("layers"))
             timeline = tuple(RankChange(**_with_nan(change)) for change in data.pop("timeline"))
-            pauses = tuple(Pause(**pause) for pause in data.pop("pauses", ()))
+            pauses = tuple(
+                Pause(**pause | {key: _number(pause[key]) for key in ("value", "best")})
+                for pause in data.pop("pauses", ())
+            )
             arguments = data.pop("arguments", {})
             latency = data.pop("latency", None)
             latency = LatencyReport(**latency) if latency else None
+            for name in ("strengths", "metric_values"):
+                data[name] = [(step, _number(value)) for step, value in data.get(name, ())]
             fields: dict[str, Any] = {name: _tuples(value) for name, value in data.items() if name not in _RATIOS}
             history: dict[str, Any] = {"timeline": timeline, "pauses": pauses, "arguments": arguments}
             return cls(layers=layers, latency=latency, **history, **fields)
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` must be a report that `to_json` wrote: {error}") from error
 
     def to_markdown(self, path: str | Path | None = None) -> str:
@@ -477,13 +483,14 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
 def _with_nan(change: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: math.nan if value is None else value for name, value in change.items()}
+    return {name: _number(value) for name, value in change.items()}
 
 
 def _read_layer(data: Mapping[str, Any]) -> LayerReport:
-    spectra = {
-        name: tuple(math.nan if value is None else value for value in data[name])
-        for name in ("spectrum_before", "spectrum_after")
-    }
+    spectra = {name: tuple(map(_number, data[name])) for name in ("spectrum_before", "spectrum_after")}
     return LayerReport(**{name: _tuples(value) for name, value in data.items()} | spectra)

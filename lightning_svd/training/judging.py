@@ -42,7 +42,10 @@ class Verdict:
             mine = seen.pop(name)
             if name in self.unseen:
                 return [importance.values(importance.factors(layers[name]))]
-            self._bases[name] = importance.basis(layers[name], mine)
+            try:
+                self._bases[name] = importance.basis(layers[name], mine)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in __all__
+                raise ValueError(f"`{name}`: what it does on data cannot be decomposed: {error}") from None
             return [self._bases[name].carried]
 
         for name, (values,) in processes.shared_out(self._names, judge, lambda name: [_like(layers[name], ())]):

@@ -61,15 +61,24 @@ class Observer(ABC):
         for name, layer in self.layers.items():
             if name not in self.seen:
                 self.seen[name] = self._statistics(layer)
+            elif processes.rank():
+                self.seen[name].clear()  # process 0 has the sums of all
         self.is_open = True
         self._opened()
 
     def end_batch(self) -> None:
-        """The batch is over; without effect where none is observed."""
+        """The batch is over, and what all processes have seen is added up; without effect where none is observed.
+
+        So between batches each process has what a file is to hold, whoever writes it.
+
+        Raises:
+            Exception: What came of collecting statistics in any process, in every one.
+        """
         if not self.is_open:
             return
         self.rest()
-        self._closed()
+        processes.agree(self._closed)
+        self._add_up()
         self.batches += 1
 
     def _statistics(self, layer: SVDLayer) -> Statistics:
@@ -101,8 +110,9 @@ class Observer(ABC):
 
     # ----------------------------------------------------------------------------------------------------- together
 
-    def gather(self) -> bool:
-        """Add up what all processes have seen; returns whether all of it is finite."""
+    def _add_up(self) -> None:
+        if processes.size() == 1 or not self.seen:
+            return
         counts = torch.tensor([(each.inputs, each.positions) for each in self.seen.values()], dtype=torch.int64)
         (first, *_) = self.seen.values()
         counts = counts.to(first.total.device)
@@ -110,8 +120,12 @@ class Observer(ABC):
             processes.add_up(tensor)
         for each, (inputs, positions) in zip(self.seen.values(), counts.tolist(), strict=True):
             each.inputs, each.positions = inputs, positions
-        sums = [tensor.sum() for each in self.seen.values() for tensor in each.sums().values()]
-        return bool(torch.isfinite(torch.stack(sums)).all())
+
+    def not_finite(self) -> list[str]:
+        """The layers of which something that was noted is NaN or infinite."""
+        sums = [torch.stack([tensor.sum() for tensor in each.sums().values()]).sum() for each in self.seen.values()]
+        are_finite = torch.isfinite(torch.stack(sums)).tolist() if sums else []
+        return [name for name, is_finite in zip(self.seen, are_finite, strict=True) if not is_finite]
 
     def forget(self) -> None:
         """Begin anew."""
@@ -128,14 +142,23 @@ class Observer(ABC):
         return {"batches": self.batches, "seen": seen}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
-        self.batches, self.seen = state["batches"], {}
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If that is not of these layers at these ranks; nothing is changed then.
+        """
+        seen = {}
         for name, saved in state["seen"].items():
             if name in self.layers:
-                mine = self.seen[name] = self._statistics(self.layers[name])
+                mine = seen[name] = self._statistics(self.layers[name])
                 mine.inputs, mine.positions = saved["inputs"], saved["positions"]
                 for key, tensor in mine.sums().items():
+                    there = tuple(saved[key].shape) if key in saved else "missing"
+                    if there != tuple(tensor.shape):
+                        shapes = f"`{key}` is {there} there, {tuple(tensor.shape)} here"
+                        raise ValueError(f"the checkpoint's statistics of `{name}` are not of this run: {shapes}")
                     tensor.copy_(saved[key])
+        self.batches, self.seen = state["batches"], seen
 
 
 class Listener(Observer, CallWatcher):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -43,8 +46,9 @@ def decide(decision: Callable[[], T]) -> T:
         try:
             outcome[0] = decision()
         except Exception as error:
-            outcome[1] = error
-    dist.broadcast_object_list(outcome, src=0)
+            outcome[1] = _sendable(error)
+    with _exchange():
+        dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
@@ -62,17 +66,56 @@ def agree(check: Callable[[], None]) -> None:
         if error is not None:
             raise error
         return
-    errors: list[Any] = [None] * size()
-    dist.all_gather_object(errors, error)
-    first = next((each for each in errors if each is not None), None)
+    first = next((each for each in _gathered(None if error is None else _sendable(error)) if each is not None), None)
     if first is not None:
         raise first
+
+
+def check_same(values: Mapping[str, Any]) -> None:
+    """Refuse what is to be the same in every process where it is not.
+
+    Args:
+        values: By name. Strings, numbers, lists and dicts are compared, of anything else the type.
+
+    Raises:
+        ValueError: In every process, naming the first value that differs, and in which process.
+    """
+    if size() == 1:
+        return
+    first, *others = _gathered({name: _plain(value) for name, value in values.items()})
+    for number, other in enumerate(others, start=1):
+        for name in [*first, *(name for name in other if name not in first)]:
+            here, there = first.get(name), other.get(name)
+            if here != there:
+                shown = f"{_short(here)} in process 0 and {_short(there)} in process {number}"
+                raise ValueError(f"`{name}` must be the same in every process, got {shown}")
+
+
+def meet(device: torch.device) -> None:
+    """Wait for the other processes, ahead of what all of them are to do.
+
+    Args:
+        device: That of the model.
+
+    Raises:
+        RuntimeError: If another one has no batches left and is at the end of a ``Join``.
+    """
+    if size() == 1:
+        return
+    here = torch.ones(1, device=device)  # what Join counts processes by, to which one that has ended adds nothing
+    add_up(here)
+    if int(here) != size():
+        raise RuntimeError(
+            "ranks cannot change inside `torch.distributed.algorithms.Join`, where another process has no batches "
+            "left: give each process as many, as `DistributedSampler` does, or end all of them with the first one"
+        )
 
 
 def add_up(tensor: Tensor) -> None:
     """Have the sum over all processes in a tensor."""
     if size() > 1:
-        dist.all_reduce(tensor)
+        with _exchange():
+            dist.all_reduce(tensor)
 
 
 def shared_out(
@@ -98,8 +141,9 @@ def shared_out(
         for owner, piece in enumerate(together):
             tensors = mine[piece] if piece in mine else empty(piece)
             if size() > 1:
-                for tensor in tensors:
-                    dist.broadcast(tensor, src=owner)
+                with _exchange():
+                    for tensor in tensors:
+                        dist.broadcast(tensor, src=owner)
             yield piece, tensors
 
 
@@ -108,3 +152,48 @@ def _compute(
 ) -> None:
     for piece in pieces:
         results[piece] = [tensor.contiguous() for tensor in compute(piece)]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """What each process gives."""
+    values: list[Any] = [None] * size()
+    with _exchange():
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Say what it means where something cannot be sent or received."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(
+            "SVD training: another process has ended, or does something else than this one, while all were to agree "
+            "on ranks: see which one failed first, and why, and resume from the last checkpoint "
+            f"({type(error).__name__}: {_short(str(error))})"
+        ) from error
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error, or one that says the same and can be sent."""
+    try:
+        same = pickle.loads(pickle.dumps(error))
+    except Exception:
+        same = None
+    if type(same) is type(error) and str(same) == str(error):
+        return error
+    return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, (str, int, float, bool)) or value is None else type(value).__name__
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else f"{text[:197]}..."

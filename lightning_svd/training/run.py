@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,19 @@ from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import check_finite
-from lightning_svd.model.calls import Call, CallRecorder, cut
-from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
+from lightning_svd.model.calls import Call, CallRecorder, cut, replay
+from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
 from lightning_svd.model.plan import LayerPlan, weights_of
-from lightning_svd.model.surgery import begin, check_dense, check_in_place, finish, trained_weights, undo
+from lightning_svd.model.surgery import (
+    begin,
+    check_dense,
+    check_in_place,
+    finish,
+    showing_factors,
+    trained_weights,
+    undo,
+)
 from lightning_svd.model.timing import measured_at, share_of_dense, time_layers
 from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
@@ -61,7 +70,9 @@ class SVDTraining:
             in the middle of a run, does so in ``showing_weights`` if it looks at what optimizers hold.
         choose_ranks: The ranks to end with, from what each rank carries and the model's cost, instead of the recipe's.
         guard: What watches a metric and may pause the fall of ranks.
-        on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does.
+        on_reshape: Called after parameters were replaced by others, for what keeps a list of them, as DDP does. Inside,
+            ``model.parameters()`` are those that are trained, U, s and V in the place of a weight, so that
+            ``DistributedDataParallel(model)`` can be made anew.
         state: Of a run to go on with, from :meth:`state_dict`.
         arguments: Fields of :class:`~lightning_svd.training.recipe.Recipe`.
 
@@ -96,7 +107,8 @@ class SVDTraining:
         state: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
-        self.model, self.total_steps, self.guard = model, total_steps, guard
+        self.model, self.guard = model, guard
+        self.total_steps = total_steps = processes.decide(lambda: total_steps)  # loaders may differ in length
         self.recipe = recipe or Recipe(**arguments)
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
         self.regularizer = self.recipe.regularization()
@@ -112,13 +124,12 @@ class SVDTraining:
         self._waits = self._observes = False
         self._refused: dict[str, str] = {}
         self._timed: list[Call] = []  # for the final model to be timed as the dense one was
+        self._not_finite: list[str] = []  # what ranks wait for
         self._choose_ranks = choose_ranks or self._by_recipe
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
-        self.plan = self.recipe.plan(model, include_frozen=thaws)
-        if not thaws:
-            self.plan = _trained_by(trainers, model, self.plan)
-        self.distiller = distiller_of(self.recipe.distill, model)  # of the dense model
-        self._trained = TrainedLayers(begin(model, self.plan), self.importance, on_reshape or (lambda: None))
+        processes.agree(partial(self._prepare, trainers, thaws))
+        processes.check_same(self._of_all_processes(state is not None))
+        self._trained = TrainedLayers(model, begin(model, self.plan), self.importance, on_reshape or (lambda: None))
         self.bounds = self.recipe.bounds(self.plan, model)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
         self._dense = trained_weights(self.layers)
@@ -130,14 +141,9 @@ class SVDTraining:
         if self.observer is not None:
             self.until_closed.callback(self.observer.rest)
         try:
-            check_dense(model, self._dense)
-            self._trained.train_with(trainers)
-            if state is not None:
-                self.load_state_dict(state)
-            elif not self.recipe.begins_dense():
+            processes.agree(partial(self._adopt, trainers, state))
+            if state is None and not self.recipe.begins_dense():
                 self._trained.factorize()
-            if self.recipe.target[0] == "params":
-                self.recipe.check_reachable(count_params(model), self.full_ranks, self.bounds)
         except BaseException:
             self.undo()
             raise
@@ -146,6 +152,7 @@ class SVDTraining:
         else:
             self._dense = {}  # it has stepped before
         self.recorder = CallRecorder(model, self.layers)
+        self._trained.tells = True
         if self.cost is None:
             self.recorder.start()
         self._trained.tell_of_others()
@@ -212,13 +219,41 @@ class SVDTraining:
         """Whether any layer has penalties now."""
         return any(isinstance(layer.form, SVDForm) for layer in self.layers.values())
 
-    # ------------------------------------------------------------------------------------------------------- giving up
+    # ------------------------------------------------------------------------------------------------------------ begin
+
+    def _prepare(self, optimizers: Sequence[Optimizer], thaws: bool) -> None:
+        """What may be refused while the model is as it was."""
+        self.plan = self.recipe.plan(self.model, include_frozen=thaws)
+        if not thaws:
+            self.plan = _trained_by(optimizers, self.model, self.plan)
+        self.distiller = distiller_of(self.recipe.distill, self.model)  # of the dense model
+
+    def _adopt(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
+        """What may be refused when its layers are others, before anything is computed."""
+        check_dense(self.model, self._dense)
+        self._trained.train_with(optimizers)
+        if state is not None:
+            self.load_state_dict(state)
+        if self.recipe.target[0] == "params":
+            self.recipe.check_reachable(count_params(self.model), self.full_ranks, self.bounds)
+
+    def _of_all_processes(self, resumes: bool) -> dict[str, Any]:
+        """What must not differ between processes, which would do other things at other times."""
+        arguments = {name: value for name, value in self.recipe.arguments.items() if name != "plan_file"}
+        arguments |= {"monitor": self.guard.monitor if self.guard else None, "ckpt_path": resumes}
+        for of in self.plan:
+            chosen = f"{of.kind} {of.matrix_shape} {of.conv_mode or ''} {of.max_rank or ''}".strip()
+            arguments[of.name] = "left alone" if of.skipped else chosen
+        return arguments
 
     def undo(self) -> None:
         """Let go of the model and the optimizers; before the first step they are exactly as they were."""
+        self._let_go()
+        self._trained.tell_of_others()
+
+    def _let_go(self) -> None:
         self.close()
         self._trained.replace(undo(self.model, self._dense))
-        self._trained.tell_of_others()
 
     def abandon(self) -> dict[str, Any]:
         """Let go of a run that failed; returns what a file that is written because of it needs to resume.
@@ -227,7 +262,7 @@ class SVDTraining:
         and the optimizers keep what belongs to the state that is returned.
         """
         if self._dense:
-            self.undo()
+            self._let_go()  # and tell nobody: DDP would wait for processes that did not fail
             return {}
         state = self.state_dict()
         self.close()
@@ -263,6 +298,7 @@ class SVDTraining:
         """
         if self.cost is not None:
             return True
+        processes.meet(self._device)
         learned = processes.decide(lambda: self._learn(every_layer))
         if learned is None:
             return False
@@ -283,6 +319,10 @@ class SVDTraining:
         with self.observer.resting() if self.observer is not None else nullcontext():
             try:
                 few, inputs = cut(self.model, calls, FEW)
+                if not has_finite(replay(self.model, few)):
+                    self._not_finite = ["the model's outputs"]
+                    return None  # of NaN everything is the same: the next batch will show what layers do
+                self._not_finite = []
                 cost = count_calls(self.model, self.layers, few, inputs)
                 refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
             except NotTheSameError:
@@ -399,14 +439,18 @@ class SVDTraining:
             optimizer.merge()
             optimizer.enforced = False
 
-    def see_metric(self, value: float, step: int) -> Pause | None:
-        """Take note of the watched metric, as all processes agree on; returns the pause that begins or ends with it."""
+    def see_metric(self, metric: Callable[[], float], step: int) -> Pause | None:
+        """Take note of the watched metric; returns the pause that begins or ends with it.
+
+        Args:
+            metric: Gives its value, in process 0, by which all others go: it may be that no other has it.
+            step: How many steps were taken.
+        """
         assert self.guard is not None
-        guard = self.guard
+        guard, value = self.guard, processes.decide(metric)
         started = not isinstance(self.policy, FallToBudget) or self.clock(step) >= self.policy.start * self.total_steps
         falling = self.policy.pending is not None and started
-        fallen = processes.decide(lambda: falling and guard.has_fallen(value))
-        return guard.see(step, value, fallen)
+        return guard.see(step, value, falling and guard.has_fallen(value))
 
     def after_step(self, step: int, epoch: int = 0, due: bool | None = None) -> RankChange | None:
         """Cut ranks if it is time.
@@ -449,11 +493,9 @@ class SVDTraining:
         if self._waits:
             due = not self.paused and observer.batches >= self.importance.steps
         if due:
-            is_finite = observer.gather()
-            if not processes.decide(lambda: is_finite):
-                for name, layer in self.layers.items():
-                    for parameter in layer.form.trained:
-                        check_finite(parameter.detach(), name)
+            self._not_finite = processes.decide(observer.not_finite)
+            if self._not_finite:
+                processes.agree(self._check_finite)
                 observer.forget()
                 due = False
             self._waits = not due
@@ -468,6 +510,8 @@ class SVDTraining:
             ValueError: If a layer's factors are not finite; the message names it.
         """
         before, clock = self.ranks(), self.clock(step)
+        processes.meet(self._device)
+        processes.agree(self._check_finite)
         verdict = self._verdict() if self.observer is not None else None
         energies = verdict.values if verdict else self._trained.refactorize()
         change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
@@ -506,6 +550,28 @@ class SVDTraining:
             return ranks
 
         return self.policy.change(clock, self.full_ranks, before, choose), cost
+
+    @property
+    def _device(self) -> torch.device:
+        return next((layer.form.trained[0].device for layer in self.layers.values()), torch.device("cpu"))
+
+    def _check_finite(self) -> None:
+        """Refuse to go on with weights that are not finite, in whichever process, before anything is decided by them.
+
+        Raises:
+            ValueError: Naming the layer.
+        """
+        sums = [parameter.detach().sum() for layer in self.layers.values() for parameter in layer.form.trained]
+        if sums and not torch.isfinite(torch.stack([each.float() for each in sums])).all():  # or too large a sum
+            for name, layer in self.layers.items():
+                for parameter in layer.form.trained:
+                    try:
+                        check_finite(parameter.detach(), name)
+                    except ValueError as error:
+                        raise ValueError(
+                            f"{error}: training has diverged, and no ranks are chosen by such weights: see the loss "
+                            "and its gradients, and go on from a checkpoint from before"
+                        ) from None
 
     @property
     def _known_cost(self) -> ModelCost:
@@ -572,6 +638,15 @@ class SVDTraining:
         ]
         if broken:
             self.warnings.append(f"{len(broken)} layers hold NaN or infinity: {', '.join(broken[:8])}")
+        of_layers = {id(parameter) for layer in self.layers.values() for parameter in layer.form.trained}
+        with showing_factors(self.model):
+            others = {name: tensor for name, tensor in self.model.named_parameters() if id(tensor) not in of_layers}
+        others = {name: tensor for name, tensor in others.items() if tensor.is_floating_point() and tensor.numel()}
+        # Infinity may be meant in a buffer, NaN nowhere.
+        bad = [name for name, tensor in others.items() if not bool(torch.isfinite(tensor).all())]
+        bad += [name for name, tensor in self.model.named_buffers() if bool(torch.isnan(tensor).any())]
+        if bad:
+            self.warnings.append(f"{len(bad)} tensors beside the layers' hold NaN: {', '.join(bad[:8])}")
 
     def _with_latency(self, cost: ModelCost) -> ModelCost:
         # One decision for all processes, whose clocks differ.
@@ -592,6 +667,8 @@ class SVDTraining:
             return None
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
+        if self._not_finite:
+            return f"ranks waited for data without NaN and infinity, met in {', '.join(self._not_finite[:8])}: {missed}"
         if self.guard and self.guard.pauses:
             paused = done - self.clock(done)
             return f"pruning paused for {paused} steps because `{self.guard.monitor}` had fallen: {missed}"
@@ -702,4 +779,8 @@ def _on_cpu(energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not energies:
         return {}
     parts = torch.split(torch.cat([*energies.values()]).cpu(), [len(values) for values in energies.values()])
-    return dict(zip(energies, parts, strict=True))
+    found = dict(zip(energies, parts, strict=True))
+    for name, values in found.items():
+        if not torch.isfinite(values).all():
+            raise ValueError(f"`{name}`: what its ranks carry is not finite: its singular values are too large")
+    return found

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_svd.layers.forms import DenseForm, PairForm, SVDForm, set_factors_of
 from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.matrices import Factors, numerical_rank, wide
+from lightning_svd.model.surgery import showing_factors
 from lightning_svd.ranks.importance import Importance
 from lightning_svd.training import processes
 from lightning_svd.training.optimizers import OptimizerOfFactors
@@ -26,18 +27,23 @@ class TrainedLayers:
     Nothing is decided here: what a cut is to leave, is asked for by the methods' arguments.
 
     Args:
-        by_name: The layers.
+        model: The whole tree.
+        by_name: The factorized layers in it.
         importance: In whose metric exact factors are taken.
-        on_reshape: Called by :meth:`tell_of_others`.
+        on_reshape: Called by :meth:`tell_of_others`, while the model shows what is trained as its parameters.
 
     Attributes:
         by_name: The layers; fewer when some are released.
         optimizers: That train them; none at first.
+        tells: Whether others are told; not before a run has begun, when each process may fail by itself.
     """
 
-    def __init__(self, by_name: dict[str, SVDLayer], importance: Importance, on_reshape: Callable[[], None]) -> None:
-        self.by_name, self.importance = by_name, importance
+    def __init__(
+        self, model: nn.Module, by_name: dict[str, SVDLayer], importance: Importance, on_reshape: Callable[[], None]
+    ) -> None:
+        self.model, self.by_name, self.importance = model, by_name, importance
         self.optimizers: list[OptimizerOfFactors] = []
+        self.tells = False
         self._on_reshape, self._are_others = on_reshape, False
 
     def train_with(self, optimizers: Sequence[Optimizer]) -> None:
@@ -59,9 +65,10 @@ class TrainedLayers:
 
     def tell_of_others(self) -> None:
         """Tell what keeps a list of the parameters if they are others since it was told last."""
-        if self._are_others:
+        if self._are_others and self.tells:
             self._are_others = False
-            self._on_reshape()
+            with showing_factors(self.model):
+                self._on_reshape()
 
     def release(self, replaced: Sequence[Replaced], names: Sequence[str]) -> None:
         """Let go of layers that are plain ones again, with what is trained in the place of their factors."""

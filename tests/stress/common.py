@@ -52,6 +52,13 @@ def markdown(rows, outcomes):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def plain_table(lines):
+    """A table of texts, headings first."""
+    cells = [[str(cell).replace("|", r"\|") for cell in line] for line in lines]
+    cells.insert(1, ["---"] * len(cells[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
 def machine():
     return f"Python {platform.python_version()}, torch {torch.__version__}, Lightning {lightning.__version__}"
 
@@ -62,8 +69,16 @@ def parser(text):
     return parser
 
 
-def finish(name, tally, options, arguments=""):
-    """Print the table and the faults, write the file; returns the exit code."""
+def finish(name, tally, options, arguments="", table=None):
+    """Print the table and the faults, write the file; returns the exit code.
+
+    Args:
+        name: Of the script.
+        tally: What came out.
+        options: What the script was called with.
+        arguments: The same as text.
+        table: Lines of texts, headings first, to be shown in the place of the counts.
+    """
     print(markdown(tally.as_json(), tally.headings()))
     for fault in tally.faults[:200]:
         print("FAULT", fault, file=sys.stderr)
@@ -74,6 +89,7 @@ def finish(name, tally, options, arguments=""):
             "machine": machine(),
             "outcomes": tally.headings(),
             "rows": tally.as_json(),
+            **({"table": table} if table else {}),
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(bool(tally.faults))

@@ -26,6 +26,7 @@ from lightning_svd import (
     Outputs,
     Regularizer,
     SVDTrainingCallback,
+    Timing,
     compress,
 )
 
@@ -182,12 +183,14 @@ LAYERS = {
     "conv_mode": choice("channel", "spatial", "auto"),
     "rank_pattern": PATTERN,
     "min_rank": Kind([1, 2, 3], count().junk),
-    "round_to": count(),
+    "round_to": Kind([1, 8, 100, "auto"], count().junk),
 }
 OF_CALLBACK = LAYERS | {
     "plan_file": PATH,
     "target_macs": share(optional=True),
     "target_params": share(optional=True),
+    "target_latency": share(optional=True),
+    "latency_table": Kind([*PATH.valid, Timing(batch_size=1)], [junk for junk in PATH.junk if junk is not None]),
     "energy_threshold": share(optional=True),
     "schedule": choice("fall", "finetune", others=[FallToBudget(cuts=3), Finetune()]),
     "full_rank_as": choice("auto", "svd", "dense"),
@@ -214,6 +217,7 @@ OF_COMPRESS = {name: kind for name, kind in LAYERS.items() if name not in ("min_
     "round_to": Kind([1, 2], count().junk),
     "target_macs": share(optional=True),
     "target_params": share(optional=True),
+    "target_latency": Kind([], share().junk[:-1], optional=True),
     "importance": choice("auto", "spectrum", "outputs", "fisher"),
     "inputs": count(),
     "correct_bias": flag(optional=True),
@@ -244,6 +248,8 @@ CONSTRUCTORS = {
             ({"target_macs": 0.5, "target_params": 0.5}, "target_macs"),
             ({"target_params": 0.5, "energy_threshold": 0.9}, "energy_threshold"),
             ({"target_macs": 0.5, "energy_threshold": 0.9}, "target_macs"),
+            ({"target_macs": 0.5, "target_latency": 0.5}, "target_latency"),
+            ({"latency_table": "phone.json"}, "latency_table"),
             ({"mode": "min"}, "mode"),
             ({"max_metric_drop": 0.1}, "max_metric_drop"),
             ({"monitor": "val_loss"}, "mode"),
@@ -279,6 +285,15 @@ CONSTRUCTORS = {
     ),
     "Fisher": (Fisher, {"steps": count(), "targets": choice("drawn", "given")}, []),
     "Outputs": (Outputs, {"steps": count()}, []),
+    "Timing": (
+        Timing,
+        {
+            "batch_size": count(optional=True),
+            "runtime": choice("eager", "compiled", "onnx"),
+            "seconds": weight(zero=False),
+        },
+        [],
+    ),
     "compress": (
         compressed,
         OF_COMPRESS,
@@ -292,7 +307,7 @@ CONSTRUCTORS = {
     ),
 }
 # Values of one argument that would contradict those of another; where they are drawn, one gives way.
-BUDGETS = ("target_macs", "target_params", "energy_threshold")
+BUDGETS = ("target_macs", "target_params", "target_latency", "energy_threshold")
 OF_PLANS = ("target_modules", "exclude_modules", "conv_mode", "rank_pattern")
 OF_METRICS = ("monitor", "mode", "max_metric_drop")
 
@@ -305,6 +320,8 @@ def valid_arguments(name, rng):
     budgets = [argument for argument in BUDGETS if argument in drawn]
     for argument in budgets[1:]:
         del drawn[argument]
+    if drawn.get("target_latency") is None:
+        drawn.pop("latency_table", None)
     if drawn.get("plan_file") is not None:
         drawn = {argument: value for argument, value in drawn.items() if argument not in OF_PLANS}
     if any(drawn.get(argument) is not None for argument in OF_METRICS):

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import RESULTS, markdown
+from common import RESULTS, markdown, plain_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
 HEAD = """# Reliability
@@ -32,6 +32,38 @@ the step. A file is the old one or the new one, whole: it is written beside its 
 that cannot write says so in one line that names the file, and leaves nothing beside it; one that is killed may
 leave a file `.NAME.*.part`, which may be deleted. **Not promised:** the same of an asynchronous or sharded
 checkpoint writer, whose files are its own; of ONNX of more than a gigabyte, whose weights are in a second file.""",
+    ),
+    "processes": (
+        "Processes of which one goes wrong",
+        """\
+Two and three processes train one model with DDP (gloo, on the CPU), with Lightning or in a loop of one's own. In one of
+them alone, the first, which decides, or the last, something happens; "by data" is `importance="fisher"`. Each situation
+is tried with DDP alone too, and what a process ends with, or its message, is compared with the others'.""",
+        """\
+**Promised.** All processes end with the same bits, weights, factors, optimizer and final model, or all that still live
+end within seconds. Where it happens in what this package does, each says why: what failed, or that another process has
+ended, and what to do then. Where it happens in the middle of a step, the others wait in DDP's own all-reduce and say
+what they say without the callback. Ranks are decided in process 0: a metric that is watched may be logged there alone,
+and a run has the length that it has there. Processes that are asked for different things are refused by the argument's
+name, or the layer's. Batches that run out in one process end a run as they do with DDP alone, and with `max_steps` or
+`limit_train_batches` they end none. **Not promised:** `torch.distributed.algorithms.Join`. It holds the DDP that it was
+given, and DDP is made anew where parameters become fewer. A cut inside of it, where a process has no batches left, is
+refused; after a cut that made DDP anew all wait until the process group's `timeout`. Give each process as many batches,
+as `DistributedSampler` does.""",
+    ),
+    "not_finite": (
+        "Numbers that are not finite",
+        """\
+NaN or infinity is put into weights, biases and running statistics before a fit; into outputs, losses, batches,
+gradients and the state of the optimizer in a step; into factors, singular values and statistics of data when ranks are
+to be chosen; into a metric that is watched; and into what is compressed, saved, exported, read and reported.""",
+        """\
+**Promised.** No rank is chosen by NaN: a run whose weights are not finite ends when ranks are due, with the name of a
+layer, and the model has plain layers again; statistics of data that are not finite are thrown away, and ranks wait.
+What is refused is refused in a line, with the model as it was. What is not finite at the end of a run is in the
+report's warnings, and JSON has null for it. **Not promised:** that a run ends at the first NaN. Between changes of
+ranks, and after the last, nothing is looked at, as each look would wait for the device: Lightning's
+`detect_anomaly=True` does that. What is logged is logged as it is.""",
     ),
     "damage": (
         "Damaged files",
@@ -66,7 +98,8 @@ def page():
     parts = [HEAD]
     for name, (title, tried, promised) in SECTIONS.items():
         result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-        table = markdown(result["rows"], result["outcomes"])
+        lines = result.get("table")
+        table = plain_table(lines) if lines else markdown(result["rows"], result["outcomes"])
         source = f"`{result['command']}`, {result['machine']}."
         parts.append("\n\n".join([f"## {title}", tried, table, promised, source]) + "\n")
     return "\n".join(parts)

@@ -21,7 +21,7 @@ from lightning_svd.layers.matrices import Factors, check_finite, numerical_rank,
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import FEW, NotTheSameError, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
-from lightning_svd.model.plan import LayerPlan, weights_of
+from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
 from lightning_svd.model.surgery import begin, check_dense, check_in_place, finish, trained_weights, undo
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
@@ -141,7 +141,7 @@ class SVDTraining:
             else:
                 self.load_state_dict(state)
             if self.recipe.target[0] == "params":
-                self.recipe.check_reachable(count_params(model), self.full_ranks, self.bounds)
+                self.recipe.check_reachable(count_params(model), self.full_ranks, self.bounds, self.plan)
         except BaseException:
             self.undo()
             raise
@@ -333,7 +333,7 @@ class SVDTraining:
             self.observer.check(few)
         cost = cost.without(refused)
         left = {name: rank for name, rank in self.full_ranks.items() if name not in refused}
-        self.recipe.check_reachable(cost, left, self.bounds)
+        self.recipe.check_reachable(cost, left, self.bounds, with_reasons(self.plan, refused))
         return cost, refused
 
     def _release_refused(self) -> None:
@@ -342,7 +342,7 @@ class SVDTraining:
         if not refused:
             return
         self._replace(finish(self.model, dict.fromkeys(refused, "dense")))
-        self.plan = [replace(of, skipped=refused.get(of.name, of.skipped)) for of in self.plan]
+        self.plan = with_reasons(self.plan, refused)
         self.layers = {name: layer for name, layer in self.layers.items() if name not in refused}
         self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
         if self.observer is not None:

@@ -295,3 +295,54 @@ def test_what_is_left_alone_is_told_by_its_reason_and_where_it_is_much():
     plans += [LayerPlan("g", "Linear", (8, 1), skipped="too thin"), LayerPlan("h", "Linear", (8, 8), (8, 8))]
     assert large_left_alone(plans, 1000) == "38.4% of the parameters, a, b, c, d and 2 more: frozen"
     assert large_left_alone(plans, 38_400) is large_left_alone([], 0) is None
+
+
+NORMS = {
+    "weight norm": (nn.utils.parametrizations.weight_norm, "WeightNorm"),
+    "spectral norm": (nn.utils.parametrizations.spectral_norm, "SpectralNorm"),
+    "orthogonal": (nn.utils.parametrizations.orthogonal, "Orthogonal"),
+    "the older weight norm": (nn.utils.weight_norm, "WeightNorm"),
+    "the older spectral norm": (nn.utils.spectral_norm, "SpectralNorm"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", NORMS)
+def test_what_computes_a_weight_is_named_and_not_run(kind):
+    norm, name = NORMS[kind]
+    model = nn.ModuleDict({"fc": norm(nn.Linear(8, 8)), "other": nn.Linear(8, 8)}).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert plan(model)[0].skipped == f"its weight is computed from other parameters ({name})"
+    decompose(model)
+    after = model.state_dict()
+    assert model["fc"].training and all(torch.equal(after[key], before[key]) for key in before if "fc" in key)
+
+
+COMPUTED = {
+    "out_proj": lambda: normed(nn.MultiheadAttention(16, 4), lambda net: (net.out_proj, "weight")),
+    "in_proj": lambda: normed(nn.MultiheadAttention(16, 4), lambda net: (net, "in_proj_weight")),
+    "recurrent": lambda: normed(nn.LSTM(16, 16), lambda net: (net, "weight_hh_l0")),
+    "cell": lambda: normed(nn.GRUCell(16, 16), lambda net: (net, "weight_hh")),
+    "older": lambda: nn.utils.weight_norm(nn.LSTM(16, 16), "weight_hh_l0"),
+}
+
+
+def normed(net, where):
+    layer, name = where(net)
+    nn.utils.parametrizations.spectral_norm(layer, name)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_an_attention_or_recurrent_module_that_computes_a_weight_stays_whole(kind):
+    model = nn.ModuleDict({"whole": COMPUTED[kind](), "fc": nn.Linear(8, 8)}).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    reasons = {layer.name: layer.skipped for layer in plan(model) if layer.kind != "Parameter"}
+    assert reasons.pop("fc") is None
+    assert reasons and all("computed from other parameters" in reason for reason in reasons.values())
+    decompose(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before if "whole" in key)
+    assert all(child.training for child in model.modules())

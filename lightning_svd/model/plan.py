@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_svd.arguments import check_count, check_rank_pattern, needs, shown
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
+from lightning_svd.model.calls import untouched
 from lightning_svd.writing import write_whole
 
 Targets = str | Sequence[str] | None
@@ -358,7 +360,11 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
+    if is_parametrized(layer, "weight"):
+        with untouched(layer), torch.no_grad():  # spectral norm iterates whenever it is read in training
+            weight = layer.weight
+    else:
+        weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
 

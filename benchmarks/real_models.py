@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections import Counter
@@ -214,7 +215,8 @@ def attempt(work: Callable[[], float]) -> float | str:
         return work()
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0][:100]}"
+        said = re.sub(r"\x1b\[\d*m", "", lines[0]).replace(tempfile.gettempdir(), "")  # without colors and folders
+        return f"{type(error).__name__}: {said[:100]}"
 
 
 def tables(rows: list[Row]) -> list[Table]:
@@ -238,7 +240,7 @@ def tables(rows: list[Row]) -> list[Table]:
             f"{row['macs'] / 1e6:.3g}",
             f"{row['macs'] / row['counted'] - 1:.2%}",
             *(f"{row[key]:.2g}" for key in ("first loss", "final")),
-            *(f"{row[key]:.1g}" if isinstance(row[key], float) else row[key] for key in exports),
+            *(f"{row[key]:.1g}" if isinstance(row[key], float) else row[key].partition(":")[0] for key in exports),
         ]
         for row in trained
     ]

@@ -71,7 +71,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from lightning_svd.files.loading import dense_weights, example_input, load, model_class
-    from lightning_svd.report.inspection import as_table, inspect_model, inspect_weights
+    from lightning_svd.report.inspection import as_table, inspect_model, inspect_weights, left_alone
 
     if options.model:
         model = load(model_class(options.model), options.file, options.arguments, options.key)
@@ -92,8 +92,12 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     if options.html or options.target_macs or options.data:
         raise ValueError("`--html`, `--target-macs` and `--data` need the model: `--model package.module:Class`")
-    layers = inspect_weights(*dense_weights(options.file, options.key), options.target_params)
-    print(_as_json([asdict(layer) for layer in layers]) if options.json else as_table(layers))
+    weights, ranks = dense_weights(options.file, options.key)
+    layers, rest = inspect_weights(weights, ranks, options.target_params), left_alone(weights)
+    if options.json:
+        print(_as_json([asdict(layer) for layer in layers]))
+    else:
+        print("\n".join([as_table(layers), *([f"left alone: {rest}"] if rest else [])]))
 
 
 def _curve(model: Any, options: argparse.Namespace) -> CompressionReport:

@@ -336,6 +336,47 @@ def test_a_replay_leaves_nothing_behind():
     assert no_hooks(net)
 
 
+class Halved(nn.Module):
+    """As RWKV, which divides weights when it first evaluates, and a weight that is clamped past autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(6, 6), nn.Parameter(torch.tensor([2.0, 9.0]))
+        self.alone = nn.Parameter(torch.ones(3))
+        self.is_halved = False
+
+    def forward(self, x):
+        if self.training == self.is_halved:
+            with torch.no_grad():
+                self.fc.weight.mul_(2) if self.training else self.fc.weight.div_(2)
+            self.is_halved = not self.training
+        torch._foreach_clamp_max_([self.scale.data[1:]], 1.0)
+        return self.fc(x) * self.scale.sum()
+
+
+def test_weights_that_a_model_writes_into_are_as_they_were():
+    net, x = Halved(), torch.randn(2, 6)
+    out = net(x)  # clamps
+    net.scale.data[1] = 9.0
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    places = [p.data_ptr() for p in net.parameters()]
+    replay(net, [module_of_calls.Call(net, (x,))])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()) and not net.is_halved
+    assert [p.data_ptr() for p in net.parameters()] == places
+    out.sum().backward()  # the graph of before has not seen it
+    assert torch.equal(net.fc.bias.grad, torch.full((6,), 2 * 3.0))
+
+
+def test_torch_still_lets_a_write_be_unseen():
+    weight = nn.Parameter(torch.ones(2))
+    out = (weight * weight).sum()
+    with module_of_calls.same_version(weight), torch.no_grad():
+        weight.mul_(2)
+        weight.div_(2)
+    out.backward()
+    assert torch.equal(weight.grad, torch.full((2,), 2.0))
+
+
 def test_after_an_error_too():
     class Failing(Moody):
         def forward(self, x):

@@ -8,7 +8,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import SmallNet, data, quiet_trainer
-from safetensors.torch import load_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
@@ -40,6 +40,21 @@ def folder(tmp_path_factory):
 def run(capsys, *arguments):
     assert main([str(argument) for argument in arguments]) == 0
     return capsys.readouterr().out
+
+
+def test_inspect_says_what_it_does_not_look_at(tmp_path, capsys):
+    weights = {"fc.weight": torch.randn(8, 8), "fc.bias": torch.randn(8), "experts.up": torch.randn(4, 8, 8)}
+    save_file(weights, tmp_path / "experts.safetensors")
+    said = run(capsys, "inspect", tmp_path / "experts.safetensors")
+    assert "left alone: 78.0% of the parameters, experts.up: not called `weight`" in said
+    assert len(json.loads(run(capsys, "inspect", tmp_path / "experts.safetensors", "--json"))) == 1
+
+
+def test_inspect_of_a_model_says_what_is_left_alone():
+    net = torch.nn.Sequential(torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(8, 8)), torch.nn.Linear(8, 8))
+    report = inspect_model(net)
+    assert report.left_alone == "42.1% of the parameters, 0: its weight is computed from other parameters (WeightNorm)"
+    assert [name for name, *_ in report.skipped] == ["0"]
 
 
 def refused(*arguments):

@@ -196,8 +196,69 @@ def test_what_is_a_model_called_with():
     factorized(net := Named())
     assert count_costs(net, {"x": x}).layers["fc"].dense_macs == 3 * 16
     net = nn.Bilinear(4, 4, 2)
-    assert count_costs(net, (x, x)).dense("macs") == torchs_count(net, x, x)
+    assert count_costs(net, (x, x)).dense("macs") == 3 * 4 * 4 * 2
     assert as_arguments(x) == (x,) and as_arguments((x, x)) == (x, x)
+
+
+class Experts(nn.Module):
+    """As those of Mixtral: three matrices in one parameter, each for some of ten rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrices = nn.Parameter(torch.randn(3, 16, 8))
+
+    def forward(self, x):
+        return F.grouped_mm(x, self.matrices, offs=torch.tensor([3, 6, 10], dtype=torch.int32))
+
+
+def of(function):
+    """A module that computes this."""
+    module = nn.Module()
+    module.forward = function
+    return module
+
+
+# Products that torch's counter has no formula for, and how many multiply-accumulates they take.
+PRODUCTS = {
+    "a matrix and a vector": (lambda x: x @ torch.ones(6), (5, 6), 5 * 6),
+    "added": (lambda x: torch.addmv(torch.ones(5), x, torch.ones(6)), (5, 6), 5 * 6),
+    "two vectors": (lambda x: torch.dot(x, x), (6,), 6),
+    "conjugated": (lambda x: torch.vdot(x, x), (6,), 6),
+    "summed over a batch": (lambda x: torch.addbmm(torch.ones(5, 7), x, torch.ones(3, 6, 7)), (3, 5, 6), 3 * 5 * 6 * 7),
+    "bilinear": (nn.Bilinear(4, 3, 5), ((2, 4), (2, 3)), 2 * 5 * 4 * 3),
+    "distances": (lambda x: torch.cdist(x, torch.ones(40, 5)), (30, 5), 30 * 40 * 5),
+    "time first": (lambda x: torch.conv_tbc(x, torch.ones(3, 3, 4), torch.ones(4), 1), (9, 2, 3), 9 * 2 * 3 * 3 * 4),
+    "an LSTM's kernel": (nn.LSTM(6, 5), (7, 2, 6), 7 * 2 * 20 * 11),
+}
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_that_torchs_counter_does_not_know(kind):
+    compute, shapes, macs = PRODUCTS[kind]
+    inputs = tuple(torch.randn(shape) for shape in (shapes if isinstance(shapes[0], tuple) else (shapes,)))
+    assert count_costs(compute if isinstance(compute, nn.Module) else of(compute), inputs).dense("macs") == macs
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="from torch 2.10 on")
+def test_experts_in_one_piece_count():
+    assert count_costs(Experts(), torch.randn(10, 16)).dense("macs") == 10 * 16 * 8
+    batched = of(lambda x: F.grouped_mm(x, torch.ones(3, 16, 8)))
+    assert count_costs(batched, torch.randn(3, 4, 16)).dense("macs") == 3 * 4 * 16 * 8
+
+
+def test_an_operator_of_the_users_counts_by_the_formula_that_is_registered():
+    @torch.library.custom_op("svd_test::product", mutates_args=())
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    @torch.utils.flop_counter.register_flop_formula(torch.ops.svd_test.product)
+    def flops(x, weight, *_, out_shape=None, **__):
+        return 2 * x[0] * x[1] * weight[1]
+
+    try:
+        assert count_costs(of(lambda x: product(x, torch.ones(6, 4))), torch.randn(3, 6)).dense("macs") == 3 * 6 * 4
+    finally:
+        torch.utils.flop_counter.flop_registry.pop(torch.ops.svd_test.product)
 
 
 def test_a_derivative_inside_forward():

@@ -3,10 +3,15 @@
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningModule
 from models import SmallNet, data, quiet_trainer
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_svd import SVDTrainingCallback, decompose, plan, read_plan, svd_layers, write_plan
+from lightning_svd import SVDReport, SVDTrainingCallback, decompose, plan, read_plan, svd_layers, write_plan
+from lightning_svd.model.plan import LayerPlan, large_left_alone
+from lightning_svd.ranks.costs import LayerCost, ModelCost
+from lightning_svd.training.recipe import Recipe
 
 
 def net():
@@ -170,7 +175,7 @@ REASONS = {
     "memory": (lambda: changed(sharing), "weight shares its memory with another parameter"),
     "computed": (
         lambda: changed(lambda pair: torch.nn.utils.parametrizations.weight_norm(pair["fc"])),
-        "its weight is computed from other parameters",
+        "its weight is computed from other parameters (WeightNorm)",
     ),
     "scripted": (lambda: changed(lambda pair: None, torch.jit.script(nn.Linear(8, 8))), "scripted"),
     "modules": (lambda: changed(with_module), "has modules of its own in it"),
@@ -196,7 +201,7 @@ def test_matrices_that_are_no_layers_weight_are_in_the_plan_with_the_reason():
     assert list(layers) == ["fc", "experts.matrices"]  # the vector is none
     own = layers["experts.matrices"]
     assert (own.kind, own.weight_shape) == ("Parameter", (3, 8, 8))
-    assert own.skipped == "a matrix of its own, not the weight of a layer"
+    assert own.skipped == "3 matrices in one parameter, not the weight of a layer"
 
 
 @pytest.mark.parametrize("targets", ["fc", ["other", "fc"], ["fc", "Linear"]])
@@ -241,3 +246,103 @@ def test_a_fit_follows_a_plan_in_a_file(tmp_path):
     assert "head" not in {layer.name for layer in svd.report.layers}
     with pytest.raises(ValueError, match=r"give either `plan_file`, .* or `target_modules`"):
         SVDTrainingCallback(plan_file=str(path), conv_mode="spatial")
+
+
+class OfExperts(LightningModule):
+    """Rows through four experts in one parameter, most of the model, and a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.Parameter(torch.randn(4, 32, 32) / 8), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.head((x @ self.experts).mean(0))
+
+    def training_step(self, batch, batch_idx):
+        return self(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit_experts(target):
+    svd = SVDTrainingCallback(target_macs=target)
+    quiet_trainer(callbacks=[svd]).fit(OfExperts(), DataLoader(torch.randn(16, 32), 8))
+    return svd
+
+
+def test_a_budget_that_cannot_be_met_is_refused_with_what_is_left_alone():
+    told = r"left alone are 93.9% of the parameters, experts: 4 matrices in one parameter, not the weight of a layer"
+    with pytest.raises(ValueError, match=rf"`target_macs` must be at least 0.9\d+ .* got 0.5; {told}$"):
+        fit_experts(0.5)
+    with pytest.raises(ValueError, match=rf"`target_params` must be at least .*; {told}$"):
+        Recipe(target_params=0.5).check_reachable(
+            ModelCost({"head": LayerCost(256, 40)}, 4104), {"head": 8}, {}, plan(OfExperts())
+        )
+
+
+def test_a_report_says_what_is_left_alone_and_how_large_it_is(tmp_path):
+    report = fit_experts(0.98).report
+    told = "93.9% of the parameters, experts: 4 matrices in one parameter, not the weight of a layer"
+    assert report.left_alone == told and f"left alone: {told}" in str(report)
+    assert told in report.to_markdown() and told in report.to_html(tmp_path / "report.html").read_text()
+    assert SVDReport.from_json(report.to_json()) == report
+
+
+def test_what_is_left_alone_is_told_by_its_reason_and_where_it_is_much():
+    names = ["a", "b", "c", "d", "e", "f"]
+    plans = [LayerPlan(name, "Linear", (8, 8), skipped="frozen") for name in names]
+    plans += [LayerPlan("g", "Linear", (8, 1), skipped="too thin"), LayerPlan("h", "Linear", (8, 8), (8, 8))]
+    assert large_left_alone(plans, 1000) == "38.4% of the parameters, a, b, c, d and 2 more: frozen"
+    assert large_left_alone(plans, 38_400) is large_left_alone([], 0) is None
+
+
+NORMS = {
+    "weight norm": (nn.utils.parametrizations.weight_norm, "WeightNorm"),
+    "spectral norm": (nn.utils.parametrizations.spectral_norm, "SpectralNorm"),
+    "orthogonal": (nn.utils.parametrizations.orthogonal, "Orthogonal"),
+    "the older weight norm": (nn.utils.weight_norm, "WeightNorm"),
+    "the older spectral norm": (nn.utils.spectral_norm, "SpectralNorm"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", NORMS)
+def test_what_computes_a_weight_is_named_and_not_run(kind):
+    norm, name = NORMS[kind]
+    model = nn.ModuleDict({"fc": norm(nn.Linear(8, 8)), "other": nn.Linear(8, 8)}).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert plan(model)[0].skipped == f"its weight is computed from other parameters ({name})"
+    decompose(model)
+    after = model.state_dict()
+    assert model["fc"].training and all(torch.equal(after[key], before[key]) for key in before if "fc" in key)
+
+
+COMPUTED = {
+    "out_proj": lambda: normed(nn.MultiheadAttention(16, 4), lambda net: (net.out_proj, "weight")),
+    "in_proj": lambda: normed(nn.MultiheadAttention(16, 4), lambda net: (net, "in_proj_weight")),
+    "recurrent": lambda: normed(nn.LSTM(16, 16), lambda net: (net, "weight_hh_l0")),
+    "cell": lambda: normed(nn.GRUCell(16, 16), lambda net: (net, "weight_hh")),
+    "older": lambda: nn.utils.weight_norm(nn.LSTM(16, 16), "weight_hh_l0"),
+}
+
+
+def normed(net, where):
+    layer, name = where(net)
+    nn.utils.parametrizations.spectral_norm(layer, name)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_an_attention_or_recurrent_module_that_computes_a_weight_stays_whole(kind):
+    model = nn.ModuleDict({"whole": COMPUTED[kind](), "fc": nn.Linear(8, 8)}).train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    reasons = {layer.name: layer.skipped for layer in plan(model) if layer.kind != "Parameter"}
+    assert reasons.pop("fc") is None
+    assert reasons and all("computed from other parameters" in reason for reason in reasons.values())
+    decompose(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before if "whole" in key)
+    assert all(child.training for child in model.modules())

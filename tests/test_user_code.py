@@ -2795,7 +2795,7 @@ def lora_of_peft(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
-@people(LIBRARIES, needs=("wandb",), refused=r"has no layer to factorize \(net\.0: its weight has a hook")
+@people(LIBRARIES, needs=("wandb",), refused=r"has no layer to factorize \(.*: its weight has a hook")
 def wandb_watches_gradients(fit):
     """W&B: `wandb.watch(model)`, whose hooks on gradients read each weight's"""
     import wandb

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from lightning_svd.layers.pairs import bias_of
 from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
+from lightning_svd.model.plan import with_reasons
 from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
 from lightning_svd.model.timing import measured_at
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
@@ -223,12 +223,12 @@ class _Compression:
     def _leave(self, reasons: Mapping[str, str], cost: ModelCost) -> ModelCost:
         """Leave layers alone, as they were."""
         finish(self.model, dict.fromkeys(reasons, "dense"))
-        self.plan = [replace(of, skipped=reasons.get(of.name, of.skipped)) for of in self.plan]
+        self.plan = with_reasons(self.plan, reasons)
         self.layers = {name: layer for name, layer in self.layers.items() if name not in reasons}
         if not self.layers:
             raise ValueError(f"no layer is left to factorize: {next(iter(reasons.values()))}")
         cost = cost.without(reasons)
-        self.recipe.check_reachable(cost, self.full_ranks, self.bounds)
+        self.recipe.check_reachable(cost, self.full_ranks, self.bounds, self.plan)
         return cost
 
     @property

@@ -89,7 +89,9 @@ class SplitAttention(InParts):
         biases = bias.chunk(3) if bias is not None else (None,) * 3
         of_inputs = zip(weights, biases, strict=True)
         layers = {name: linear_of(*pair) for name, pair in zip(PROJECTIONS, of_inputs, strict=True)}
-        return layers | {"out_proj": linear_of(whole.out_proj.weight, whole.out_proj.bias)}
+        weight = whole.out_proj._parameters.get("weight")
+        # One that is computed from other parameters is not even read: spectral norm iterates whenever it is.
+        return layers if weight is None else layers | {"out_proj": linear_of(weight, whole.out_proj.bias)}
 
     @staticmethod
     def why_not(whole: Any) -> str | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_svd.layers.attention import SplitAttention
 from lightning_svd.layers.layer import Replaced
@@ -23,6 +25,9 @@ KINDS: dict[type[nn.Module], type[InParts]] = {
 }
 
 
+_COMPUTED = "in an attention or recurrent module ({}) with a weight that is computed from other parameters"
+
+
 def _base_of(module: nn.Module) -> type[nn.Module] | None:
     """Which of the kinds a module in one piece is or is derived from; None for any other."""
     if isinstance(module, InParts):
@@ -39,7 +44,22 @@ def linears_of(module: nn.Module) -> dict[str, nn.Module]:
     if isinstance(module, TakenApart):
         return module.parts()
     base = _base_of(module)
-    return {**KINDS[base].linears(module)} if base else {}
+    if base is None:
+        return {}
+    with _evaluating(module) if is_parametrized(module) else nullcontext():
+        return {**KINDS[base].linears(module)}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in evaluation inside, where spectral norm does not iterate whenever its weight is read."""
+    modes = {child: child.training for child in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes.items():
+            child.training = mode
 
 
 def why_not_split(module: nn.Module) -> str | None:
@@ -47,8 +67,12 @@ def why_not_split(module: nn.Module) -> str | None:
     base = _base_of(module)
     if base is None:
         return None
+    if is_parametrized(module) or any(map(is_parametrized, module.children())):
+        return _COMPUTED.format(base.__name__)
     if type(module) is not base:
         return f"in a subclass of {base.__name__}, which may have a forward of its own"
+    if any(name.startswith("weight_") and isinstance(value, Tensor) for name, value in vars(module).items()):
+        return _COMPUTED.format(base.__name__)  # by a hook of torch's older kind
     return KINDS[base].why_not(module)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _of_all_modules
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_svd.layers.layer import SVDLayer
@@ -382,12 +383,12 @@ def replay(
 ) -> list[Any]:
     """Run calls again as in evaluation, and leave everything as it was.
 
-    Afterwards each module is in its own mode; buffers, attributes and lists that the model keeps (counters, caches,
-    states), random states and the calls' tensors are as before. Randomness in the model is the same in every replay.
-    Gradients are off, unless the model differentiates in its forward pass. Autocast is as the caller has it. Hooks that
-    the user registered do run, and what they keep (in lists, in objects, in variables of the function that made them)
-    is as before. Parameters that a model writes into in evaluation, objects that it was given, and what its hooks do
-    elsewhere, in files or global variables, are not undone.
+    Afterwards each module is in its own mode; parameters and buffers, attributes and lists that the model keeps
+    (counters, caches, states), random states and the calls' tensors are as before. Randomness in the model is the same
+    in every replay. Gradients are off, unless the model differentiates in its forward pass. Autocast is as the caller
+    has it. Hooks that the user registered do run, and what they keep (in lists, in objects, in variables of the
+    function that made them) is as before. Objects that a model was given, and what its hooks do elsewhere, in files or
+    global variables, are not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -493,19 +494,78 @@ def _same_randomness(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _keeping_state(module: nn.Module) -> Iterator[None]:
-    """Buffers, attributes, and what is in containers among those, as they were afterwards."""
-    kept = _Kept()
+    """Parameters, buffers, attributes, and what is in containers among those, as they were afterwards."""
+    kept, written = _Kept(), _Written(module.parameters())
     for child in module.modules():
         kept.attributes(child)
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     try:
-        yield
+        with written:
+            yield
     finally:
+        written.restore()
         kept.restore()
         with torch.no_grad():
             for buffer, version, values in buffers:
                 if buffer._version != version:
                     buffer.copy_(values)
+
+
+class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Copies a parameter just before something inside writes into it, to restore it; others cost nothing.
+
+    RWKV halves weights when it first evaluates. That is found by where values lie, since ``.data`` hides it.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._at: dict[tuple[torch.device, int], list[nn.Parameter]] = {}
+        self._copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._versions = ExitStack()
+        for parameter in parameters:
+            if type(parameter) is nn.Parameter and (place := _place(parameter)):
+                self._at.setdefault(place, []).append(parameter)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+            for argument in schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for leaf in leaves(given.get(argument.name)):
+                        self._keep(leaf)
+        return func(*args, **kwargs)
+
+    def _keep(self, leaf: Any) -> None:
+        for parameter in self._at.get(_place(leaf), ()) if isinstance(leaf, Tensor) else ():  # type: ignore[arg-type]
+            if id(parameter) not in self._copies:
+                # The user's graph, between whose forward and backward pass this may run, must not see it.
+                self._versions.enter_context(same_version(parameter))
+                self._copies[id(parameter)] = parameter, parameter.detach().clone()
+
+    def restore(self) -> None:
+        """Have all parameters as they were."""
+        with torch.no_grad():
+            for parameter, values in self._copies.values():
+                parameter.copy_(values)
+        self._versions.close()
+
+
+def same_version(tensor: Tensor) -> AbstractContextManager[None]:
+    """Have autograd not see what is written into a tensor inside; torch has no public way."""
+    return torch.autograd._unsafe_preserve_version_counter(tensor)  # type: ignore[attr-defined]
+
+
+def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
+    """Where the memory of a tensor begins; None where it has none that can be asked for."""
+    try:
+        start = tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or without values
+        return None
+    return (tensor.device, start) if start else None
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What a model costs, counted: its parameters, and the multiply-accumulates of calls that are replayed for it.
 
-MACs are what :class:`torch.utils.flop_counter.FlopCounterMode` counts, halved: everything that multiplies matrices or
-convolves, the products in the kernels of attention and recurrent nets included. They are those of the dense model and
-of each rank, whatever ranks the layers keep meanwhile and in whichever way they compute.
+MACs are what :class:`torch.utils.flop_counter.FlopCounterMode` counts, halved, and what it has no formula for:
+everything that multiplies matrices or convolves, the products in the kernels of attention, recurrent nets and experts
+included. They are those of the dense model and of each rank, whatever ranks the layers keep meanwhile and in whichever
+way they compute. An operator of the user's own (``torch.library.custom_op``) counts by the formula that is registered
+for it (``torch.utils.flop_counter.register_flop_formula``).
 """
 
 from __future__ import annotations
@@ -233,7 +235,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         packet = getattr(func, "_overloadpacket", func)
         if getattr(func, "_opname", "") in _ABOUT:
             return NotImplemented
-        formula = flop_registry.get(packet) or _MORE_FORMULAS.get(packet)
+        formula = flop_registry.get(packet) or _MORE_FORMULAS.get(str(packet))
         if formula is None and isinstance(func, torch._ops.OpOverload) and func is not torch.ops.prim.device.default:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -281,9 +283,60 @@ def _cudnn_recurrent_flops(data: Any, weights: Any, *_: Any) -> int:
     return int(2 * prod(data[:-1]) * sum(prod(weight) for weight in weights if len(weight) == 2))
 
 
-# What torch's own counter leaves out. It knows attention's kernels on CUDA and plain products.
-_MORE_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_shapes(_attention_flops),
-    torch.ops.aten.mkldnn_rnn_layer: _of_shapes(_recurrent_flops),
-    torch.ops.aten._cudnn_rnn: _of_shapes(_cudnn_recurrent_flops),
+def _vector_flops(*tensors: Any) -> int:
+    """A matrix, or a vector, times a vector; what the product is added to has another place."""
+    return int(2 * prod(tensors[0]))
+
+
+def _grouped_flops(left: Any, right: Any, *_: Any) -> int:
+    """Products of groups of rows, or of columns, with a matrix each: experts in one piece."""
+    groups = left[0] if len(left) == len(right) == 3 else 1
+    return int(2 * groups * left[-2] * left[-1] * right[-1])
+
+
+def _summed_flops(_: Any, left: Any, right: Any, *__: Any) -> int:
+    """Products of matrices in batches, (batch, m, k) and (batch, k, n), that are summed."""
+    return int(2 * prod(left) * right[-1])
+
+
+def _bilinear_flops(left: Any, weight: Any, right: Any, *expanded: Any) -> int:
+    """A weight (k, m, n) between rows of m and of n, each given one dimension more where it has none."""
+    shapes = []
+    for shape, dims in zip((left, weight, right), expanded, strict=False):
+        full = list(shape)
+        for dim in sorted(dims):
+            full.insert(dim, 1)
+        shapes.append(full)
+    return int(2 * prod(map(max, zip(*shapes, strict=True))))
+
+
+def _distance_flops(left: Any, right: Any, *_: Any) -> int:
+    """Distances by products of all rows of one matrix with all of another."""
+    return int(2 * prod(left) * right[-2])
+
+
+def _time_first_flops(data: Any, weight: Any, _: Any, pad: int = 0) -> int:
+    """A convolution of data (steps, rows, inputs) with a weight (width, inputs, outputs)."""
+    return int(2 * (data[0] + 2 * pad - weight[0] + 1) * data[1] * prod(weight))
+
+
+# What torch's own counter leaves out, by the operators' names: not every version has each. It knows attention's kernels
+# on CUDA and plain products of matrices.
+_MORE_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": _of_shapes(_attention_flops),
+    "aten.mkldnn_rnn_layer": _of_shapes(_recurrent_flops),
+    "aten._cudnn_rnn": _of_shapes(_cudnn_recurrent_flops),
+    "aten._grouped_mm": _of_shapes(_grouped_flops),
+    "aten._scaled_grouped_mm": _of_shapes(_grouped_flops),
+    "transformers.grouped_mm_fallback": _of_shapes(_grouped_flops),  # what it computes by where torch cannot
+    "aten.mv": _of_shapes(_vector_flops),
+    "aten.dot": _of_shapes(_vector_flops),
+    "aten.vdot": _of_shapes(_vector_flops),
+    "aten.addmv": _of_shapes(lambda _, *factors: _vector_flops(*factors)),
+    "aten.addbmm": _of_shapes(_summed_flops),
+    "aten._addmm_activation": _of_shapes(_summed_flops),
+    "aten._int_mm": _of_shapes(_grouped_flops),
+    "aten._trilinear": _of_shapes(_bilinear_flops),
+    "aten._euclidean_dist": _of_shapes(_distance_flops),
+    "aten.conv_tbc": _of_shapes(_time_first_flops),
 }

@@ -7,21 +7,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_svd.arguments import check_count, check_rank_pattern, needs, shown
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
+from lightning_svd.model.calls import untouched
 from lightning_svd.writing import write_whole
 
 Targets = str | Sequence[str] | None
@@ -101,9 +105,53 @@ def plan(
         for name, layer in layers.items()
     ]
     return plans + [
-        LayerPlan(name, "Parameter", tuple(parameter.shape), skipped="a matrix of its own, not the weight of a layer")
+        LayerPlan(name, "Parameter", tuple(parameter.shape), skipped=_of_no_layer(parameter))
         for name, parameter in _own_matrices(module, layers)
     ]
+
+
+def with_reasons(plans: Iterable[LayerPlan], reasons: Mapping[str, str]) -> list[LayerPlan]:
+    """Plans with further layers left alone.
+
+    Args:
+        plans: Of all layers.
+        reasons: Why, by the names of layers.
+    """
+    return [replace(of, skipped=reasons.get(of.name, of.skipped)) for of in plans]
+
+
+# How many names a message gives, and from which share of the parameters on it tells of what is left alone.
+_NAMES, LARGE = 4, 0.01
+
+
+def names_by_reason(plans: Iterable[LayerPlan]) -> dict[str, str]:
+    """Why layers are skipped, and which they are, as text: the first few names and how many more there are."""
+    names: dict[str, list[str]] = {}
+    for of in plans:
+        if of.skipped:
+            names.setdefault(of.skipped, []).append(of.name or "the module itself")
+    return {
+        reason: ", ".join(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if len(some) > _NAMES else "")
+        for reason, some in names.items()
+    }
+
+
+def large_left_alone(plans: Iterable[LayerPlan], params: int) -> str | None:
+    """What is left alone of a model and how large it is, by the reason; None where no reason is worth a mention.
+
+    Args:
+        plans: Of all layers.
+        params: How many parameters the dense model has.
+    """
+    plans = [*plans]
+    sizes: Counter[str] = Counter()
+    for of in plans:
+        sizes[of.skipped or ""] += prod(of.weight_shape) if of.skipped else 0
+    names = names_by_reason(plans)
+    large = [(reason, size / max(1, params)) for reason, size in sizes.most_common() if size > LARGE * params]
+    if not large:
+        return None
+    return "; ".join(f"{share:.1%} of the parameters, {names[reason]}: {reason}" for reason, share in large)
 
 
 def layers_of(module: nn.Module) -> dict[str, nn.Module]:
@@ -196,6 +244,21 @@ def _computes_weight(module: nn.Module) -> bool:
     return supported_type(module) is not None and "weight" not in module._parameters
 
 
+def _of_no_layer(parameter: nn.Parameter) -> str:
+    many = parameter.shape[0] if parameter.ndim == 3 else 1
+    if many > 1:
+        return f"{many} matrices in one parameter, not the weight of a layer"
+    return "a matrix of its own, not the weight of a layer"
+
+
+def _computed_by(layer: nn.Module) -> str:
+    """What computes a layer's weight, parametrizations or torch's older hooks, as text; "" if that is not known."""
+    own = getattr(layer, "parametrizations", {})
+    makers = [*own["weight"]] if "weight" in own else [*layer._forward_pre_hooks.values()]
+    names = [type(maker).__name__.strip("_") for maker in makers if not isinstance(maker, (FunctionType, MethodType))]
+    return f" ({', '.join(names)})" if names else ""
+
+
 def _own_matrices(module: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of two or more dimensions that are no layer's weight: of experts in one piece, or written by hand."""
     known = {id(p) for layer in layers.values() for p in layer.parameters()}
@@ -243,7 +306,7 @@ class _Reasons:
         if isinstance(layer, torch.jit.ScriptModule):
             yield "scripted"
         if _computes_weight(layer):
-            yield "its weight is computed from other parameters"
+            yield f"its weight is computed from other parameters{_computed_by(layer)}"
         weight = _weight(layer)
         if is_lazy(weight):
             yield "not initialized yet"
@@ -297,7 +360,11 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
+    if is_parametrized(layer, "weight"):
+        with untouched(layer), torch.no_grad():  # spectral norm iterates whenever it is read in training
+            weight = layer.weight
+    else:
+        weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
 

@@ -29,7 +29,7 @@ from lightning_svd.layers.matrices import Factors, check_finite
 from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged
 from lightning_svd.layers.parts import attributes_of
 from lightning_svd.layers.views import View
-from lightning_svd.model.plan import LayerPlan, Targets, plan
+from lightning_svd.model.plan import LayerPlan, Targets, names_by_reason, plan
 from lightning_svd.ranks.costs import ModelCost
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -294,7 +294,7 @@ def frozen_copy(module: nn.Module, who: str, instead: str) -> nn.Module:
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> str:
-    reasons = "; ".join(f"{layer.name or 'the module itself'}: {layer.skipped}" for layer in [*layer_plans][:8])
+    reasons = "; ".join(f"{names}: {reason}" for reason, names in names_by_reason(layer_plans).items())
     return f"{type(module).__name__} has no layer to factorize ({reasons or 'no linear layer or convolution in it'})"
 
 

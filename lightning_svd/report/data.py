@@ -15,7 +15,7 @@ from torch import nn
 from lightning_svd.arguments import needs
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.counting import count_costs, count_params
-from lightning_svd.model.plan import LayerPlan
+from lightning_svd.model.plan import LayerPlan, large_left_alone
 from lightning_svd.model.surgery import svd_layers
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.tables import is_wide, markdown_code, markdown_table, markdown_text, screen_table
@@ -179,6 +179,7 @@ class SVDReport:
         params: Parameters now.
         timeline: Every rank change.
         warnings: What went otherwise than asked for.
+        left_alone: What of the model is left alone and how large it is, by the reason; None where that is little.
         strengths: (optimizer step, sparsity weight) from the first step to the last; empty if not known.
         metric: Name of the metric that was watched; None if none was.
         metric_values: (optimizer step, its value) of every validation.
@@ -195,6 +196,7 @@ class SVDReport:
     params: int
     timeline: tuple[RankChange, ...] = ()
     warnings: tuple[str, ...] = ()
+    left_alone: str | None = None
     strengths: tuple[tuple[int, float], ...] = ()
     metric: str | None = None
     metric_values: tuple[tuple[int, float], ...] = ()
@@ -287,6 +289,7 @@ class SVDReport:
             for name, value in self.arguments.items()
         ]
         parts = [self._summary(), *(f"**Warning:** {markdown_text(warning)}" for warning in self.warnings)]
+        parts += [f"Left alone are {markdown_text(self.left_alone)}."] if self.left_alone else []
         for title, headings, rows in (
             ("Layers", self.headings, layers),
             ("Left alone", SKIPPED_HEADINGS, skipped),
@@ -317,7 +320,9 @@ class SVDReport:
     def __str__(self) -> str:
         table = [screen_table(self.headings, self.rows(), TEXT_HEADINGS, WIDE_ONLY)] if self.layers else []
         separator = ", " if is_wide() else ",\n"
-        return "\n".join([*table, self._summary(separator), *(f"warning: {warning}" for warning in self.warnings)])
+        rest = [f"left alone: {self.left_alone}"] if self.left_alone else []
+        warnings = [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join([*table, *rest, self._summary(separator), *warnings])
 
     def _summary(self, separator: str = ", ") -> str:
         parts = [
@@ -386,6 +391,7 @@ def report_on(
         dense_params=cost.dense("params"),
         params=cost.other_params + sum(row.params for row in rows),
         latency=_latency(cost, {row.name: row.full_rank if row.form == "dense" else row.rank for row in rows}),
+        left_alone=large_left_alone(plan, cost.dense("params")),
     )
 
 
@@ -405,9 +411,14 @@ def summarize(module: nn.Module, example_input: Any = None) -> SVDReport:
         example_input: What ``module`` is called with, a tuple for several arguments, its first dimension the batch;
                 without it MACs are not known: they are 0, and their ratio is NaN.
     """
+    return summarize_planned(module, (), example_input)
+
+
+def summarize_planned(module: nn.Module, plan: Sequence[LayerPlan], example_input: Any = None) -> SVDReport:
+    """As :func:`summarize`, with what a plan says of the layers that were left alone."""
     layers = svd_layers(module)
     cost = count_params(module) if example_input is None else count_costs(module, example_input)
-    return report_on((), layers, cost, {name: _stored_spectrum(layer) for name, layer in layers.items()})
+    return report_on(plan, layers, cost, {name: _stored_spectrum(layer) for name, layer in layers.items()})
 
 
 def _stored_spectrum(layer: SVDLayer) -> list[float]:

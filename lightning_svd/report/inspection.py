@@ -14,11 +14,11 @@ from lightning_svd.layers.matrices import effective_rank, energy_rank, singular_
 from lightning_svd.layers.pairs import low_rank_pairs, rank_of, view_of
 from lightning_svd.layers.views import CONV_MODES
 from lightning_svd.model.counting import count_costs, count_params
-from lightning_svd.model.plan import default_targets, layers_of, plan
+from lightning_svd.model.plan import LayerPlan, default_targets, large_left_alone, layers_of, plan
 from lightning_svd.model.surgery import decompose, svd_layers, to_dense
 from lightning_svd.ranks.allocation import keep_by_budget
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
-from lightning_svd.report.data import SVDReport, summarize
+from lightning_svd.report.data import SVDReport, summarize_planned
 from lightning_svd.report.tables import screen_table
 
 
@@ -98,6 +98,20 @@ def inspect_weights(
     ]
 
 
+def left_alone(weights: Mapping[str, Tensor]) -> str | None:
+    """What of a dense state dict :func:`inspect_weights` does not look at, and how large it is; None if that is little.
+
+    Args:
+        weights: Parameter names -> tensors.
+    """
+    others = [
+        LayerPlan(name, "Parameter", tuple(tensor.shape), skipped="not called `weight`, so of no layer that is known")
+        for name, tensor in split_everywhere(weights).items()
+        if name.rpartition(".")[2] != "weight" and sum(size > 1 for size in tensor.shape) > 1
+    ]
+    return large_left_alone(others, sum(tensor.numel() for tensor in weights.values()))
+
+
 def inspect_model(
     model: nn.Module, example_input: Any = None, target_macs: float | None = None, target_params: float | None = None
 ) -> SVDReport:
@@ -120,7 +134,7 @@ def inspect_model(
     plans = {mode: {layer.name: layer for layer in plan(dense, targets, conv_mode=mode)} for mode in CONV_MODES}
     # A rank means something in the mode that the layer was trained in.
     modes = {name: view.conv_mode for name, (view, _) in low_rank.items()}
-    decompose(dense, layer_plans=[plans[modes.get(name) or "channel"][name] for name in plans["channel"]])
+    chosen = decompose(dense, layer_plans=[plans[modes.get(name) or "channel"][name] for name in plans["channel"]])
     layers = svd_layers(dense)
     ranks = {name: min(rank, layers[name].full_rank) for name, (_, rank) in low_rank.items() if name in layers}
     target = target_params if target_macs is None else target_macs
@@ -133,7 +147,7 @@ def inspect_model(
         ranks = keep_by_budget(energies, cost.by(unit), target * cost.dense(unit))
     for name, rank in ranks.items():
         layers[name].keep(rank)
-    return summarize(dense, example_input)
+    return summarize_planned(dense, chosen, example_input)
 
 
 def as_table(layers: list[LayerInspection]) -> str:

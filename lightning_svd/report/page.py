@@ -142,6 +142,7 @@ def _facts(report: SVDReport) -> str:
     facts = [
         f"{len(report.layers)} layers were factorized: {factored} are two low-rank layers now, {dense} are dense.",
         f"{len(report.skipped)} were left alone." if report.skipped else "",
+        f"Left alone are {report.left_alone}." if report.left_alone else "",
         f"Ranks changed {len(report.timeline)} times in {_steps(report):,} optimizer steps." if _steps(report) else "",
     ]
     return " ".join(filter(None, facts))

@@ -25,7 +25,7 @@ from lightning_svd.arguments import (
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.views import CONV_MODES
 from lightning_svd.model.calls import Call
-from lightning_svd.model.plan import LayerPlan, Targets, plan, read_plan
+from lightning_svd.model.plan import LayerPlan, Targets, large_left_alone, plan, read_plan
 from lightning_svd.model.timing import Timing, kernel_width, profile_calls
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy, share_above, smallest_cost
 from lightning_svd.ranks.costs import ModelCost
@@ -218,8 +218,16 @@ class Recipe:
             table, source = LatencyTable.load(str(self.latency_table)), str(self.latency_table)
         return table.applied(cost, {name: layer.view for name, layer in layers.items()}, source)
 
-    def check_reachable(self, cost: ModelCost, full_ranks: Mapping[str, int], bounds: Mapping[str, Any]) -> None:
+    def check_reachable(
+        self, cost: ModelCost, full_ranks: Mapping[str, int], bounds: Mapping[str, Any], plans: Sequence[LayerPlan] = ()
+    ) -> None:
         """Refuse a budget that no ranks can meet.
+
+        Args:
+            cost: Of the model.
+            full_ranks: Of the layers that are factorized.
+            bounds: What ranks they may have.
+            plans: What became of each layer, to say what is left alone.
 
         Raises:
             ValueError: Saying what could be met.
@@ -234,8 +242,14 @@ class Recipe:
         if least > share:
             raise ValueError(
                 f"`target_{kind}` must be at least {share_above(least)} for this model, its cost when every "
-                f"factorized layer keeps its fewest ranks, got {share!r}"
+                f"factorized layer keeps its fewest ranks, got {share!r}{self._rest(plans, cost)}"
             )
+
+    def _rest(self, plans: Sequence[LayerPlan], cost: ModelCost) -> str:
+        """What of the model is left alone, for whom a budget is refused."""
+        costly = [of for of in plans if of.kind != "Embedding" or self.target[0] != "macs"]
+        rest = large_left_alone(costly, cost.dense("params"))
+        return f"; left alone are {rest}" if rest else ""
 
 
 def _described(value: Any) -> Any:

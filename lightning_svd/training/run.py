@@ -21,7 +21,7 @@ from lightning_svd.layers.matrices import check_finite
 from lightning_svd.model.calls import Call, CallRecorder, cut, replay
 from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_layers
 from lightning_svd.model.counting import count_calls, count_params
-from lightning_svd.model.plan import LayerPlan, weights_of
+from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
 from lightning_svd.model.surgery import (
     begin,
     check_dense,
@@ -235,7 +235,7 @@ class SVDTraining:
         if state is not None:
             self.load_state_dict(state)
         if self.recipe.target[0] == "params":
-            self.recipe.check_reachable(count_params(self.model), self.full_ranks, self.bounds)
+            self.recipe.check_reachable(count_params(self.model), self.full_ranks, self.bounds, self.plan)
 
     def _of_all_processes(self, resumes: bool) -> dict[str, Any]:
         """What must not differ between processes, which would do other things at other times."""
@@ -339,7 +339,7 @@ class SVDTraining:
             self.observer.check(few)
         cost = cost.without(refused)
         left = {name: rank for name, rank in self.full_ranks.items() if name not in refused}
-        self.recipe.check_reachable(cost, left, self.bounds)
+        self.recipe.check_reachable(cost, left, self.bounds, with_reasons(self.plan, refused))
         return cost, refused
 
     def _release_refused(self) -> None:
@@ -348,7 +348,7 @@ class SVDTraining:
         if not refused:
             return
         self._trained.release(finish(self.model, dict.fromkeys(refused, "dense")), [*refused])
-        self.plan = [replace(of, skipped=refused.get(of.name, of.skipped)) for of in self.plan]
+        self.plan = with_reasons(self.plan, refused)
         self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
         if self.observer is not None:
             self.observer.know(self.layers)

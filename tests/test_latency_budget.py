@@ -44,7 +44,7 @@ def net(width=48):
 def clock(monkeypatch):
     """A clock that goes by products: a nanosecond for each multiply-accumulate, and a microsecond for any run."""
 
-    def fastest(actions, seconds):
+    def fastest(actions, seconds, rounds=1):
         taken = {}
         for key, action in actions.items():
             with FlopCounterMode(display=False) as counter:
@@ -167,7 +167,7 @@ def test_layers_alike_are_timed_once(clock, monkeypatch):
 
 
 def test_more_ranks_are_timed_where_time_jumps(monkeypatch):
-    def fastest(actions, seconds):
+    def fastest(actions, seconds, rounds=1):
         return {rank: 1e-3 if rank == 0 else 1e-4 * (1 + 5 * (rank > 100)) for rank in actions}
 
     monkeypatch.setattr(timing, "_fastest", fastest)
@@ -309,7 +309,7 @@ def test_without_a_table_the_run_measures_and_says_what_came_out(clock):
 def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatch):
     counted = timing._fastest
 
-    def slower(actions, seconds):  # a whole of low rank takes longer than its layers do
+    def slower(actions, seconds, rounds=1):  # a whole of low rank takes longer than its layers do
         taken = counted(actions, seconds)
         return {key: value * (1.0 if value > 5e-6 else 1.3) for key, value in taken.items()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,14 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from lightning_svd.arguments import check_choice, check_count, check_positive
 from lightning_svd.layers.layer import SVDLayer, plain_dense, plain_pair
 from lightning_svd.layers.matrices import Factors
 from lightning_svd.layers.pairs import bias_of, factored_pair, fill
-from lightning_svd.model.calls import Call, cut, inputs_of, mapped, untouched
-from lightning_svd.model.checks import pairs_in_place
+from lightning_svd.model.calls import Call, cut, inputs_of, mapped, without_fast_path
+from lightning_svd.model.checks import pairs_in_place, visible
 from lightning_svd.model.counting import as_arguments, count_calls
 from lightning_svd.model.export import onnx_session, to_onnx
 from lightning_svd.model.plan import LayerPlan, Targets, plan
@@ -105,17 +105,15 @@ def profile_calls(model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[
     Raises:
         ValueError: If it cannot be copied.
     """
-    twin, calls = _copied(model, calls, timing)
-    layers = begin(twin, plans)
-    with untouched(twin), torch.no_grad():
-        cost = count_calls(twin, layers, calls)
-        latencies = _layers_timed(cost, layers, timing.seconds * OF_LAYERS)
-        cost = replace(
-            cost, layers={name: replace(price, latency=latencies.get(name)) for name, price in cost.layers.items()}
-        )
-        whole = _whole_timed(layers, calls, cost, timing)
-    timed = {name: TimedLayer(layers[name].view.to_dict(), latency) for name, latency in latencies.items()}
-    return LatencyTable(timed, replace(whole, conditions=_conditions(twin, inputs_of(calls), timing)))
+    with _measuring():
+        whole = _Whole(model, plans, calls, timing)
+        cost = count_calls(whole.twin, whole.layers, whole.calls)
+        latencies = _layers_timed(cost, whole.layers, timing.seconds * OF_LAYERS)
+        prices = {name: replace(price, latency=latencies.get(name)) for name, price in cost.layers.items()}
+        latency = _whole_timed(whole, replace(cost, layers=prices))
+    timed = {name: TimedLayer(whole.layers[name].view.to_dict(), latencies[name]) for name in latencies}
+    conditions = _conditions(whole.twin, inputs_of(whole.calls), timing)
+    return LatencyTable(timed, replace(latency, conditions=conditions))
 
 
 def measured_at(
@@ -137,39 +135,49 @@ def measured_at(
         ranks: Of each factorized layer.
     """
     assert cost.latency is not None
-    twin, calls = _copied(model, calls, timing)
-    layers = begin(twin, plans)
     pairs = {name: rank for name, rank in ranks.items() if cost.layers[name].pays(rank)}
-    with untouched(twin), torch.no_grad():
-        dense, now = _wholes_timed(layers, calls, [{}, pairs], timing)
+    with _measuring():
+        dense, now = _Whole(model, plans, calls, timing).seconds([{}, pairs])
     priced = cost.by("latency")
     one_by_one, whole = priced.total(ranks) / 1e6, cost.latency.dense * now / dense
     others = [(x, y) for x, y in cost.latency.samples if (x - one_by_one) * (y - whole) > 0]
     return replace(cost, latency=replace(cost.latency, samples=tuple(sorted([*others, (one_by_one, whole)]))))
 
 
+def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> float:
+    """How long a finished model takes for calls, as a share of a dense copy of it; both take turns."""
+    with _measuring(), ExitStack() as stack:
+        now, calls_now = _copied(model, calls, timing)
+        dense, _ = _copied(to_dense(now), [], timing)
+        modules, names = dict(dense.named_modules()), {module: name for name, module in now.named_modules()}
+        calls_dense = [replace(call, module=modules[names[call.module]]) for call in calls_now]
+        actions = {
+            "now": stack.enter_context(_running(calls_now, timing.runtime)),
+            "dense": stack.enter_context(_running(calls_dense, timing.runtime)),
+        }
+        taken = _fastest(actions, timing.seconds * (1 - OF_LAYERS))
+    return taken["now"] / taken["dense"]
+
+
+@contextmanager
+def _measuring() -> Iterator[None]:
+    """Without gradients, and with random numbers that nobody else misses."""
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def _copied(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[nn.Module, list[Call]]:
-    """A copy to be measured, and the calls of its modules with as many inputs as are asked for."""
+    """A copy to be measured, and the calls of its modules with as many inputs as are asked for.
+
+    Not the model itself: it may have hooks on it, and what keeps it as it is takes time.
+    """
     names = {module: name for name, module in model.named_modules()}
     twin = frozen_copy(model, "`target_latency` measures", "measure a copy of your own with `lightning_svd.profile`")
     twins = dict(twin.named_modules())
     calls = [replace(call, module=twins[names[call.module]]) for call in calls]
-    if timing.batch_size is not None:
+    if timing.batch_size is not None and calls:
         calls = _of_size(twin, calls, timing.batch_size)
-    return twin, calls
-
-
-def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> float:
-    """How long a finished model takes for calls, as a share of a dense copy of it; both take turns."""
-    names = {module: name for name, module in model.named_modules()}
-    with untouched(model), torch.no_grad(), ExitStack() as stack:
-        actions = {}
-        for key, twin in {"dense": to_dense(model).eval(), "now": model}.items():
-            modules = dict(twin.named_modules())
-            mine = [replace(call, module=modules[names[call.module]]) for call in calls]
-            actions[key] = stack.enter_context(_running(mine, timing.runtime))
-        taken = _fastest(actions, timing.seconds * (1 - OF_LAYERS))
-    return taken["now"] / taken["dense"]
+    return twin, list(calls)
 
 
 def _of_size(module: nn.Module, calls: Sequence[Call], batch_size: int) -> list[Call]:
@@ -345,34 +353,56 @@ def _random_pair(layer: SVDLayer, rank: int) -> nn.Sequential:
 # ------------------------------------------------------------------------------------------------------- the whole
 
 
-def _whole_timed(
-    layers: Mapping[str, SVDLayer], calls: Sequence[Call], cost: ModelCost, timing: Timing
-) -> ModelLatency:
+class _Whole:
+    """A model to be measured as a whole: a dense copy, and one whose layers are factorized.
+
+    Attributes:
+        twin: The factorized copy.
+        layers: Its layers by name.
+        calls: Of its modules.
+    """
+
+    def __init__(self, model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Call], timing: Timing) -> None:
+        _, self._dense_calls = _copied(model, calls, timing)
+        self.twin, self.calls = _copied(model, calls, timing)
+        self.layers = begin(self.twin, plans)
+        self._timing = timing
+
+    def seconds(self, choices: Sequence[Mapping[str, int]]) -> list[float]:
+        """Of the model for each choice of ranks, layers that are in none dense."""
+        # What takes long to make is timed at once; otherwise they all take turns.
+        rounds = ROUNDS if self._timing.runtime == "eager" else 1
+        each = self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
+        taken: list[list[float]] = [[] for _ in choices]
+        for _ in range(rounds):
+            for ranks, mine in zip(choices, taken, strict=True):
+                with self._running(ranks) as run:
+                    mine += _fastest({0: run}, each, ROUNDS // rounds).values()
+        return [min(mine) for mine in taken]
+
+    @contextmanager
+    def _running(self, ranks: Mapping[str, int]) -> Iterator[Callable[[], None]]:
+        if not ranks:
+            with _running(self._dense_calls, self._timing.runtime) as run:
+                yield run
+            return
+        # Encoders of torch compute low-rank layers as they compute any that are not theirs.
+        cut_to = _cut_to(self.twin, self.layers, ranks)
+        with without_fast_path(), cut_to, _running(self.calls, self._timing.runtime) as run:
+            yield run
+
+
+def _whole_timed(whole: _Whole, cost: ModelCost) -> ModelLatency:
     """Seconds of the whole model, dense and at a few ranks, against the sum of its layers' own."""
     timed = {name: price for name, price in cost.layers.items() if price.latency}
     one_by_one, choices = [], []
     for share in (1.0, *SHARES):
-        ranks = {name: _rank_at(price, share) if share < 1 else layers[name].full_rank for name, price in timed.items()}
+        full = {name: whole.layers[name].full_rank for name in timed}
+        ranks = {name: _rank_at(price, share) for name, price in timed.items()} if share < 1 else full
         choices.append({name: rank for name, rank in ranks.items() if timed[name].pays(rank)})
         one_by_one.append(sum(timed[name].seconds(rank) for name, rank in ranks.items()))
-    wholes = _wholes_timed(layers, calls, choices, timing)
-    samples = _ascending(zip(one_by_one, wholes, strict=True))
+    samples = _ascending(zip(one_by_one, whole.seconds(choices), strict=True))
     return ModelLatency(samples[-1][1], samples)
-
-
-def _wholes_timed(
-    layers: Mapping[str, SVDLayer], calls: Sequence[Call], choices: Sequence[Mapping[str, int]], timing: Timing
-) -> list[float]:
-    """Seconds of the whole model for each choice of ranks, layers that are in none dense."""
-    # What takes long to make is timed at once; otherwise they all take turns.
-    rounds = ROUNDS if timing.runtime == "eager" else 1
-    each = timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
-    taken: list[list[float]] = [[] for _ in choices]
-    for _ in range(rounds):
-        for ranks, mine in zip(choices, taken, strict=True):
-            with _cut_to(layers, ranks), _running(calls, timing.runtime) as run:
-                mine += _fastest({0: run}, each).values()
-    return [min(mine) for mine in taken]
 
 
 def _rank_at(price: LayerCost, share: float) -> int:
@@ -390,7 +420,7 @@ def _ascending(samples: Iterable[tuple[float, float]]) -> tuple[tuple[float, flo
 
 
 @contextmanager
-def _cut_to(layers: Mapping[str, SVDLayer], ranks: Mapping[str, int]) -> Iterator[None]:
+def _cut_to(model: nn.Module, layers: Mapping[str, SVDLayer], ranks: Mapping[str, int]) -> Iterator[None]:
     """Have layers be pairs of these ranks inside, of random weights."""
     weights = {}
     try:
@@ -399,7 +429,7 @@ def _cut_to(layers: Mapping[str, SVDLayer], ranks: Mapping[str, int]) -> Iterato
             weights[name] = layer.rebuilt().detach()
             layer.to_svd(_random_factors(layer, rank))
             layer.to_pair()
-        with pairs_in_place(layers, [*ranks]):
+        with pairs_in_place(layers, visible(model, {name: layers[name] for name in ranks})):
             yield
     finally:
         for name, weight in weights.items():
@@ -442,27 +472,37 @@ def _running(calls: Sequence[Call], runtime: str) -> Iterator[Callable[[], None]
             torch.compiler.reset()
 
 
-def _fastest(actions: Mapping[Any, Callable[[], object]], seconds: float) -> dict[Any, float]:
+def _fastest(actions: Mapping[Any, Callable[[], object]], seconds: float, rounds: int = ROUNDS) -> dict[Any, float]:
     """Seconds of one run of each: they take turns, and the fastest turn counts.
 
     Whatever else the machine does can only make one slower.
 
     Args:
         actions: What to time, by any key.
-        seconds: About how long to take for all.
+        seconds: About how long to take for all; each runs a few times whatever it takes.
+        rounds: How many turns each has, if there is time.
     """
-    timers = {
-        key: Timer("action()", globals={"action": action}, num_threads=torch.get_num_threads())
-        for key, action in actions.items()
-    }
     for action in actions.values():
+        action()  # makes what is made once
+    best = {key: _mean_seconds(action, 1) for key, action in actions.items()}
+    left = seconds - 2 * sum(best.values())
+    turn = left / rounds / len(actions)
+    for _ in range(max(1, min(rounds, int(left / sum(best.values()))))):
+        for key, action in actions.items():
+            best[key] = min(best[key], _mean_seconds(action, max(1, int(turn / best[key]))))
+    return best
+
+
+def _mean_seconds(action: Callable[[], object], runs: int) -> float:
+    """Of so many runs in a row; an accelerator is waited for."""
+    _wait()
+    start = time.perf_counter()
+    for _ in range(runs):
         action()
-    turn = seconds / len(timers) / ROUNDS
-    return {
-        key: min(rounds)
-        for key, *rounds in zip(
-            timers,
-            *([timer.blocked_autorange(min_run_time=turn).median for timer in timers.values()] for _ in range(ROUNDS)),
-            strict=True,
-        )
-    }
+    _wait()
+    return (time.perf_counter() - start) / runs
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -625,7 +625,7 @@ class SVDTraining:
     def _measured(self, promised: LatencyReport) -> LatencyReport:
         """How long the final model takes too, where the dense one was timed in this run."""
         timing, calls = self.recipe.timing, self._timed
-        if timing is None:
+        if timing is None or self.recipe.final != "factored":
             return promised
         share = processes.decide(lambda: share_of_dense(self.model, calls, timing) if calls else None)
         return replace(promised, measured=share)

@@ -1,0 +1,154 @@
+"""What is promised and what is kept where time is the budget: models cut to a share of the dense model's time.
+
+    python benchmarks/time_budget.py --json out.json
+    python benchmarks/time_budget.py --quick
+
+Each net is cut by ``compress(..., target_latency=...)``, which measures how long its layers take, dense and at a few
+ranks. Then dense and low-rank take turns, in the runtime that was asked for; a row is the median of the ratios of the
+same round, with the middle half of them as its spread. The goal is to be within 5 % of what was asked for. Beside it
+stands what the same net takes at the same share of its multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Sequence
+
+import nets
+import torch
+from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save
+from latency import computed, repeats_of, shape_spectra
+from torch import Tensor, nn
+
+from lightning_svd import Timing, compress, decompose, to_dense
+
+WIDTH, BLOCKS = 512, 4  # of the encoder of BERT's kind, as its "small" one has them
+
+
+class LastState(nn.Module):
+    """A recurrent net of two layers that gives its last output."""
+
+    def __init__(self, width: int = 512) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, width, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0][:, -1]
+
+
+def encoder() -> nn.Module:
+    """Blocks of attention and two linear layers, as BERT has them."""
+    block = nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, 0.0, "gelu", batch_first=True)
+    return nn.TransformerEncoder(block, BLOCKS, enable_nested_tensor=False)
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (lambda: nets.build("resnet18", 3, 32, 10), (3, 32, 32)),
+    "vit384": (lambda: nets.ViT(3, 32, 10, patch=4, width=384, depth=6, heads=6), (3, 32, 32)),
+    "bert-small": (encoder, (64, WIDTH)),
+    "lstm512": (LastState, (32, 512)),
+}
+
+
+def dense(net: str, seed: int) -> nn.Module:
+    """The net with spectra that fall as those of trained layers do."""
+    torch.manual_seed(seed)
+    model = NETS[net][0]().eval()
+    decompose(model)
+    shape_spectra(model)
+    return to_dense(model)
+
+
+def cut(model: nn.Module, batch: Tensor, budget: dict[str, object]) -> tuple[nn.Module, object, float]:
+    """The model cut to a budget, its report, and the seconds that took."""
+    start = time.perf_counter()
+    batches = [batch[:8], batch[:8]] if len(batch) > 1 else [batch, batch]
+    small, report = compress(
+        copy.deepcopy(model), batches, importance="spectrum", inplace=True, progress=False, **budget
+    )
+    return small, report, time.perf_counter() - start
+
+
+@torch.inference_mode()
+def ratio(model: nn.Module, small: nn.Module, x: Tensor, runtime: str, rounds: int) -> Row:
+    """Seconds of a cut model against those of the dense one."""
+    actions = {"dense": computed(model, x, runtime), "small": computed(small, x, runtime)}
+    seconds = in_turns(actions, rounds, repeats=repeats_of(actions["dense"]))
+    return against(seconds["small"], seconds["dense"])
+
+
+def measure(
+    net: str, batch_size: int, runtime: str, targets: Sequence[float], options: argparse.Namespace
+) -> list[Row]:
+    """A row for each share."""
+    model = dense(net, options.seed)
+    x, rounds = torch.randn(batch_size, *NETS[net][1]), options.rounds
+    timing = Timing(batch_size=batch_size, runtime=runtime, seconds=options.seconds)
+    rows: list[Row] = []
+    for target in targets:
+        progress(f"{net}, {batch_size} at a time, {runtime}: {target:g} of the time")
+        row: Row = {"net": net, "batch": batch_size, "runtime": runtime, "target": target}
+        try:
+            small, report, seconds = cut(model, x, {"target_latency": target, "latency_table": timing})
+        except ValueError as error:
+            rows.append(row | {"refused": str(error)})
+            continue
+        of = report.ranks
+        row |= {"promised": of.latency.ratio, "macs": of.macs_ratio, "distance": report.distance}
+        row |= {"cutting_seconds": seconds, **ratio(model, small, x, runtime, rounds)}
+        try:
+            by_macs, *_ = cut(model, x, {"target_macs": target})
+            row |= {f"macs_{key}": value for key, value in ratio(model, by_macs, x, runtime, rounds).items()}
+        except ValueError:
+            pass
+        rows.append(row)
+    return rows
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """What was asked for, promised and measured."""
+    headings = ["net", "batch", "runtime", "asked for", "by the table", "measured", "middle half", "off", "MACs"]
+    headings += ["time at as many MACs", "seconds to cut"]
+    lines = []
+    for row in rows:
+        line = [row["net"], str(row["batch"]), row["runtime"], f"{row['target']:.0%}"]
+        if "refused" in row:
+            least = row["refused"].split("at least ")[-1].split(" ")[0]
+            lines.append([*line, f"refused: at least {least}", *[""] * 6])
+            continue
+        of_macs = f"{row['macs_ratio']:.1%}" if "macs_ratio" in row else "-"
+        line += [f"{row['promised']:.1%}", f"{row['ratio']:.1%}", middle_half(row)]
+        line += [f"{row['ratio'] / row['target'] - 1:+.1%}", f"{row['macs']:.1%}", of_macs]
+        lines.append([*line, f"{row['cutting_seconds']:.0f}"])
+    return [Table("Time as the budget", headings, lines)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for."""
+    parser = arguments(__doc__, rounds=15)
+    parser.add_argument("--nets", type=lambda text: text.split(","), default=list(NETS))
+    parser.add_argument("--batches", type=lambda text: [int(item) for item in text.split(",")], default=[1, 64])
+    parser.add_argument(
+        "--runtimes", type=lambda text: text.split(","), default=["eager"], help="eager, compiled, onnx"
+    )
+    parser.add_argument(
+        "--targets", type=lambda text: [float(item) for item in text.split(",")], default=[0.7, 0.5, 0.35]
+    )
+    parser.add_argument("--seconds", type=float, default=20.0, help="to measure a table in")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.seconds, options.rounds, options.targets, options.batches = 2.0, 3, [0.5], [8]
+    torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    for runtime in options.runtimes:
+        for net in options.nets:
+            for batch_size in options.batches:
+                rows += measure(net, batch_size, runtime, options.targets, options)
+                save("time_budget", argv, options, rows)
+    tables(rows)[0].print()
+
+
+if __name__ == "__main__":
+    main()

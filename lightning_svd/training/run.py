@@ -155,6 +155,7 @@ class SVDTraining:
         self._tell_of_others()
         if self.observer is not None and state is None:
             self._plan_observation(0)
+            self._observe()
 
     # ------------------------------------------------------------------------------------------- for a loop of your own
 
@@ -169,6 +170,8 @@ class SVDTraining:
         """
         if self.observer is not None:
             self.observer.end_batch()
+        if self.cost is None:
+            self.recorder.keep_one_batch()
         self.learn_costs()
         for optimizer in self.optimizers:
             self.before_step(optimizer, self._steps)
@@ -254,7 +257,9 @@ class SVDTraining:
     def undo(self) -> None:
         """Let go of the model and the optimizers; before the first step they are exactly as they were."""
         self.close()
-        self._replace(undo(self.model, self._dense))
+        loaded = {name: layer.just_loaded() for name, layer in self.layers.items()}
+        loaded = {name: weight for name, weight in loaded.items() if weight is not None}  # since the run began
+        self._replace(undo(self.model, {**self._dense, **loaded}))
         self._tell_of_others()
 
     def abandon(self) -> dict[str, Any]:
@@ -412,8 +417,7 @@ class SVDTraining:
             layers = self.layers.values()
             self.optimizers = [known.get(id(each)) or OptimizerOfFactors(each, layers) for each in optimizers]
         self.recorder.stop()
-        if self.observer is not None and self._observes:
-            self.observer.begin_batch()
+        self._observe()
         if self.cost is None:
             check_in_place(self.model, self.layers)
             self.recorder.start()  # after the other, since it stops ahead of it: both wrap compiled calls
@@ -481,6 +485,13 @@ class SVDTraining:
         assert isinstance(self.importance, OnData)
         soon = self.policy.pending is not None and self.policy.is_due(self.clock(step) + self.importance.steps)
         self._observes = soon or self._waits
+
+    def _observe(self) -> None:
+        """Observe the batch that comes, if it is to be: a loop of plain PyTorch tells nobody that its first begins."""
+        if self.observer is not None and self._observes:
+            self.observer.begin_batch()
+        elif self.observer is not None:
+            self.observer.rest()
 
     def _is_ready(self, due: bool, observer: Observer) -> bool:
         """Whether there is enough to judge ranks by: the first cut waits for that, an unforeseen one, one after NaN."""
@@ -681,6 +692,8 @@ class SVDTraining:
             return None
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
+        if self.cost is None and done:
+            return f"no step used a layer that is factorized, so that no rank was cut: {missed}"
         if self.guard and self.guard.pauses:
             paused = done - self.clock(done)
             return f"pruning paused for {paused} steps because `{self.guard.monitor}` had fallen: {missed}"
@@ -763,6 +776,7 @@ class SVDTraining:
             self.cost = ModelCost(**(state["cost"] | {"layers": layers}))
         self._refused = skipped
         self._release_refused()
+        self._observe()
 
 
 def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:

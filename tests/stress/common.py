@@ -62,8 +62,8 @@ def parser(text):
     return parser
 
 
-def finish(name, tally, options, arguments=""):
-    """Print the table and the faults, write the file; returns the exit code."""
+def finish(name, tally, options, arguments="", figures=None):
+    """Print the table and the faults, write the file, with figures for the page's text; returns the exit code."""
     print(markdown(tally.as_json(), tally.headings()))
     for fault in tally.faults[:200]:
         print("FAULT", fault, file=sys.stderr)
@@ -74,6 +74,7 @@ def finish(name, tally, options, arguments=""):
             "machine": machine(),
             "outcomes": tally.headings(),
             "rows": tally.as_json(),
+            **({"figures": figures} if figures else {}),
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(bool(tally.faults))

@@ -8,10 +8,12 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS    ?= constraints.txt
 INSTALL_FLAGS  ?=
 PYTEST_FLAGS   ?=
+# How long `make fuzz` looks for what nobody thought of.
+MINUTES        ?= 30
 # Old versions know what has been deprecated since; that is not what they are tried for.
 OLD_WARNINGS   := $(foreach kind,Deprecation PendingDeprecation Future,-W default::$(kind)Warning)
 
-.PHONY: help install demo test lint types contracts docs unit notebooks compatibility user-code stress format clean
+.PHONY: help install demo test lint types contracts docs unit notebooks compatibility user-code stress fuzz format clean
 .PHONY: test-oldest test-newest wheel release
 
 help:
@@ -21,6 +23,7 @@ help:
 	@echo "make notebooks  run the notebooks"
 	@echo "make compatibility  write docs/compatibility.md from the tests"
 	@echo "make stress  kill runs and processes, damage files, spoil numbers; write docs/reliability.md (about 30 minutes)"
+	@echo "make fuzz    random networks through random events; MINUTES=30, or as many as you like"
 	@echo "make user-code  write docs/user-code.md from the tests"
 	@echo "make test-oldest  the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-newest  the tests with the newest versions there are, in .venv-newest"
@@ -94,6 +97,10 @@ user-code: install
 stress: install
 	@for script in constructors damage kills processes not_finite; do \
 		$(BIN)/python tests/stress/$$script.py --json tests/stress/results/$$script.json || exit 1; done
+	@$(BIN)/python tests/stress/reliability.py
+
+fuzz: install
+	@$(BIN)/python tests/stress/fuzz.py --minutes $(MINUTES) --json tests/stress/results/fuzz.json
 	@$(BIN)/python tests/stress/reliability.py
 
 format: install

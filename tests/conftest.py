@@ -4,6 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time, at any speed; `make fuzz` tries others.
+settings.register_profile("tests", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

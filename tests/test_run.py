@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_same
 from torch import nn
 
-from lightning_svd import FallToBudget, Regularizer, SVDTraining, svd_layers
+from lightning_svd import FallToBudget, Fisher, Outputs, Regularizer, SVDTraining, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.training import processes, trained_layers
 
@@ -339,3 +339,110 @@ def test_layers_that_stay_as_wide_as_they_are_stored_are_others_all_the_same_aft
         net(torch.randn(8, 48)).square().mean().backward()
         training.step()
     assert told and all(layer.form.name == "svd" for layer in training.layers.values())
+
+
+# ------------------------------------------------------------------- what a loop does that nobody follows from outside
+
+
+@pytest.mark.parametrize("beside", ["evaluation", "a part alone", "two batches", "another network between"])
+def test_what_a_loop_calls_beside_a_batch_of_its_first_step_costs_nothing(beside):
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8)), "b": nn.Linear(8, 8)})
+    training = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 4, target_macs=0.8)
+    x = torch.ones(3, 12)
+    if beside == "evaluation":
+        with torch.no_grad():
+            for _ in range(50):  # more than are kept
+                model["b"](model["a"](x))
+    if beside == "a part alone":
+        with torch.inference_mode():
+            model["a"](x)
+    model["b"](model["a"](x)).sum().backward()
+    if beside == "two batches":
+        model["b"](model["a"](x[:2])).sum().backward()
+    if beside == "another network between":  # which belongs to the step
+        model["b"](torch.ones(3, 8)).sum().backward()
+    training.step()
+    layers = training.cost.layers
+    per_input = {name: layer.dense_macs // training.cost.batch_size for name, layer in layers.items()}
+    assert per_input == {"a.0": 120, "a.1": 80, "b": 128 if beside == "another network between" else 64}
+
+
+@pytest.mark.parametrize("importance", [Outputs(steps=2), Fisher(steps=2)], ids=["outputs", "fisher"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_loop_that_is_resumed_judges_ranks_by_the_same_batches(importance, at):
+    def start(state=None):
+        model = net()
+        optimizer = OPTIMIZERS["adamw"](model.parameters())
+        if state:
+            model.load_state_dict(state["model"])
+        schedule = FallToBudget(start=0.0, end=0.4, cuts=4)
+        options = {"target_params": 0.7, "importance": importance, "schedule": schedule}
+        training = SVDTraining(model, optimizer, 10, state=state and state["training"], **options)
+        if state:
+            optimizer.load_state_dict(state["optimizer"])
+        return model, optimizer, training
+
+    steps = batches(10)
+
+    def go(model, training, some):
+        for x, y in some:
+            F.cross_entropy(model(x), y).backward()
+            training.step()
+            training.optimizers[0].optimizer.zero_grad()
+
+    model, optimizer, training = start()
+    go(model, training, steps[:at])
+    assert training.last_cut == (0, 2, 3)[at - 1]  # the first one by the first two batches
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "training": training.state_dict()}
+    resumed, _, again = start(copy.deepcopy(state))
+    for each, run in ((model, training), (resumed, again)):
+        go(each, run, steps[at:])
+    assert again.timeline == training.timeline and again.warnings == training.warnings
+    for one, other in zip(all_trained(training), all_trained(again), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_run_that_is_refused_at_its_first_step_leaves_the_weights_that_were_loaded_since():
+    model = net()
+    training = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 10, target_macs=0.01)
+    other = {name: value + 1.0 for name, value in net().state_dict().items()}
+    model.load_state_dict(other)
+    model(torch.ones(3, 12)).sum().backward()
+    with pytest.raises(ValueError, match="`target_macs` must be at least"):
+        training.step()
+    training.undo()
+    assert not svd_layers(model) and all(torch.equal(value, other[key]) for key, value in model.state_dict().items())
+
+
+def test_a_run_whose_layers_are_never_used_says_so():
+    model = nn.ModuleList([nn.Linear(3, 1), nn.Linear(12, 10)])
+    training = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 2, target_macs=0.5)
+    for _ in range(2):
+        model[0](torch.ones(2, 3)).sum().backward()
+        assert training.step() is None
+    assert training.why_not_reached(2).startswith("no step used a layer that is factorized")
+
+
+def test_batches_are_told_apart_where_no_factor_has_a_gradient():
+    model = net()
+    training = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 4, target_macs=0.8)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.endswith("bias"))
+    for _ in range(2):
+        model(torch.ones(3, 12)).sum().backward()
+    training.step()
+    assert sum(layer.dense_macs for layer in training.cost.layers.values()) == 3 * (120 + 80)
+
+
+@pytest.mark.parametrize("importance", ["spectrum", "outputs", "fisher"])
+def test_a_layer_that_a_step_made_infinite_is_named_at_the_cut(importance):
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    schedule = FallToBudget(start=0.0, end=0.5, cuts=1)
+    measure = {"spectrum": "spectrum", "outputs": Outputs(steps=2), "fisher": Fisher(steps=2)}[importance]
+    training = SVDTraining(model, optimizer, 4, target_params=0.8, importance=measure, schedule=schedule)
+    loop(model, training, 1)
+    F.cross_entropy(model(batches(1)[0][0]), batches(1)[0][1]).backward()
+    optimizer.param_groups[0]["lr"] = float("inf")  # after what is observed of this batch
+    with pytest.raises(ValueError, match=r"`[02]`: expected finite weights"):
+        training.step()

@@ -184,7 +184,7 @@ class SVDLayer(FactorizedModule):
 
     def rebuilt(self) -> Tensor:
         """The dense weight these parameters stand for, differentiable; one that was just loaded, as it was."""
-        weight, loaded = self.view.fold(self.form.matrix()), self._just_loaded()
+        weight, loaded = self.view.fold(self.form.matrix()), self.just_loaded()
         if loaded is None:
             return weight
         return loaded + (weight - weight.detach()) if weight.requires_grad else loaded  # 0, with a gradient
@@ -296,7 +296,10 @@ class SVDLayer(FactorizedModule):
     def exact_state(self) -> State:
         """The form, the rank and the very parameters, as tensors, numbers and strings; a dense weight is left out."""
         tensors = {key: self.form.parameters[key].detach() for key in self.form.columns}
-        return {"form": self.form.name, "rank": self.rank, "conv_mode": self.conv_mode, **tensors}
+        state = {"form": self.form.name, "rank": self.rank, "conv_mode": self.conv_mode, **tensors}
+        if self._part_of and isinstance(self.form, DenseForm):
+            state["alone"] = self.form.rows is None  # once a part trained as something else, it shares no parameter
+        return state
 
     def load_exact_state(self, state: State) -> Replaced:
         """Take up what :meth:`exact_state` returned.
@@ -306,7 +309,11 @@ class SVDLayer(FactorizedModule):
         """
         kind = FORMS.get(state.get("form"))  # type: ignore[arg-type]
         if kind is DenseForm:
-            return self.to_dense(self._just_loaded())
+            old, new = self.to_dense(self.just_loaded())
+            if state.get("alone") is True and self._part_of and isinstance(self.form, DenseForm) and self.form.rows:
+                old, new = self._part_of.own_weight(self)
+                self._tell()
+            return old, new
         expected = kind.shapes(self.view, state["rank"]) if kind is not None else {}
         for key, shape in expected.items():
             tensor: Any = state.get(key)
@@ -368,7 +375,7 @@ class SVDLayer(FactorizedModule):
         # not come back as the nearest of the rank, nor rounded.
         vars(self)["_loaded"] = (given.clone(), self._stamp())
 
-    def _just_loaded(self) -> Tensor | None:
+    def just_loaded(self) -> Tensor | None:
         """The weight that was loaded, while nothing changed since: a plain loop tells nobody that it trains on."""
         if self._loaded is not None and self._loaded[1] != self._stamp():
             vars(self)["_loaded"] = None
@@ -396,7 +403,7 @@ class SVDLayer(FactorizedModule):
         Args:
             goes_on: Whether training goes on from it: then what the ranks in use cannot hold of it is warned of.
         """
-        loaded, self._remembered = self._just_loaded(), None
+        loaded, self._remembered = self.just_loaded(), None
         if loaded is not None and goes_on:
             self.warn_of_loss(loaded)
         vars(self)["_loaded"] = None

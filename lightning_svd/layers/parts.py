@@ -128,7 +128,10 @@ class InParts(nn.Module):
 
     def weight_of(self, name: str) -> Tensor:
         """The dense weight that a part stands for, differentiable."""
-        return dense_weight(self.parts()[name])
+        part = self.parts()[name]
+        if isinstance(part, SVDLayer):  # as a layer alone computes: not with what was loaded and its ranks cannot hold
+            return part.view.fold(part.form.matrix())
+        return dense_weight(part)
 
     def bias_of(self, name: str) -> Tensor | None:
         """The bias of a part."""
@@ -228,7 +231,7 @@ class TakenApart(FactorizedModule, InParts):
 
     def weight_of(self, name: str) -> Tensor:
         given = self._given(name) if name in self._slots else None
-        return dense_weight(self.parts()[name]) if given is None else given
+        return super().weight_of(name) if given is None else given
 
     def bias_of(self, name: str) -> Tensor | None:
         slot = self._slots[name][1]

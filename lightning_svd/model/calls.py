@@ -23,6 +23,7 @@ from torch.nn.modules import module as _of_all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.parts import InParts
 
@@ -48,6 +49,7 @@ class Call:
         times: How many such calls it stands for.
         differentiates: Whether the module is known to differentiate in its forward pass, so that it fails without
             gradients.
+        backwards: How many backward passes there had been before it.
     """
 
     module: nn.Module
@@ -57,6 +59,7 @@ class Call:
     grad: bool = True
     times: int = 1
     differentiates: bool = False
+    backwards: int = 0
 
     def tensors(self) -> list[Tensor]:
         """The tensors among its arguments."""
@@ -231,11 +234,13 @@ class CallRecorder(CallWatcher):
         self._alike: Counter[Any] = Counter()
         self._last: dict[Any, Call] = {}
         self._names: dict[nn.Module, list[str]] = {}
+        self._backwards, self._gradients = 0, self._present_gradients()
 
     def start(self) -> None:
         """Forget what was noted, and note from now on."""
         self.stop()
         self.calls, self.seen, self.left_out = [], set(), 0
+        self._backwards, self._gradients = 0, self._present_gradients()
         names = {id(layer): name for name, layer in self.layers.items()}
         for child in holders(self.module, self.layers.values()):
             own = [child, *(child.parts().values() if isinstance(child, InParts) else ())]
@@ -250,6 +255,31 @@ class CallRecorder(CallWatcher):
         for container in noted:
             container.clear()
 
+    def keep_one_batch(self) -> None:
+        """Drop what a loop that nobody follows called beside one batch: evaluations before it, and batches like it.
+
+        Between two backward passes there is a batch, or a part of one: parts alike are batches whose gradients are
+        accumulated, others belong to the same, as those of two networks that train each other do.
+        """
+        trained = [call for call in self.calls if call.grad and not call.inference] or self.calls
+        parts: dict[int, list[Call]] = {}
+        for call in trained:
+            parts.setdefault(call.backwards, []).append(call)
+        alike: dict[Any, list[Call]] = {}
+        for part in parts.values():
+            alike.setdefault(tuple((id(c.module), *(t.shape[1:] for t in c.tensors())) for c in part), part)
+        self.calls = [call for part in alike.values() for call in part]
+
+    def _present_gradients(self) -> Any:
+        """What is another after each backward pass."""
+        layers = [
+            layer for layer in self.layers.values() if isinstance(layer, SVDLayer)
+        ]  # not while tried as plain ones
+        own = [p for layer in layers for p in layer.form.trained]
+        others = [p for p in self.module.parameters() if type(p) is not DenseWeight]
+        gradients = (p.grad for p in (*own, *others))
+        return [(id(gradient), gradient._version) for gradient in gradients if gradient is not None]
+
     def entered(self, module: nn.Module) -> None:
         """Note the layers that it is, or stands for."""
         self.seen.update(self._names[module])
@@ -261,7 +291,11 @@ class CallRecorder(CallWatcher):
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile stands for
         flat = [*leaves((args, kwargs))]
-        kind = (id(module), *map(_look, flat))
+        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        gradients = self._present_gradients()
+        self._backwards += gradients != self._gradients
+        self._gradients = gradients
+        kind = (id(module), inference, grad, *map(_look, flat))
         times = max((_outside_of_transforms(leaf)[1] for leaf in flat if isinstance(leaf, Tensor)), default=1)
         full = len(self.calls) >= KEPT
         if kind in self._last and (full or self._alike[kind] >= ALIKE):
@@ -270,8 +304,8 @@ class CallRecorder(CallWatcher):
             self.left_out += 1
         else:
             keep = _once_each(_without_graph)
-            inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-            call = Call(module, mapped(args, keep), mapped(dict(kwargs), keep), inference, grad, times)
+            given = mapped(args, keep), mapped(dict(kwargs), keep)
+            call = Call(module, *given, inference, grad, times, backwards=self._backwards)
             self.calls.append(call)
             self._last[kind] = call
             self._alike[kind] += 1

@@ -57,7 +57,8 @@ class Observer(ABC):
     # ------------------------------------------------------------------------------------------------------ a batch
 
     def begin_batch(self) -> None:
-        """Observe from now on, what belongs to one batch."""
+        """Observe from now on, what belongs to one batch; what was seen of one that never ended does not count."""
+        self.rest()
         for name, layer in self.layers.items():
             if name not in self.seen:
                 self.seen[name] = self._statistics(layer)

@@ -158,6 +158,7 @@ class SVDTraining:
         self._trained.tell_of_others()
         if self.observer is not None and state is None:
             self._plan_observation(0)
+            self._observe()
 
     # ------------------------------------------------------------------------------------------- for a loop of your own
 
@@ -172,6 +173,8 @@ class SVDTraining:
         """
         if self.observer is not None:
             self.observer.end_batch()
+        if self.cost is None:
+            self.recorder.keep_one_batch()
         self.learn_costs()
         for optimizer in self.optimizers:
             self.before_step(optimizer, self._steps)
@@ -253,7 +256,9 @@ class SVDTraining:
 
     def _let_go(self) -> None:
         self.close()
-        self._trained.replace(undo(self.model, self._dense))
+        loaded = {name: layer.just_loaded() for name, layer in self.layers.items()}
+        loaded = {name: weight for name, weight in loaded.items() if weight is not None}  # since the run began
+        self._trained.replace(undo(self.model, {**self._dense, **loaded}))
 
     def abandon(self) -> dict[str, Any]:
         """Let go of a run that failed; returns what a file that is written because of it needs to resume.
@@ -411,8 +416,7 @@ class SVDTraining:
         """
         self._trained.train_with(optimizers)
         self.recorder.stop()
-        if self.observer is not None and self._observes:
-            self.observer.begin_batch()
+        self._observe()
         if self.cost is None:
             check_in_place(self.model, self.layers)
             self.recorder.start()  # after the other, since it stops ahead of it: both wrap compiled calls
@@ -484,6 +488,13 @@ class SVDTraining:
         assert isinstance(self.importance, OnData)
         soon = self.policy.pending is not None and self.policy.is_due(self.clock(step) + self.importance.steps)
         self._observes = soon or self._waits
+
+    def _observe(self) -> None:
+        """Observe the batch that comes, if it is to be: a loop of plain PyTorch tells nobody that its first begins."""
+        if self.observer is not None and self._observes:
+            self.observer.begin_batch()
+        elif self.observer is not None:
+            self.observer.rest()
 
     def _is_ready(self, due: bool, observer: Observer) -> bool:
         """Whether there is enough to judge ranks by: the first cut waits for that, an unforeseen one, one after NaN."""
@@ -669,6 +680,8 @@ class SVDTraining:
         missed = f"the target, {share:g} of the {kind}, was not reached"
         if self._not_finite:
             return f"ranks waited for data without NaN and infinity, met in {', '.join(self._not_finite[:8])}: {missed}"
+        if self.cost is None and done:
+            return f"no step used a layer that is factorized, so that no rank was cut: {missed}"
         if self.guard and self.guard.pauses:
             paused = done - self.clock(done)
             return f"pruning paused for {paused} steps because `{self.guard.monitor}` had fallen: {missed}"
@@ -750,6 +763,7 @@ class SVDTraining:
             self.cost = ModelCost.from_dict(state["cost"])
         self._refused = skipped
         self._release_refused()
+        self._observe()
 
 
 def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -69,7 +69,7 @@ def parser(text):
     return parser
 
 
-def finish(name, tally, options, arguments="", table=None):
+def finish(name, tally, options, arguments="", table=None, figures=None):
     """Print the table and the faults, write the file; returns the exit code.
 
     Args:
@@ -78,6 +78,7 @@ def finish(name, tally, options, arguments="", table=None):
         options: What the script was called with.
         arguments: The same as text.
         table: Lines of texts, headings first, to be shown in the place of the counts.
+        figures: For the page's text, by name.
     """
     print(markdown(tally.as_json(), tally.headings()))
     for fault in tally.faults[:200]:
@@ -90,6 +91,7 @@ def finish(name, tally, options, arguments="", table=None):
             "outcomes": tally.headings(),
             "rows": tally.as_json(),
             **({"table": table} if table else {}),
+            **({"figures": figures} if figures else {}),
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return int(bool(tally.faults))

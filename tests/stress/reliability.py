@@ -90,6 +90,27 @@ arrays, unknown names, pairs that contradict each other.""",
 **Promised.** Whoever gives an argument that means nothing is told so where it is written, a `ValueError` or
 `TypeError` in one line that names the argument, and not in the middle of a fit.""",
     ),
+    "fuzz": (
+        "Random networks, random events",
+        """\
+Networks are drawn at random: linear, convolutional, transposed, attention, recurrent, embedding and normalization
+layers in trees of containers, with layers that stand at two places, tied weights, frozen and unused layers, hooks,
+parameters of their own, and children called "weight" or "s"; with optimizers of one group, several, or two optimizers,
+and a recipe. Then events are drawn: steps with accumulated or clipped gradients, saving, killing and resuming, going
+back in the middle of a run, other rates, other weights, freezing, pauses, copies, pickles, averages, evaluation. After
+each event the run is compared bit for bit with a twin to which only the training happened, the network with what the
+user's own has (names, shapes, classes, groups), and as long as the dense weights train with a loop without the package.
+Of linear layers and convolutions in float64 each step is compared with a reference that keeps U, s and V whole with a
+mask, takes gradients by autograd and steps by hand. {networks} networks went through {events} events in {minutes}
+minutes.""",
+        """\
+**Promised.** What only looks at a network, copies it, saves it or resumes it changes no bit of a run in a loop of
+plain PyTorch; a step, a cut and a penalty are those that the documentation says; what is refused is refused by name
+before the first step has changed anything, and at the end there are plain layers that compute what the run did, within
+rounding, at a cost that is what torch counts. **Not promised:** to go back in the middle of a run, by `load_state_dict`
+of one that goes on, past a cut of attention or recurrent modules; the values of a weight that was loaded, saved before
+a step and resumed, which come back as the ranks in use hold them.""",
+    ),
 }
 
 
@@ -101,6 +122,7 @@ def page():
         lines = result.get("table")
         table = plain_table(lines) if lines else markdown(result["rows"], result["outcomes"])
         source = f"`{result['command']}`, {result['machine']}."
+        tried = tried.format(**result.get("figures", {}))
         parts.append("\n\n".join([f"## {title}", tried, table, promised, source]) + "\n")
     return "\n".join(parts)
 

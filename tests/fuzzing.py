@@ -313,7 +313,7 @@ class Run(Plain):
         assert torch.equal(noise, torch.get_rng_state()), "a step drew random numbers"
 
     def metric(self, value: float) -> None:
-        self.training.see_metric(value, self.done)
+        self.training.see_metric(lambda: value, self.done)
 
     def saved(self) -> bytes:
         """All that a user saves, as a file."""

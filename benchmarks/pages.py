@@ -30,6 +30,7 @@ import real_models
 import recurrent
 import scale
 import step_cost
+import time_budget
 import whole_run
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ SCRIPTS = {
         compress_cost,
         pretrained,
         inputs,
+        time_budget,
     )
 }
 # By the benchmark; the others are on the first page.
@@ -57,6 +59,7 @@ PAGES = {
     "casts": "models.md",
     "pretrained": "trained.md",
     "inputs": "trained.md",
+    "time_budget": "latency.md",
 }
 
 

@@ -21,6 +21,7 @@ import recurrent
 import rivals
 import scale
 import step_cost
+import time_budget
 import torch
 import trained_nets
 import whole_run
@@ -166,6 +167,15 @@ def test_latency_has_rows_of_models_and_layers(tmp_path, monkeypatch):
     assert layers and all(row["first_seconds"] > 0 < row["second_seconds"] for row in layers)
     with pytest.raises(SystemExit):
         latency.main(["--modes", "fast"])
+
+
+def test_a_budget_of_time_has_a_row_for_each_share_or_says_what_can_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setattr(time_budget, "NETS", {"small": (lambda: nets.mlp(64, 10, width=256, depth=2), (1, 8, 8))})
+    arguments = ("--batches", "4", "--targets", "0.9,0.01", "--seconds", "0.1", "--rounds", "1")
+    rows = rows_written(time_budget.main, tmp_path / "r.json", *arguments)["rows"]
+    assert [row["target"] for row in rows] == [0.9, 0.01] and "at least" in rows[1]["refused"]
+    assert rows[0].keys() >= {"promised", "ratio", "macs", "macs_ratio"} or "refused" in rows[0]
+    assert len(time_budget.tables(rows)[0].rows) == 2
 
 
 @pytest.mark.parametrize("mode", [mode for mode in latency.MODES if "compiled" not in mode])

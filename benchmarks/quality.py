@@ -64,7 +64,7 @@ MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
 TIMED_BATCH = 64  # images, for the time of a model
 TURN = 0.005  # seconds that the dense net's turn takes at least
-ROUNDS, SEARCH_ROUNDS = 101, 21  # in which all models take their turn: for a row, and for each step of a search
+SEARCH_SHARE = 0.2  # of the rounds for a row are those for each step of a search
 NEAR = 8  # widths on either side that are measured again where a search has ended
 # Told apart by those who do not see all colors (Okabe and Ito 2008, and one of Tol's); black is ours.
 COLORS = ("#000000", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#882255")
@@ -101,6 +101,8 @@ class Setting:
     target: float = 1.0
     optimizer: str = "sgd"
     weight_decay: float = 5e-4
+    rounds: int = 101
+    """In which models that are timed take their turn."""
 
     @property
     def images(self) -> image_data.Images:
@@ -442,7 +444,7 @@ def width_in_time(setting: Setting) -> float:
 
     def ratios(asked: list[float]) -> dict[float, float]:
         models: dict[Any, nn.Module] = {"ours": base} | {width: setting.build(width) for width in asked}
-        seconds = timed(models, setting, SEARCH_ROUNDS)
+        seconds = timed(models, setting, max(1, round(SEARCH_SHARE * setting.rounds)))
         return {width: against(seconds[width], seconds["ours"])["ratio"] for width in asked}
 
     widths = nets.widths(setting.net)
@@ -512,7 +514,11 @@ def accuracy(model: nn.Module, setting: Setting) -> float:
 
 @torch.inference_mode()
 def timed(models: Mapping[Any, nn.Module], setting: Setting, rounds: int) -> dict[Any, list[float]]:
-    """Seconds that each model takes for a batch in each round, in evaluation, the first round left out."""
+    """Seconds that each model takes for a batch in each round, in evaluation, the first round left out.
+
+    In this process, which has trained: its allocator holds memory that a new one takes anew for every large tensor,
+    so that nets of many tensors are a little quicker here.
+    """
     x = setting.images.train[0][:TIMED_BATCH].contiguous(memory_format=torch.channels_last)
     for model in models.values():
         model.eval().to(memory_format=torch.channels_last)
@@ -524,7 +530,7 @@ def timed(models: Mapping[Any, nn.Module], setting: Setting, rounds: int) -> dic
 
 def time_of(model: nn.Module, setting: Setting) -> Row:
     """The part of a row that tells how long a model takes, as a share of the dense net's time."""
-    seconds = timed({"dense": setting.build(), "model": model}, setting, ROUNDS)
+    seconds = timed({"dense": setting.build(), "model": model}, setting, setting.rounds)
     found = against(seconds["model"], seconds["dense"])
     return {"time": found["ratio"], "time_low": found["low"], "time_high": found["high"]}
 
@@ -729,6 +735,7 @@ def main() -> None:
     parser.add_argument("--from-trained", nargs="*", default=[], help="the same of ours_from_trained")
     parser.add_argument("--conv-mode", default="channel")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="how often models that are timed take turns")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--json", type=Path, help="file for the rows; those it holds are not computed again")
@@ -738,9 +745,9 @@ def main() -> None:
 
     data = Data(options.data_set, options.data, options.train_size, options.test_size)
     common = (data, options.net, options.epochs, options.batch_size, options.rate, options.precision, options.conv_mode)
-    recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay}
+    recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "rounds": options.rounds}
     about = asdict(Setting(*common, seed=0, **recipe))
-    del about["seed"], about["target"]
+    del about["seed"], about["target"], about["rounds"]
     about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}
     rows = rows_in(options.json, about)
     methods = [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]

@@ -397,12 +397,13 @@ def test_accuracy_is_drawn_against_time_where_rows_have_it(tmp_path, monkeypatch
     ]
     looks = quality.looks_of(['ours {"distill": true}'])
     assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks) == len(quality.METHODS)
+    assert looks["ours"] == quality.looks_of([])["ours"]
 
 
 def test_quality_trains_every_method_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
     arguments = ["--data-set", "mnist1d", "--net", "mlp", "--epochs", "4", "--train-size", "256", "--test-size", "100"]
-    arguments += ["--optimizer", "adamw", "--rate", "1e-3", "--targets", "0.5", "--json", str(path)]
+    arguments += ["--optimizer", "adamw", "--rate", "1e-3", "--targets", "0.5", "--rounds", "5", "--json", str(path)]
     for methods in (["dense", "ours"], list(quality.METHODS)):
         monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--methods", ",".join(methods)])
         quality.main()

@@ -67,7 +67,7 @@ def test_actions_take_turns_and_the_first_rounds_do_not_count():
 
 
 def test_the_command_is_without_the_file_it_was_written_to():
-    argv = ["--rounds", "3", "--json", "a/b.json", "--json=c.json", "--modes", "eager;compiled"]
+    argv = ["--rounds", "3", "--json", "a/b.json", "--json=c.json", "--plot", "d.svg", "--modes", "eager;compiled"]
     assert harness.command("latency", argv) == "python benchmarks/latency.py --rounds 3 --modes 'eager;compiled'"
 
 

@@ -142,11 +142,11 @@ def save(benchmark: str, argv: Sequence[str] | None, options: argparse.Namespace
 
 
 def command(benchmark: str, argv: Sequence[str] | None) -> str:
-    """The command line (the process's if None) to measure this again, without the file for the rows."""
+    """The command line (the process's if None) to measure this again, without the files for the rows and a plot."""
     argv = sys.argv[1:] if argv is None else argv
     kept: list[str] = []
     for argument, before in zip(argv, ["", *argv], strict=False):
-        if not argument.startswith("--json") and before != "--json":
+        if not argument.startswith(("--json", "--plot")) and before not in ("--json", "--plot"):
             kept.append(argument)
     return shlex.join(["python", f"benchmarks/{benchmark}.py", *kept])
 

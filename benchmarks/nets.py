@@ -26,25 +26,25 @@ class BasicBlock(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
-def resnet(channels: int, classes: int, width: int, depths: tuple[int, ...]) -> nn.Sequential:
-    """A ResNet of basic blocks, each stage twice as wide as the one before at half the size."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    inner = width
+def resnet(channels: int, classes: int, width: float, depths: tuple[int, ...]) -> nn.Sequential:
+    """A ResNet of basic blocks, each stage twice as wide as the one before, up to whole channels, at half the size."""
+    inner = round(width)
+    layers: list[nn.Module] = [nn.Conv2d(channels, inner, 3, 1, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU()]
     for stage, depth in enumerate(depths):
-        outer = width * 2**stage
+        outer = round(width * 2**stage)
         for block in range(depth):
             layers.append(BasicBlock(inner, outer, 2 if stage and not block else 1))
             inner = outer
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inner, classes))
 
 
-def vgg(channels: int, classes: int, width: int = 32) -> nn.Sequential:
-    """Six convolutions in three stages."""
+def vgg(channels: int, classes: int, width: float = 32) -> nn.Sequential:
+    """Six convolutions in three stages, each twice as wide as the one before, up to whole channels."""
     layers: list[nn.Module] = []
     inner = channels
     for stage in range(3):
         for _ in range(2):
-            outer = width * 2**stage
+            outer = round(width * 2**stage)
             layers += [nn.Conv2d(inner, outer, 3, padding=1, bias=False), nn.BatchNorm2d(outer), nn.ReLU()]
             inner = outer
         layers.append(nn.MaxPool2d(2))
@@ -108,17 +108,46 @@ def mlp(features: int, classes: int, width: int = 256, depth: int = 3) -> nn.Seq
     return nn.Sequential(*layers, nn.Linear(features, classes))
 
 
-def build(name: str, channels: int, size: int, classes: int) -> nn.Module:
-    """A network by its name for images of this shape."""
+# Of each network: how wide it is, and the least by which it can be narrower. One channel less in the last stage, which
+# is less than one in the first; one feature less for each head, of which there are as many in a narrow net; one hidden
+# unit.
+WIDTHS = {
+    "resnet20": (16, 1 / 4),
+    "resnet56": (16, 1 / 4),
+    "resnet18": (64, 1 / 8),
+    "vgg": (32, 1 / 4),
+    "vit": (96, 3),
+    "vit16": (96, 3),
+    "mlp": (256, 1),
+}
+
+
+def widths(name: str) -> list[float]:
+    """Every width that a network can have up to its own, the narrowest first."""
+    widest, step = WIDTHS[name]
+    return [step * count for count in range(1, round(widest / step) + 1) if step * count >= 1]
+
+
+def build(name: str, channels: int, size: int, classes: int, width: float | None = None) -> nn.Module:
+    """A network by its name for images of this shape.
+
+    Args:
+        name: A key of ``WIDTHS``.
+        channels: Of an image.
+        size: Height and width of an image.
+        classes: Outputs.
+        width: One of ``widths``: channels of the first stage, features of a token, or hidden units. The widest if None.
+    """
+    if name not in WIDTHS:
+        raise ValueError(f"`net` must be one of {', '.join(WIDTHS)}, got {name!r}")
+    width = WIDTHS[name][0] if width is None else width
     nets = {
-        "resnet20": lambda: resnet(channels, classes, 16, (3, 3, 3)),
-        "resnet56": lambda: resnet(channels, classes, 16, (9, 9, 9)),
-        "resnet18": lambda: resnet(channels, classes, 64, (2, 2, 2, 2)),
-        "vgg": lambda: vgg(channels, classes),
-        "vit": lambda: ViT(channels, size, classes, patch=max(1, size // 8)),
-        "vit16": lambda: ViT(channels, size, classes, patch=max(1, size // 4)),
-        "mlp": lambda: mlp(channels * size * size, classes),
+        "resnet20": lambda: resnet(channels, classes, width, (3, 3, 3)),
+        "resnet56": lambda: resnet(channels, classes, width, (9, 9, 9)),
+        "resnet18": lambda: resnet(channels, classes, width, (2, 2, 2, 2)),
+        "vgg": lambda: vgg(channels, classes, width),
+        "vit": lambda: ViT(channels, size, classes, max(1, size // 8), int(width)),
+        "vit16": lambda: ViT(channels, size, classes, max(1, size // 4), int(width)),
+        "mlp": lambda: mlp(channels * size * size, classes, int(width)),
     }
-    if name not in nets:
-        raise ValueError(f"`net` must be one of {', '.join(nets)}, got {name!r}")
     return nets[name]()

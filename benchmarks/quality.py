@@ -5,6 +5,10 @@
 Every method sees the same batches in the same order, and the optimizer recipe that suits the dense net: SGD with
 Nesterov momentum or AdamW, weight decay, one cosine. Budgets are shares of the dense net's MACs.
 
+The time of each final model is measured too, as a share of the dense net's: both take turns, in evaluation, eager and
+in float32, and what counts is the median of the ratios. ``narrow`` is a dense net of fewer channels with the MACs of
+the budget, ``narrow_in_time`` one that takes as long as ours does at that budget.
+
 Hours of work are divided among processes (``--jobs``) and resumed: rows that the file of ``--json`` holds already are
 not computed again. What two budgets share, such as the dense training before a truncation, is trained once, and its
 time counted for both. Further rows of ours with other arguments than the defaults are asked for by ``--ours``, for
@@ -14,6 +18,7 @@ instance ``--ours '{"schedule": {"start": 0.2}}' '{"conv_mode": "spatial"}'``.
 from __future__ import annotations
 
 import argparse
+import bisect
 import copy
 import functools
 import json
@@ -26,7 +31,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +41,7 @@ import images as image_data
 import nets
 import torch
 import torch.nn.functional as F
-from harness import Row, Table, command, cpu_name
+from harness import Row, Table, against, command, cpu_name, in_turns, middle_half, times
 from lightning.pytorch import LightningModule, Trainer
 from step_cost import cut
 from torch import Tensor, nn
@@ -57,6 +62,13 @@ from lightning_svd.ranks.costs import ModelCost
 
 MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
+TIMED_BATCH = 64  # images, for the time of a model
+TURN = 0.005  # seconds that the dense net's turn takes at least
+SEARCH_SHARE = 0.2  # of the rounds for a row are those for each step of a search
+NEAR = 8  # widths on either side that are measured again where a search has ended
+# Told apart by those who do not see all colors (Okabe and Ito 2008, and one of Tol's); black is ours.
+COLORS = ("#000000", "#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#882255")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">", "p")
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,8 @@ class Setting:
     target: float = 1.0
     optimizer: str = "sgd"
     weight_decay: float = 5e-4
+    rounds: int = 101
+    """In which models that are timed take their turn."""
 
     @property
     def images(self) -> image_data.Images:
@@ -98,9 +112,10 @@ class Setting:
     def steps(self) -> int:
         return len(self.images.train[1]) // self.batch_size
 
-    def build(self) -> nn.Module:
+    def build(self, width: float | None = None) -> nn.Module:
+        """The dense net, or a narrower one."""
         torch.manual_seed(self.seed)
-        return nets.build(self.net, *self.images.shape).to(memory_format=torch.channels_last)
+        return nets.build(self.net, *self.images.shape, width).to(memory_format=torch.channels_last)
 
     def optimize(self, parameters: Iterable[Any]) -> torch.optim.Optimizer:
         """The optimizer of parameters or groups of them."""
@@ -146,8 +161,8 @@ def fit(
         optimizer.step()
 
 
-class SharedStart:
-    """The part of a method that does not depend on the budget: trained once for all budgets, its time kept."""
+class Once:
+    """A training that a process does once, its time kept."""
 
     def __init__(self, train: Callable[[Setting], nn.Module]) -> None:
         self.train, self.trained = train, functools.cache(self._train)
@@ -156,12 +171,23 @@ class SharedStart:
         start = time.perf_counter()
         return self.train(setting), time.perf_counter() - start
 
+    def key(self, setting: Setting) -> Setting:
+        """The settings that share a training have the same."""
+        return setting
+
     def __call__(self, setting: Setting) -> nn.Module:
-        return copy.deepcopy(self.trained(replace(setting, target=1.0))[0])
+        return copy.deepcopy(self.trained(self.key(setting))[0])
 
     def seconds(self, setting: Setting) -> float:
         """How long it took."""
-        return self.trained(replace(setting, target=1.0))[1]
+        return self.trained(self.key(setting))[1]
+
+
+class SharedStart(Once):
+    """The part of a method that does not depend on the budget: trained once for all budgets, its time kept."""
+
+    def key(self, setting: Setting) -> Setting:
+        return replace(setting, target=1.0)
 
 
 def cosine(progress: float) -> float:
@@ -341,7 +367,15 @@ class Epochs:
 
 def ours(setting: Setting, **arguments: Any) -> nn.Module:
     """SVD training by the callback; default arguments unless others are asked for."""
+    if not arguments:
+        return ours_by_default(setting)
     return svd_trained(Classifier(setting, setting.build(), (0, setting.epochs), cosine), arguments)
+
+
+@Once
+def ours_by_default(setting: Setting) -> nn.Module:
+    """The same with default arguments, which others are measured against."""
+    return svd_trained(Classifier(setting, setting.build(), (0, setting.epochs), cosine), {})
 
 
 def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
@@ -371,8 +405,64 @@ def svd_trained(module: Classifier, arguments: dict[str, Any]) -> nn.Module:
     return module.model
 
 
+# -------------------------------------------------------------------------------------------------------- narrower nets
+
+
+def narrow(setting: Setting) -> nn.Module:
+    """A dense net with fewer channels, whose MACs are within the budget."""
+    return trained_at(width_in_macs(setting), setting)
+
+
+def narrow_in_time(setting: Setting) -> nn.Module:
+    """A dense net with fewer channels that takes no longer than ours does at this budget."""
+    return trained_at(width_in_time(setting), setting)
+
+
+def trained_at(width: float, setting: Setting) -> nn.Module:
+    """The net of this width, trained as the dense one is."""
+    model = setting.build(width)
+    fit(model, setting, (0, setting.epochs), cosine)
+    return model
+
+
+def macs_of(model: nn.Module, setting: Setting) -> int:
+    """MACs for one image."""
+    return summarize(model.eval(), setting.images.test[0][:1]).dense_macs
+
+
+@functools.cache
+def width_in_macs(setting: Setting) -> float:
+    """The widest net with no more MACs than the budget."""
+    budget = setting.target * macs_of(setting.build(), setting)
+    return widest(nets.widths(setting.net), lambda width: macs_of(setting.build(width), setting) <= budget)
+
+
+@functools.cache
+def width_in_time(setting: Setting) -> float:
+    """The widest net, up to the dense one, that is measured to take no longer than ours."""
+    base = ours_by_default(setting)
+
+    def ratios(asked: list[float]) -> dict[float, float]:
+        models: dict[Any, nn.Module] = {"ours": base} | {width: setting.build(width) for width in asked}
+        seconds = timed(models, setting, max(1, round(SEARCH_SHARE * setting.rounds)))
+        return {width: against(seconds[width], seconds["ours"])["ratio"] for width in asked}
+
+    widths = nets.widths(setting.net)
+    found = widths.index(widest(widths, lambda width: ratios([width])[width] <= 1))
+    # A net of a few more channels may be faster: kernels compute several at once.
+    near = ratios(widths[max(0, found - NEAR) : found + NEAR + 1])
+    return max((width for width, ratio in near.items() if ratio <= 1), default=min(near, key=near.__getitem__))
+
+
+def widest(widths: list[float], fits: Callable[[float], bool]) -> float:
+    """The last width that fits, where all that are narrower do; the narrowest where none does."""
+    return widths[max(0, bisect.bisect_left(widths, True, key=lambda width: not fits(width)) - 1)]
+
+
 METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "dense": dense,
+    "narrow": narrow,
+    "narrow_in_time": narrow_in_time,
     "truncate_and_finetune": truncate_and_finetune,
     "truncate_at_half": truncate_at_half,
     "fixed_rank": fixed_rank,
@@ -386,8 +476,10 @@ SHARED_STARTS = {
     "truncate_at_half": dense_until_half,
     "svd_every_n_steps": low_rank_by_svds,
     "three_stages": two_of_three_stages,
+    "ours": ours_by_default,
     "ours_from_trained": dense_but_finetuning,
 }
+WIDTHS = {"narrow": width_in_macs, "narrow_in_time": width_in_time}  # found before the training, whose time is told
 
 
 def method_named(name: str) -> Callable[[Setting], nn.Module]:
@@ -420,8 +512,32 @@ def accuracy(model: nn.Module, setting: Setting) -> float:
     return right / len(labels)
 
 
+@torch.inference_mode()
+def timed(models: Mapping[Any, nn.Module], setting: Setting, rounds: int) -> dict[Any, list[float]]:
+    """Seconds that each model takes for a batch in each round, in evaluation, the first round left out.
+
+    In this process, which has trained: its allocator holds memory that a new one takes anew for every large tensor,
+    so that nets of many tensors are a little quicker here.
+    """
+    x = setting.images.train[0][:TIMED_BATCH].contiguous(memory_format=torch.channels_last)
+    for model in models.values():
+        model.eval().to(memory_format=torch.channels_last)
+    actions = {name: functools.partial(model, x) for name, model in models.items()}
+    first = next(iter(actions))
+    seconds = in_turns({first: actions[first]}, rounds=1)[first][0]
+    return in_turns(actions, rounds, repeats=max(1, round(TURN / seconds)))
+
+
+def time_of(model: nn.Module, setting: Setting) -> Row:
+    """The part of a row that tells how long a model takes, as a share of the dense net's time."""
+    seconds = timed({"dense": setting.build(), "model": model}, setting, setting.rounds)
+    found = against(seconds["model"], seconds["dense"])
+    return {"time": found["ratio"], "time_low": found["low"], "time_high": found["high"]}
+
+
 def measure(method: str, setting: Setting) -> Row:
     """Train and test once."""
+    width = {"width": WIDTHS[method](setting)} if method in WIDTHS else {}
     shared = SHARED_STARTS.get(method)
     seconds = shared.seconds(setting) if shared else 0.0
     start = time.perf_counter()
@@ -434,10 +550,12 @@ def measure(method: str, setting: Setting) -> Row:
         "target": setting.target,
         "seed": setting.seed,
         "accuracy": accuracy(model, setting),
-        "macs": report.dense_macs / summarize(setting.build().eval(), example).dense_macs,
+        "macs": report.dense_macs / macs_of(setting.build(), setting),
         "params": report.dense_params,
         "epochs": setting.epochs,
         "seconds": round(seconds, 1),
+        **width,
+        **time_of(model, setting),
     }
 
 
@@ -486,9 +604,19 @@ def spread(rows: list[Row], key: str) -> float:
     return statistics.stdev(row[key] for row in rows) if len(rows) > 1 else 0.0
 
 
+def time_cells(group: list[Row]) -> list[str]:
+    """The measured time and the middle half of its ratios, means over the seeds; empty for rows without."""
+    measured = [row for row in group if "time" in row]
+    if not measured:
+        return ["", ""]
+    half = {key: mean(measured, f"time_{key}") for key in ("low", "high")}
+    return [times(mean(measured, "time")), middle_half(half)]
+
+
 def tables(rows: list[Row]) -> list[Table]:
-    """Mean and standard deviation over the seeds, the best at each budget marked."""
+    """Mean and standard deviation over the seeds, the best at each budget marked; the time where rows have it."""
     lines, previous = [], None
+    has_time = any("time" in row for row in rows)
     for (target, method), group in grouped(rows).items():
         lines.append(
             [
@@ -497,13 +625,15 @@ def tables(rows: list[Row]) -> list[Table]:
                 f"{mean(group, 'accuracy'):.2%}",
                 f"{spread(group, 'accuracy'):.2%}" if len(group) > 1 else "",
                 f"{mean(group, 'macs'):.3f}",
+                *(time_cells(group) if has_time else []),
                 f"{mean(group, 'params'):,.0f}",
                 f"{mean(group, 'seconds'):.0f}",
                 str(len(group)),
             ]
         )
         previous = target
-    headings = ["method", "target", "accuracy", "deviation", "MACs", "parameters", "seconds", "seeds"]
+    measured = ["time / dense", "middle half"] if has_time else []
+    headings = ["method", "target", "accuracy", "deviation", "MACs", *measured, "parameters", "seconds", "seeds"]
     return [Table("* the best at this budget", headings, lines), *margins(rows)]
 
 
@@ -523,32 +653,61 @@ def margins(rows: list[Row]) -> list[Table]:
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """Accuracy against MACs, one line for each method, error bars over the seeds."""
+    """Accuracy against MACs and, where rows have it, against measured time; a line and error bars for each method."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+    timed_rows = [row for row in rows if "time" in row]
+    panels = [("macs", "MACs, % of dense", rows)]
+    panels += [("time", "measured time, % of dense", timed_rows)] if timed_rows else []
+    figure = Figure(figsize=(1.5 + 5.5 * len(panels), 4.5), layout="constrained")
+    looks = looks_of(dict.fromkeys(row["method"] for row in rows))
+    grid, handles = figure.subplots(1, len(panels), sharey=True, squeeze=False), {}
+    for axes, (key, label, shown) in zip(grid[0], panels, strict=True):
+        handles |= accuracies_against(key, axes, shown, looks)
+        axes.set(xlabel=label)
+        axes.grid(alpha=0.3)
+        axes.label_outer()
+    figure.suptitle(title)
+    figure.supylabel("test accuracy, %", fontsize="medium")
+    figure.legend(handles.values(), handles, loc="outside right center", fontsize="small")
+    figure.savefig(path)
+
+
+def looks_of(methods: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Color, marker and line of each method, the same in every plot; markers tell apart what colors do not."""
+    order = dict.fromkeys(["ours", *METHODS, *methods])
+    del order["dense"]
+    return {
+        method: {
+            "color": COLORS[number % len(COLORS)],
+            "marker": MARKERS[number % len(MARKERS)],
+            "linewidth": 2.5 if method == "ours" else 1.2,
+            "linestyle": "-" if method in METHODS else ":",
+            "elinewidth": 1.0,
+        }
+        for number, method in enumerate(order)
+    }
+
+
+def accuracies_against(key: str, axes: Any, rows: list[Row], looks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Draw the mean accuracy of each method against one of its costs; what was drawn, for a legend."""
     lines: dict[str, list[list[Row]]] = {}
     for (_, method), group in grouped(rows).items():
         lines.setdefault(method, []).append(group)
+    drawn = {}
     for method, groups in lines.items():
         accuracies = [100 * mean(group, "accuracy") for group in groups]
         if method == "dense":
-            axes.axhline(accuracies[0], color="0.6", linestyle="--", label="dense")
+            drawn[method] = axes.axhline(accuracies[0], color="0.4", linestyle="--")
             continue
-        axes.errorbar(
-            [100 * mean(group, "macs") for group in groups],
-            accuracies,
-            [100 * spread(group, "accuracy") for group in groups],
-            marker="o",
-            capsize=3,
-            linewidth=2.5 if method == "ours" else 1.2,
-            label=method.replace("_", " "),
-        )
-    axes.set(title=title, xlabel="MACs, % of dense", ylabel="test accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(path)
+        costs = [100 * mean(group, key) for group in groups]
+        around = None
+        if key == "time":
+            ends = [[100 * mean(group, f"time_{end}") for group in groups] for end in ("low", "high")]
+            around = [[abs(cost - end) for cost, end in zip(costs, side, strict=True)] for side in ends]
+        spreads = [100 * spread(group, "accuracy") for group in groups]
+        drawn[method.replace("_", " ")] = axes.errorbar(costs, accuracies, spreads, around, capsize=3, **looks[method])
+    return drawn
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
@@ -576,6 +735,7 @@ def main() -> None:
     parser.add_argument("--from-trained", nargs="*", default=[], help="the same of ours_from_trained")
     parser.add_argument("--conv-mode", default="channel")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
+    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="how often models that are timed take turns")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--json", type=Path, help="file for the rows; those it holds are not computed again")
@@ -585,9 +745,9 @@ def main() -> None:
 
     data = Data(options.data_set, options.data, options.train_size, options.test_size)
     common = (data, options.net, options.epochs, options.batch_size, options.rate, options.precision, options.conv_mode)
-    recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay}
+    recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "rounds": options.rounds}
     about = asdict(Setting(*common, seed=0, **recipe))
-    del about["seed"], about["target"]
+    del about["seed"], about["target"], about["rounds"]
     about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}
     rows = rows_in(options.json, about)
     methods = [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]

@@ -68,7 +68,7 @@ def test_actions_take_turns_and_the_first_rounds_do_not_count():
 
 
 def test_the_command_is_without_the_file_it_was_written_to():
-    argv = ["--rounds", "3", "--json", "a/b.json", "--json=c.json", "--modes", "eager;compiled"]
+    argv = ["--rounds", "3", "--json", "a/b.json", "--json=c.json", "--plot", "d.svg", "--modes", "eager;compiled"]
     assert harness.command("latency", argv) == "python benchmarks/latency.py --rounds 3 --modes 'eager;compiled'"
 
 
@@ -323,10 +323,97 @@ def test_quality_builds_the_objects_that_its_further_arguments_are_for():
         quality.method_named('ours {"schedule": {"start": 2}}')
 
 
+@pytest.mark.parametrize("name", list(nets.WIDTHS))
+def test_a_narrower_net_has_fewer_macs_at_every_step(name):
+    example, widths = torch.zeros(1, 3, 16, 16), nets.widths(name)
+    few = [*widths[:2], *widths[len(widths) // 2 :][:3], *widths[-2:]]
+    macs = [count_costs(nets.build(name, 3, 16, 10, width).eval(), example).dense("macs") for width in few]
+    assert macs == sorted(set(macs))
+    assert widths[-1] == nets.WIDTHS[name][0]
+    own = nets.build(name, 3, 16, 10)
+    assert sum(p.numel() for p in own.parameters()) == sum(
+        p.numel() for p in nets.build(name, 3, 16, 10, widths[-1]).parameters()
+    )
+
+
+def setting(**changes):
+    data = quality.Data("mnist1d", train_size=128, test_size=100)
+    return quality.Setting(data, "mlp", 1, 64, 0.05, "32-true", "channel", **({"seed": 0, "target": 0.25} | changes))
+
+
+def test_a_narrow_net_is_the_widest_within_the_macs():
+    mine = setting()
+    width, whole = quality.width_in_macs(mine), quality.macs_of(mine.build(), mine)
+    shares = [quality.macs_of(mine.build(each), mine) / whole for each in (width, width + 1)]
+    assert shares[0] <= mine.target < shares[1]
+    trained = quality.narrow(mine)
+    assert quality.macs_of(trained, mine) == shares[0] * whole
+
+
+def test_a_net_that_is_narrow_in_time_takes_no_longer_than_ours(monkeypatch):
+    # Time made up: a unit for each hidden unit, and one width of more that is quicker than those just below.
+    mine = setting(seed=1)
+    takes = {"ours": 100.0, 107: 99.0}
+
+    def timed(models, setting, rounds):
+        return {name: [takes.get(name, name)] * rounds for name in models}
+
+    monkeypatch.setattr(quality, "timed", timed)
+    assert quality.width_in_time.__wrapped__(mine) == 107
+    monkeypatch.setattr(quality, "timed", lambda models, *rest: {name: [name == "ours" or 2] for name in models})
+    assert quality.width_in_time.__wrapped__(mine) == 1
+    monkeypatch.setattr(quality, "timed", lambda models, *rest: {name: [name == "ours" or 0.5] for name in models})
+    assert quality.width_in_time.__wrapped__(mine) == 256
+
+
+def test_ours_is_trained_once_for_those_measured_against_it():
+    mine, calls = setting(seed=2), []
+    once = quality.Once(lambda setting: calls.append(setting) or torch.nn.Linear(2, 2))
+    first, second = once(mine), once(mine)
+    assert first is not second and calls == [mine] and once.seconds(mine) >= 0
+    once(setting(seed=2, target=0.5))
+    assert len(calls) == 2
+
+
+def row_with(method, target, accuracy, **more):
+    row = {"method": method, "target": target, "seed": 0, "accuracy": accuracy, "macs": target, "params": 10}
+    return row | {"epochs": 1, "seconds": 1.0} | more
+
+
+def test_the_time_is_shown_where_rows_have_it():
+    old = row_with("ours", 0.5, 0.8)
+    table = quality.tables([old])[0]
+    assert "time / dense" not in table.headings and table.rows == [
+        ["ours *", "0.5", "80.00%", "", "0.500", "10", "1", "1"]
+    ]
+    new = row_with("narrow", 0.5, 0.7, time=0.6, time_low=0.55, time_high=0.7)
+    table = quality.tables([old, new])[0]
+    assert table.headings[4:7] == ["MACs", "time / dense", "middle half"]
+    assert [row[5:7] for row in table.rows] == [["", ""], ["0.60", "0.55 - 0.70"]]
+
+
+def test_accuracy_is_drawn_against_time_where_rows_have_it(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: saved.append(figure))
+    old = [row_with("dense", 1.0, 0.9), *(row_with("ours", target, 0.8) for target in (0.5, 0.25))]
+    measured = {"time": 0.6, "time_low": 0.55, "time_high": 0.7}
+    for rows in (old, [row | measured for row in old]):
+        quality.plot(rows, "made up", tmp_path / "a.svg")
+    assert [[axes.get_xlabel() for axes in figure.axes] for figure in saved] == [
+        ["MACs, % of dense"],
+        ["MACs, % of dense", "measured time, % of dense"],
+    ]
+    looks = quality.looks_of(['ours {"distill": true}'])
+    assert len({(look["color"], look["marker"]) for look in looks.values()}) == len(looks) == len(quality.METHODS)
+    assert looks["ours"] == quality.looks_of([])["ours"]
+
+
 def test_quality_trains_every_method_and_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
     arguments = ["--data-set", "mnist1d", "--net", "mlp", "--epochs", "4", "--train-size", "256", "--test-size", "100"]
-    arguments += ["--optimizer", "adamw", "--rate", "1e-3", "--targets", "0.5", "--json", str(path)]
+    arguments += ["--optimizer", "adamw", "--rate", "1e-3", "--targets", "0.5", "--rounds", "5", "--json", str(path)]
     for methods in (["dense", "ours"], list(quality.METHODS)):
         monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--methods", ",".join(methods)])
         quality.main()
@@ -339,7 +426,10 @@ def test_quality_trains_every_method_and_goes_on_where_it_was(tmp_path, monkeypa
     assert result["setting"]["optimizer"] == "adamw"
     for row in result["rows"]:
         assert row["epochs"] == 4 and 0 <= row["accuracy"] <= 1
-        assert row["macs"] == 1.0 if row["method"] == "dense" else 0.4 <= row["macs"] <= 0.5
+        assert row["time"] > 0 and row["time_low"] <= row["time"] <= row["time_high"]
+        if row["method"] != "narrow_in_time":
+            assert row["macs"] == 1.0 if row["method"] == "dense" else 0.4 <= row["macs"] <= 0.5
+        assert ("width" in row) == row["method"].startswith("narrow")
     assert "ours, against it" in capsys.readouterr().out
 
     monkeypatch.setattr(sys, "argv", ["quality.py", *arguments, "--epochs", "5", "--methods", "dense"])

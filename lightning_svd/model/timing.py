@@ -261,15 +261,18 @@ def _inputs(price: LayerCost, layer: SVDLayer) -> list[Tensor]:
 @torch.inference_mode()
 def _race(forms: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[float]:
     """Seconds that each form takes for all inputs."""
+    return [*_fastest({number: _on(inputs, form) for number, form in enumerate(forms)}, SECONDS).values()]
 
-    def action(form: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            for x in inputs:
-                form(x)
 
-        return run
+def _on(inputs: Sequence[Tensor], form: nn.Module) -> Callable[[], None]:
+    """What computes all inputs in evaluation."""
+    form.eval()
 
-    return [*_fastest({number: action(form.eval()) for number, form in enumerate(forms)}, SECONDS).values()]
+    def run() -> None:
+        for x in inputs:
+            form(x)
+
+    return run
 
 
 def _layers_timed(cost: ModelCost, layers: Mapping[str, SVDLayer], seconds: float) -> dict[str, LayerLatency]:
@@ -297,18 +300,10 @@ def _staircase(price: LayerCost, layer: SVDLayer, seconds: float) -> LayerLatenc
     """Seconds of a layer, dense and at a few ranks: more of them where its time does not lie on a line."""
     inputs = _inputs(price, layer)
     taken: dict[int, float] = {}
-
-    def action(form: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            for x in inputs:
-                form(x)
-
-        return run
-
-    actions = {0: action(plain_dense(layer).eval())}
-    asked = coarse(price.break_even)
+    actions = {0: _on(inputs, plain_dense(layer))}
+    asked = _coarse(price.break_even)
     for _ in range(LEVELS):
-        actions |= {rank: action(_random_pair(layer, rank)) for rank in asked}
+        actions |= {rank: _on(inputs, _random_pair(layer, rank)) for rank in asked}
         mine = {rank: actions[rank] for rank in (0, *asked)}
         for rank, fastest in _fastest(mine, seconds / LEVELS).items():
             taken[rank] = min(fastest, taken.get(rank, fastest))
@@ -328,7 +323,7 @@ def _bent(taken: Mapping[int, float]) -> list[int]:
     return sorted(middles - taken.keys() - {0})
 
 
-def coarse(most: int) -> list[int]:
+def _coarse(most: int) -> list[int]:
     """A few ranks up to ``most``, each about half of the next, multiples of :data:`STEP` where that is small enough."""
     ranks = {most}
     rank = most // 2
@@ -347,7 +342,7 @@ def _random_pair(layer: SVDLayer, rank: int) -> nn.Sequential:
         shape = half.get_parameter("weight").shape
         weight = torch.randn(shape, dtype=like.dtype, device=like.device) / shape[1:].numel() ** 0.5
         fill(half, weight, bias, like, layer.layout)
-    return pair.eval()
+    return pair
 
 
 # ------------------------------------------------------------------------------------------------------- the whole

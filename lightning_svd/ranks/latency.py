@@ -56,12 +56,12 @@ class LatencyTable:
         prices = dict(cost.layers)
         for name, price in cost.layers.items():
             timed = self.layers.get(name)
-            if timed is None and price.dense_macs:
+            if timed is None and price.dense_macs and price.break_even:
                 raise ValueError(
                     f"`latency_table`: {source} has no times of `{name}`: make one of this model, with the same "
                     f"`conv_mode`, or leave the layer out, `exclude_modules=['{name}']`"
                 )
-            if timed is None:  # not used, or a lookup
+            if timed is None:  # not used, a lookup, or dense at any rank
                 continue
             here = views[name].to_dict()
             if _plain(timed.view) != _plain(here):

@@ -252,13 +252,6 @@ def test_a_table_that_lacks_a_layer_or_is_of_another_is_refused_by_its_name(cloc
         applied(table, net(32))
 
 
-def test_a_layer_that_stays_dense_at_any_rank_needs_no_time(clock):
-    model = nn.Sequential(nn.Linear(40, 48), nn.ReLU(), nn.Linear(48, 1))
-    table = profile(model, torch.randn(6, 40), QUICK)
-    assert table.layers.keys() == {"0"}
-    assert applied(table, copy.deepcopy(model)).layers["2"].latency is None
-
-
 def test_layers_of_the_table_that_are_left_alone_take_their_time(clock):
     table = profile(net(), torch.randn(6, 40), QUICK)
     model = net()

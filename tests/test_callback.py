@@ -513,7 +513,7 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
             "`importance` must be one of 'auto', 'spectrum', 'outputs', 'fisher' or an Importance, got 'taylor'",
         ),
         ({"min_rank": 0}, "`min_rank` must be an integer >= 1, got 0"),
-        ({"round_to": 2.0}, "`round_to` must be an integer >= 1, got 2.0"),
+        ({"round_to": 2.0}, '`round_to` must be an integer >= 1, or "auto", got 2.0'),
         ({"final": "pickle"}, "`final` must be one of 'factored', 'dense', 'decomposed', got 'pickle'"),
         ({"log_every_n_steps": 0}, "`log_every_n_steps` must be an integer >= 1, got 0"),
         ({"full_rank_as": "pair"}, "`full_rank_as` must be one of 'auto', 'svd', 'dense', got 'pair'"),

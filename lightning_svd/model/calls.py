@@ -272,12 +272,11 @@ class CallRecorder(CallWatcher):
 
     def _present_gradients(self) -> Any:
         """What is another after each backward pass."""
-        layers = [
-            layer for layer in self.layers.values() if isinstance(layer, SVDLayer)
-        ]  # not while tried as plain ones
+        layers = [layer for layer in self.layers.values() if isinstance(layer, SVDLayer)]  # not those tried as plain
         own = [p for layer in layers for p in layer.form.trained]
         others = [p for p in self.module.parameters() if type(p) is not DenseWeight]
-        gradients = (p.grad for p in (*own, *others))
+        # In a functional call others stand in the parameters' places, which may be no leaves.
+        gradients = (p.grad for p in (*own, *others) if p.is_leaf)
         return [(id(gradient), gradient._version) for gradient in gradients if gradient is not None]
 
     def entered(self, module: nn.Module) -> None:

@@ -240,8 +240,9 @@ class Recipe:
         priced = cost.by(kind)
         least = priced.share(smallest_cost(priced, full_ranks, **bounds))
         if least > share:
+            what = "time" if kind == "latency" else "cost"
             raise ValueError(
-                f"`target_{kind}` must be at least {share_above(least)} for this model, its cost when every "
+                f"`target_{kind}` must be at least {share_above(least)} for this model, its {what} when every "
                 f"factorized layer keeps its fewest ranks, got {share!r}{self._rest(plans, cost)}"
             )
 

@@ -102,7 +102,7 @@ def keep_by_budget(
     }
     ranks = {name: ladder[0] for name, ladder in ladders.items()}
     spent = cost.total(ranks)
-    if spent > budget:
+    if spent > budget * (1 + 1e-12):  # a share of a count rounds
         least, got = share_above(cost.share(spent)), cost.share(budget)
         raise ValueError(f"the budget must be at least {least} of the dense model's cost, got {got:.6g}")
     curves = {name: _curve(cost, name, energies[name], ladders[name], adds_up) for name in ladders}

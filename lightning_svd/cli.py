@@ -181,7 +181,7 @@ def _profile(options: argparse.Namespace) -> None:
     least = table.whole.samples[0][1] / table.whole.dense
     shown = {"written": str(options.out), "seconds": table.whole.dense, "layers": len(table.layers)}
     shown |= {"least share of the time that was measured": round(least, 4), **table.whole.conditions}
-    print(json.dumps(shown) if options.json else "\n".join(f"{name}: {value}" for name, value in shown.items()))
+    print(_as_json(shown) if options.json else "\n".join(f"{name}: {value}" for name, value in shown.items()))
 
 
 def _convert(options: argparse.Namespace) -> None:

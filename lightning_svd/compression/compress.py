@@ -29,13 +29,12 @@ from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.plan import with_reasons
 from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
-from lightning_svd.model.timing import measured_at
+from lightning_svd.model.timing import corrected
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.ranks.statistics import Basis, bases_of, sides, spectral_basis
 from lightning_svd.report.data import report_on
 from lightning_svd.training.recipe import Recipe
-from lightning_svd.training.run import CORRECTIONS
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -297,9 +296,11 @@ class _Compression:
         if timing is None:
             return
         energies = {name: torch.tensor(spectrum).square() for name, spectrum in self.spectra.items()}
-        for _ in range(CORRECTIONS):
-            ranks = self._ranks(energies, False)
-            self.cost = measured_at(self.model, self.plan, self.calls, timing, self.cost, ranks)
+
+        def choose(cost: ModelCost) -> dict[str, int]:
+            return self._ranks(energies, False, cost=cost)
+
+        self.cost = corrected(self.model, self.plan, self.calls, timing, self.cost, choose)
 
     def _forget(self, bases: dict[str, Basis], used: Sequence[Mapping[str, int]]) -> None:
         """Let go of what is not used with any of these ranks; a dense layer uses none."""
@@ -373,18 +374,21 @@ class _Compression:
             group[name], held = layer, held + mine
         yield group
 
-    def _ranks(self, values: Mapping[str, Tensor], adds_up: bool, share: float | None = None) -> dict[str, int]:
+    def _ranks(
+        self, values: Mapping[str, Tensor], adds_up: bool, share: float | None = None, cost: ModelCost | None = None
+    ) -> dict[str, int]:
         kind, target = self.recipe.target
+        cost = cost or self.cost
         values = {name: each.cpu() for name, each in values.items()}
         if kind == "energy":
-            ranks = keep_by_energy(values, self.cost.by("params"), target, **self.bounds)
+            ranks = keep_by_energy(values, cost.by("params"), target, **self.bounds)
         else:
-            cost = self.cost.by(kind)
-            budget = cost.budget(target if share is None else share)
-            ranks = keep_by_budget(values, cost, budget, adds_up=adds_up, **self.bounds)
+            priced = cost.by(kind)
+            budget = priced.budget(target if share is None else share)
+            ranks = keep_by_budget(values, priced, budget, adds_up=adds_up, **self.bounds)
         # A layer that stays dense has all its ranks, whatever bound there is for them.
         full = self.full_ranks
-        return {name: rank if self.cost.layers[name].pays(rank) else full[name] for name, rank in ranks.items()}
+        return {name: rank if cost.layers[name].pays(rank) else full[name] for name, rank in ranks.items()}
 
     @contextmanager
     def _having(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> Iterator[None]:

@@ -46,13 +46,14 @@ def linears_of(module: nn.Module) -> dict[str, nn.Module]:
     base = _base_of(module)
     if base is None:
         return {}
-    with _evaluating(module) if is_parametrized(module) else nullcontext():
+    # Spectral norm iterates whenever its weight is read in training.
+    with evaluating(module) if is_parametrized(module) else nullcontext():
         return {**KINDS[base].linears(module)}
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in evaluation inside, where spectral norm does not iterate whenever its weight is read."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """``module`` in evaluation inside, each of its modules in the mode it was in afterwards."""
     modes = {child: child.training for child in module.modules()}
     module.eval()
     try:

@@ -15,7 +15,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_svd.model.counting import as_arguments, evaluating
+from lightning_svd.layers.compounds import evaluating
+from lightning_svd.model.counting import as_arguments
 from lightning_svd.training.run import SVDTraining
 
 PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")

@@ -23,6 +23,7 @@ from torch.nn.modules import module as _of_all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_svd.layers.compounds import evaluating
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.parts import InParts
@@ -468,18 +469,6 @@ def call_again(call: Call) -> Any:
     # Clones: the model may write into what it gets.
     args, kwargs = mapped((call.args, call.kwargs), _once_each(fresh))
     return call.module(*args, **kwargs)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` in evaluation inside, each of its modules in the mode it was in afterwards."""
-    modes = {child: child.training for child in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes.items():
-            child.training = mode
 
 
 @contextmanager

@@ -26,11 +26,9 @@ from lightning_svd.layers.layer import FactorizedModule, SVDLayer
 from lightning_svd.layers.matrices import exact_products
 from lightning_svd.layers.parts import InParts, TakenApart
 from lightning_svd.layers.recurrent import SplitRecurrent
-from lightning_svd.model.calls import Call, evaluating, inputs_of, mapped, replay
+from lightning_svd.model.calls import Call, inputs_of, mapped, replay
 from lightning_svd.model.surgery import svd_layers
 from lightning_svd.ranks.costs import LayerCost, ModelCost
-
-__all__ = ["as_arguments", "count_calls", "count_costs", "count_params", "evaluating"]
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from lightning_svd.arguments import needs
-from lightning_svd.model.counting import as_arguments, count_params, evaluating
+from lightning_svd.layers.compounds import evaluating
+from lightning_svd.model.counting import as_arguments, count_params
 from lightning_svd.model.surgery import svd_layers, to_factored
 from lightning_svd.writing import whole_file
 

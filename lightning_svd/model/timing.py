@@ -33,6 +33,7 @@ SECONDS = 0.05  # for the two forms of a layer of a known rank
 LEVELS = 3  # of looking for steps between the ranks that were timed
 OF_LAYERS = 0.6  # share of the time that layers are measured in; the rest is for the whole
 SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of each layer's break-even rank, at which the whole is measured
+CORRECTIONS = 2  # of a budget of time, by the whole model's at the ranks that it would give
 BEND = 0.05  # by which a time is off the line between its neighbors where a staircase has a step
 
 
@@ -116,15 +117,15 @@ def profile_calls(model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[
     return LatencyTable(timed, replace(latency, conditions=conditions))
 
 
-def measured_at(
+def corrected(
     model: nn.Module,
     plans: Sequence[LayerPlan],
     calls: Sequence[Call],
     timing: Timing,
     cost: ModelCost,
-    ranks: Mapping[str, int],
+    choose: Callable[[ModelCost], Mapping[str, int]],
 ) -> ModelCost:
-    """The cost corrected by how long the whole takes at these very ranks.
+    """The cost corrected by how long the whole takes at the very ranks that are chosen by it.
 
     Args:
         model: As for :func:`profile_calls`.
@@ -132,23 +133,27 @@ def measured_at(
         calls: As there.
         timing: As there.
         cost: With latencies.
-        ranks: Of each factorized layer.
+        choose: The rank of each factorized layer at a cost.
     """
-    assert cost.latency is not None
-    pairs = {name: rank for name, rank in ranks.items() if cost.layers[name].pays(rank)}
     with _measuring():
-        dense, now = _Whole(model, plans, calls, timing).seconds([{}, pairs])
-    priced = cost.by("latency")
-    one_by_one, whole = priced.total(ranks) / 1e6, cost.latency.dense * now / dense
-    others = [(x, y) for x, y in cost.latency.samples if (x - one_by_one) * (y - whole) > 0]
-    return replace(cost, latency=replace(cost.latency, samples=tuple(sorted([*others, (one_by_one, whole)]))))
+        whole = _Whole(model, plans, calls, timing)
+        for _ in range(CORRECTIONS):
+            assert cost.latency is not None
+            ranks, priced = choose(cost), cost.by("latency")
+            pairs = {name: rank for name, rank in ranks.items() if cost.layers[name].pays(rank)}
+            dense, now = whole.seconds([{}, pairs])
+            one_by_one, seconds = priced.total(ranks) / 1e6, cost.latency.dense * now / dense
+            others = [(x, y) for x, y in cost.latency.samples if (x - one_by_one) * (y - seconds) > 0]
+            samples = tuple(sorted([*others, (one_by_one, seconds)]))
+            cost = replace(cost, latency=replace(cost.latency, samples=samples))
+    return cost
 
 
 def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> float:
     """How long a finished model takes for calls, as a share of a dense copy of it; both take turns."""
     with _measuring(), ExitStack() as stack:
         now, calls_now = _copied(model, calls, timing)
-        dense, _ = _copied(to_dense(now), [], timing)
+        dense = to_dense(now).eval()
         modules, names = dict(dense.named_modules()), {module: name for name, module in now.named_modules()}
         calls_dense = [replace(call, module=modules[names[call.module]]) for call in calls_now]
         actions = {
@@ -175,7 +180,7 @@ def _copied(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[nn
     twin = frozen_copy(model, "`target_latency` measures", "measure a copy of your own with `lightning_svd.profile`")
     twins = dict(twin.named_modules())
     calls = [replace(call, module=twins[names[call.module]]) for call in calls]
-    if timing.batch_size is not None and calls:
+    if timing.batch_size is not None:
         calls = _of_size(twin, calls, timing.batch_size)
     return twin, list(calls)
 

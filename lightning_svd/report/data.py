@@ -158,12 +158,9 @@ class LatencyReport:
         return self.seconds / self.dense_seconds
 
     def __str__(self) -> str:
-        how = f"({1e3 * self.dense_seconds:.3g} ms -> {1e3 * self.seconds:.3g} ms by the table"
-        return (
-            f"{self.ratio:.1%} of the time {how})"
-            if self.measured is None
-            else (f"{self.ratio:.1%} of the time {how}, {self.measured:.1%} measured)")
-        )
+        measured = "" if self.measured is None else f", {self.measured:.1%} measured"
+        seconds = f"{1e3 * self.dense_seconds:.3g} ms -> {1e3 * self.seconds:.3g} ms by the table"
+        return f"{self.ratio:.1%} of the time ({seconds}{measured})"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.layers.matrices import Factors, check_finite, refactorized, wide
+from lightning_svd.layers.matrices import Factors, refactorized, wide
 from lightning_svd.ranks.importance import OnData, sides
 from lightning_svd.ranks.statistics import Basis, Statistics
 from lightning_svd.training import processes
@@ -22,12 +22,12 @@ class Verdict:
     for bit.
 
     Args:
-        layers: By name, as they were when statistics were collected.
+        layers: By name, of finite parameters, in the form in which statistics were collected.
         importance: The metric.
         seen: Statistics of every layer. They are let go of one by one.
 
     Raises:
-        ValueError: If a layer's parameters are not finite; the message names it.
+        ValueError: If what a layer does on data cannot be decomposed; the message names it.
 
     Attributes:
         values: What each rank carries, (r,), descending. Of a layer that no batch reached, what it carries of the
@@ -45,8 +45,6 @@ class Verdict:
             mine = seen.pop(name)
             if name in self.unseen:
                 return [importance.values(importance.factors(layers[name]))]
-            for parameter in layers[name].form.trained:  # a step that went too far comes after what was observed
-                check_finite(parameter.detach(), name)
             try:
                 self._bases[name] = importance.basis(layers[name], mine)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in __all__

@@ -31,7 +31,7 @@ from lightning_svd.model.surgery import (
     trained_weights,
     undo,
 )
-from lightning_svd.model.timing import measured_at, share_of_dense, time_layers
+from lightning_svd.model.timing import corrected, share_of_dense, time_layers
 from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.report.data import LatencyReport, Pause, RankChange, SVDReport, report_on
@@ -45,8 +45,6 @@ from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
 from lightning_svd.training.trained_layers import TrainedLayers
-
-CORRECTIONS = 2  # of a budget of time, by the whole model's at the ranks that it would give
 
 
 class SVDTraining:
@@ -552,13 +550,10 @@ class SVDTraining:
 
         def choose() -> dict[str, int]:
             nonlocal cost
-            carried = _on_cpu(energies)
-            ranks = self._choose_ranks(carried, cost)
-            for _ in range(CORRECTIONS if pending is not None and clock >= pending and self._timed else 0):
-                assert timing is not None
-                cost = measured_at(self.model, self.plan, self._timed, timing, cost, ranks)
-                ranks = self._choose_ranks(carried, cost)
-            return ranks
+            by_cost = partial(self._choose_ranks, _on_cpu(energies))
+            if timing and self._timed and pending is not None and clock >= pending:
+                cost = corrected(self.model, self.plan, self._timed, timing, cost, by_cost)
+            return by_cost(cost)
 
         return self.policy.change(clock, self.full_ranks, before, choose), cost
 

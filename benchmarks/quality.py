@@ -6,8 +6,8 @@ Every method sees the same batches in the same order, and the optimizer recipe t
 Nesterov momentum or AdamW, weight decay, one cosine. Budgets are shares of the dense net's MACs.
 
 The time of each final model is measured too, as a share of the dense net's: both take turns, in evaluation, eager and
-in float32, and what counts is the median of the ratios. ``narrow`` is a dense net of fewer channels with the MACs of
-the budget, ``narrow_in_time`` one that takes as long as ours does at that budget.
+in float32, in a process that never trains, and what counts is the median of the ratios. ``narrow`` is a dense net of
+fewer channels with the MACs of the budget, ``narrow_in_time`` one that takes as long as ours does at that budget.
 
 Hours of work are divided among processes (``--jobs``) and resumed: rows that the file of ``--json`` holds already are
 not computed again. What two budgets share, such as the dense training before a truncation, is trained once, and its
@@ -24,15 +24,12 @@ import functools
 import json
 import logging
 import math
-import multiprocessing
-import os
 import statistics
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,8 @@ import images as image_data
 import nets
 import torch
 import torch.nn.functional as F
-from harness import Row, Table, against, command, cpu_name, in_turns, middle_half, times
+from clock import Clock, processes
+from harness import Row, Table, against, command, cpu_name, middle_half, times
 from lightning.pytorch import LightningModule, Trainer
 from step_cost import cut
 from torch import Tensor, nn
@@ -63,7 +61,6 @@ from lightning_svd.ranks.costs import ModelCost
 MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
 TIMED_BATCH = 64  # images, for the time of a model
-TURN = 0.005  # seconds that the dense net's turn takes at least
 SEARCH_SHARE = 0.2  # of the rounds for a row are those for each step of a search
 NEAR = 8  # widths on either side that are measured again where a search has ended
 # Told apart by those who do not see all colors (Okabe and Ito 2008, and one of Tol's); black is ours.
@@ -444,13 +441,14 @@ def width_in_time(setting: Setting) -> float:
 
     def ratios(asked: list[float]) -> dict[float, float]:
         models: dict[Any, nn.Module] = {"ours": base} | {width: setting.build(width) for width in asked}
-        seconds = timed(models, setting, max(1, round(SEARCH_SHARE * setting.rounds)))
+        seconds = clock.seconds(models, timed_batch(setting), max(1, round(SEARCH_SHARE * setting.rounds)))
         return {width: against(seconds[width], seconds["ours"])["ratio"] for width in asked}
 
     widths = nets.widths(setting.net)
-    found = widths.index(widest(widths, lambda width: ratios([width])[width] <= 1))
-    # A net of a few more channels may be faster: kernels compute several at once.
-    near = ratios(widths[max(0, found - NEAR) : found + NEAR + 1])
+    with Clock() as clock:
+        found = widths.index(widest(widths, lambda width: ratios([width])[width] <= 1))
+        # A net of a few more channels may be faster: kernels compute several at once.
+        near = ratios(widths[max(0, found - NEAR) : found + NEAR + 1])
     return max((width for width, ratio in near.items() if ratio <= 1), default=min(near, key=near.__getitem__))
 
 
@@ -512,31 +510,20 @@ def accuracy(model: nn.Module, setting: Setting) -> float:
     return right / len(labels)
 
 
-@torch.inference_mode()
-def timed(models: Mapping[Any, nn.Module], setting: Setting, rounds: int) -> dict[Any, list[float]]:
-    """Seconds that each model takes for a batch in each round, in evaluation, the first round left out.
-
-    In this process, which has trained: its allocator holds memory that a new one takes anew for every large tensor,
-    so that nets of many tensors are a little quicker here.
-    """
-    x = setting.images.train[0][:TIMED_BATCH].contiguous(memory_format=torch.channels_last)
-    for model in models.values():
-        model.eval().to(memory_format=torch.channels_last)
-    actions = {name: functools.partial(model, x) for name, model in models.items()}
-    first = next(iter(actions))
-    seconds = in_turns({first: actions[first]}, rounds=1)[first][0]
-    return in_turns(actions, rounds, repeats=max(1, round(TURN / seconds)))
+def timed_batch(setting: Setting) -> Tensor:
+    """What models compute when their time is taken."""
+    return setting.images.train[0][:TIMED_BATCH]
 
 
-def time_of(model: nn.Module, setting: Setting) -> Row:
+def time_of(model: nn.Module, setting: Setting, clock: Clock) -> Row:
     """The part of a row that tells how long a model takes, as a share of the dense net's time."""
-    seconds = timed({"dense": setting.build(), "model": model}, setting, setting.rounds)
+    seconds = clock.seconds({"dense": setting.build(), "model": model}, timed_batch(setting), setting.rounds)
     found = against(seconds["model"], seconds["dense"])
     return {"time": found["ratio"], "time_low": found["low"], "time_high": found["high"]}
 
 
-def measure(method: str, setting: Setting) -> Row:
-    """Train and test once."""
+def measure(method: str, setting: Setting) -> tuple[Row, nn.Module]:
+    """Train and test once: the row, as far as it is no matter of time, and the model."""
     width = {"width": WIDTHS[method](setting)} if method in WIDTHS else {}
     shared = SHARED_STARTS.get(method)
     seconds = shared.seconds(setting) if shared else 0.0
@@ -545,7 +532,7 @@ def measure(method: str, setting: Setting) -> Row:
     seconds += time.perf_counter() - start
     example = setting.images.test[0][:1]
     report = summarize(model.eval(), example)
-    return {
+    row = {
         "method": method,
         "target": setting.target,
         "seed": setting.seed,
@@ -555,32 +542,25 @@ def measure(method: str, setting: Setting) -> Row:
         "epochs": setting.epochs,
         "seconds": round(seconds, 1),
         **width,
-        **time_of(model, setting),
     }
+    return row, model
 
 
-def work(method: str, settings: list[Setting], threads: int) -> list[Row]:
+def work(method: str, settings: list[Setting]) -> list[tuple[Row, nn.Module]]:
     """What one process does: one method and seed at all budgets."""
-    torch.set_num_threads(threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
     return [measure(method, setting) for setting in settings]
 
 
-def end_with_parent() -> None:
-    """Have this process end when the one that started it has ended, by whatever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def run_all(units: Iterable[tuple[str, list[Setting]]], jobs: int, threads: int) -> Iterator[list[Row]]:
     """The rows of each unit of work as soon as they are there."""
     units = list(units)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
-        futures = [pool.submit(work, method, settings, threads) for method, settings in units]
+    with processes(jobs, threads) as pool, Clock(threads) as clock:
+        futures = {pool.submit(work, method, settings): settings for method, settings in units}
         for done, future in enumerate(as_completed(futures), 1):
-            yield future.result()
+            found = zip(future.result(), futures[future], strict=True)
+            yield [row | time_of(model, setting, clock) for (row, model), setting in found]
             print(f"{done} of {len(units)}", flush=True)
 
 

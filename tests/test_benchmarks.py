@@ -353,16 +353,23 @@ def test_a_narrow_net_is_the_widest_within_the_macs():
 def test_a_net_that_is_narrow_in_time_takes_no_longer_than_ours(monkeypatch):
     # Time made up: a unit for each hidden unit, and one width of more that is quicker than those just below.
     mine = setting(seed=1)
-    takes = {"ours": 100.0, 107: 99.0}
 
-    def timed(models, setting, rounds):
-        return {name: [takes.get(name, name)] * rounds for name in models}
+    class Clock:
+        def __enter__(self):
+            return self
 
-    monkeypatch.setattr(quality, "timed", timed)
+        def __exit__(self, *error):
+            pass
+
+        def seconds(self, models, x, rounds):
+            return {name: [takes.get(name, takes["other"] or name)] * rounds for name in models}
+
+    monkeypatch.setattr(quality, "Clock", Clock)
+    takes = {"ours": 100.0, 107: 99.0, "other": None}
     assert quality.width_in_time.__wrapped__(mine) == 107
-    monkeypatch.setattr(quality, "timed", lambda models, *rest: {name: [name == "ours" or 2] for name in models})
+    takes = {"ours": 1, "other": 2}
     assert quality.width_in_time.__wrapped__(mine) == 1
-    monkeypatch.setattr(quality, "timed", lambda models, *rest: {name: [name == "ours" or 0.5] for name in models})
+    takes = {"ours": 1, "other": 0.5}
     assert quality.width_in_time.__wrapped__(mine) == 256
 
 

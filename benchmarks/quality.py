@@ -44,9 +44,8 @@ from lightning.pytorch import LightningModule, Trainer
 from step_cost import cut
 from torch import Tensor, nn
 
+import lightning_svd
 from lightning_svd import (
-    FallToBudget,
-    Regularizer,
     SVDTrainingCallback,
     add_gradients,
     decompose,
@@ -487,12 +486,19 @@ def method_named(name: str) -> Callable[[Setting], nn.Module]:
 
 
 def built(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the objects that JSON cannot hold: ``schedule`` and ``regularizer`` made of their own."""
-    kinds = {"schedule": FallToBudget, "regularizer": Regularizer}
+    """The arguments with the objects that JSON cannot hold: ``schedule`` and ``regularizer`` made of their own.
+
+    A schedule is a ``FallToBudget`` unless it names another "class".
+    """
+    kinds = {"schedule": "FallToBudget", "regularizer": "Regularizer"}
     return {
-        name: kinds[name](**value) if name in kinds and isinstance(value, dict) else value
+        name: _made(kinds[name], **value) if name in kinds and isinstance(value, dict) else value
         for name, value in arguments.items()
     }
+
+
+def _made(kind: str, **arguments: Any) -> Any:
+    return getattr(lightning_svd, arguments.pop("class", kind))(**arguments)
 
 
 # ------------------------------------------------------------------------------------------------------------- running

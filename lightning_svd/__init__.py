@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from lightning_svd.ranks.latency import LatencyTable
     from lightning_svd.report.data import LatencyReport, LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
-    from lightning_svd.training.policies import FallToBudget, Finetune, RankPolicy
+    from lightning_svd.training.policies import Alternating, FallToBudget, Finetune, RankPolicy
     from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
 
 __version__ = "0.2.0"
 
 __all__ = [
+    "Alternating",
     "CompressionReport",
     "Distillation",
     "FallToBudget",
@@ -75,7 +76,7 @@ _HOMES = {
     "save_low_rank": "files.low_rank",
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
-    **dict.fromkeys(("FallToBudget", "Finetune", "RankPolicy"), "training.policies"),
+    **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "RankPolicy"), "training.policies"),
     **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),

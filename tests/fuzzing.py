@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_svd import FallToBudget, SVDLayer, SVDTraining, svd_layers
+from lightning_svd import Alternating, FallToBudget, RankPolicy, SVDLayer, SVDTraining, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import FactorizedModule, own_class
 from lightning_svd.layers.matrices import roundoff
@@ -40,6 +40,9 @@ AMPLIFIED = 1e4
 FINISHED, REFUSED = "finished, all as it must be", "refused by name, left as it was"
 COUNTS: Counter[tuple[str, str]] = Counter()
 EVENTS: Counter[str] = Counter()
+
+
+POLICIES: dict[str, type[RankPolicy]] = {"fall": FallToBudget, "alternating": Alternating}
 
 
 class RefusedError(Exception):
@@ -112,6 +115,7 @@ class Case:
         network: The network.
         optimizers: How its optimizers are made.
         schedule: Arguments of the schedule.
+        policy: Which schedule: "fall" or "alternating".
         arguments: Of the run, beside the schedule.
         steps: Of the whole run.
         watched: Whether a metric is watched, so that ranks may pause.
@@ -123,6 +127,11 @@ class Case:
     arguments: tuple[tuple[str, Any], ...] = ()
     steps: int = 8
     watched: bool = False
+    policy: str = "fall"
+
+    @property
+    def planned(self) -> RankPolicy:
+        return POLICIES[self.policy](**dict(self.schedule))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -157,6 +166,15 @@ def cases(draw: Any, simple: bool = False) -> Case:
         "cuts": draw(st.integers(1, 4)),
         "ramp": draw(st.sampled_from(["linear", "constant", None])),
     }
+    policy = draw(st.sampled_from(["fall", "fall", "alternating"]))
+    if policy == "alternating":
+        schedule = {
+            "start": draw(st.sampled_from([0.0, 0.2, 0.4])),
+            "end": draw(st.sampled_from([0.7, 1.0])),
+            "last_full": draw(st.sampled_from([0.1, 0.3])),
+            "cycles": draw(st.integers(1, 3)),
+            "ramp": schedule["ramp"],
+        }
     target = draw(st.sampled_from(["target_macs", "target_params", "energy_threshold"]))
     arguments: dict[str, Any] = {target: draw(st.sampled_from([0.2, 0.4, 0.7, 0.9, 1.0]))}
     optional: dict[str, list[Any]] = {
@@ -180,7 +198,7 @@ def cases(draw: Any, simple: bool = False) -> Case:
     network = draw(descriptions(simple))
     if arguments.get("distill"):  # whose distance has no bound, as the loss here has: the run would diverge
         optimizers = replace(optimizers, fast=False)
-    return Case(network, optimizers, tuple(schedule.items()), tuple(arguments.items()), steps, watched)
+    return Case(network, optimizers, tuple(schedule.items()), tuple(arguments.items()), steps, watched, policy)
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs
@@ -273,7 +291,7 @@ class Run(Plain):
             self.done, self.touched = state["done"], True
         self.before = Snapshot(self.model, self.optimizers)
         guard = MetricGuard("loss", "min", 0.1) if case.watched else None
-        options = {"schedule": FallToBudget(**dict(case.schedule)), **case.options}
+        options = {"schedule": case.planned, **case.options}
         noise = torch.get_rng_state()
         try:
             self.training = SVDTraining(
@@ -436,8 +454,13 @@ class Reference:
                 self._set((name, ""), p.detach().clone())
         schedule = dict(run.case.schedule)
         first, last = schedule["start"] * run.case.steps, schedule["end"] * run.case.steps
-        steps = [first + (last - first) * (k + 1) / schedule["cuts"] for k in range(schedule["cuts"])]
-        self.cuts = sorted({min(run.case.steps, max(1, round(step))) for step in steps})
+        if run.case.policy == "fall":
+            steps = [(first + (last - first) * (k + 1) / schedule["cuts"], True) for k in range(schedule["cuts"])]
+        else:
+            between = (last - schedule["last_full"] * run.case.steps - first) / (2 * schedule["cycles"] - 1)
+            steps = [*((first + between * k, k % 2 == 0) for k in range(2 * schedule["cycles"])), (last, True)]
+        self.is_cut = {min(run.case.steps, max(1, round(step))): is_cut for step, is_cut in steps}
+        self.cuts = sorted(self.is_cut)
         self.done = self.paused = 0
 
     # Matrices and weights
@@ -587,12 +610,17 @@ class Reference:
         clock = self.done - self.paused
         final = clock >= self.cuts[-1]
         self.cuts = [step for step in self.cuts if step > clock]
+        returns = not self.is_cut[max(step for step in self.is_cut if step <= clock)]
         for layer, form in [*self.forms.items()]:
+            before, rank = self.ranks[layer], self.run.training.layers[layer].rank
+            self.ranks[layer] = rank
+            if returns:
+                self._bring_back(layer, before)
+                continue
             if form == "dense":
                 self._factorize(layer)
             else:
-                self._sort(layer)
-            self.ranks[layer] = rank = self.run.training.layers[layer].rank
+                self._sort(layer, before)
             for key in "UsV":
                 for name, remembered in self.memory[layer, key].items():
                     if name != "step":
@@ -611,9 +639,19 @@ class Reference:
             elif final:
                 self._dense(layer, self.weight(layer).detach())
 
-    def _sort(self, layer: str) -> None:
+    def _bring_back(self, layer: str, before: int) -> None:
+        """All ranks are used again; of those beyond ``before`` there is nothing but the vectors."""
+        if self.forms[layer] == "dense":
+            return
+        self.values[layer, "s"][..., before:] = 0
+        for key in "UsV":
+            grad = self.grads[layer, key]
+            for remembered in [*self.memory[layer, key].values(), *([] if grad is None else [grad])]:
+                if torch.is_tensor(remembered):
+                    remembered[..., before:] = 0
+
+    def _sort(self, layer: str, rank: int) -> None:
         """The exact factors in the place of those that were trained; what is remembered of a column follows it."""
-        rank = self.ranks[layer]
         U, s, V = (self.values[layer, key][..., :rank].clone() for key in "UsV")
         carried = (s.square() * U.square().sum(-2) * V.square().sum(-2)).sum(0)
         order = carried.argsort(descending=True)
@@ -748,7 +786,8 @@ class Expected:
             assert min(run.case.options.get("min_rank", 1), layer.full_rank) <= layer.rank <= layer.full_rank, name
             # Who ends dense because its last ranks do not pay has room for all of them again.
             ends_dense = training.policy.pending is None and layer.form.name == "dense"
-            assert self.ranks is None or layer.rank <= self.ranks[name] or ends_dense, f"the rank of {name} rises"
+            falls = self.ranks is None or layer.rank <= self.ranks[name]
+            assert falls or ends_dense or run.case.policy == "alternating", f"the rank of {name} rises"
             assert layer.rank == ranks[name] <= layer.form.room
         self.ranks = ranks
 

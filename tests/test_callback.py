@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_svd import (
+    Alternating,
     FallToBudget,
     Finetune,
     Fisher,
@@ -505,9 +506,15 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
             "`regularizer` must be one of 'hoyer', 'hoyer_square', 'l1', None or a Regularizer, got 'l2'",
         ),
         ({"regularizer": {"sparsity": "l1"}}, r"`regularizer` must be one of .*, got \{'sparsity': 'l1'\}"),
-        ({"schedule": "rise"}, "`schedule` must be one of 'fall', 'finetune' or a RankPolicy, got 'rise'"),
-        ({"schedule": None}, "`schedule` must be one of 'fall', 'finetune' or a RankPolicy, got None"),
-        ({"schedule": FallToBudget}, "`schedule` must be one of 'fall', 'finetune' or a RankPolicy, got <class"),
+        (
+            {"schedule": "rise"},
+            "`schedule` must be one of 'fall', 'finetune', .* or a RankPolicy, got 'rise'",
+        ),
+        ({"schedule": None}, "`schedule` must be one of 'fall', 'finetune', .* or a RankPolicy, got None"),
+        (
+            {"schedule": FallToBudget},
+            "`schedule` must be one of 'fall', 'finetune', .* or a RankPolicy, got <class",
+        ),
         (
             {"importance": "taylor"},
             "`importance` must be one of 'auto', 'spectrum', 'outputs', 'fisher' or an Importance, got 'taylor'",
@@ -531,6 +538,7 @@ def test_constructor_names_the_argument_and_the_value(arguments, message):
         ({}, {"schedule": FallToBudget(), "regularizer": Regularizer(), "importance": Spectrum()}),
         ({"regularizer": "l1"}, {"regularizer": Regularizer("l1")}),
         ({"schedule": "finetune"}, {"schedule": Finetune(), "importance": Fisher()}),
+        ({"schedule": "alternating"}, {"schedule": Alternating()}),
         ({"importance": "outputs"}, {"importance": Outputs()}),
         ({"regularizer": None}, {"regularizer": Regularizer(None)}),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_svd
-from lightning_svd import FallToBudget, Regularizer, SVDTrainingCallback
+from lightning_svd import Alternating, FallToBudget, Regularizer, SVDTrainingCallback
 
 ROOT = Path(__file__).parents[1]
 MODULE = re.compile(r"`(\w+\.py)`")
@@ -29,9 +29,17 @@ def test_every_argument_is_on_its_page_with_its_default():
     assert documented_arguments() == {parameter.name: parameter.default for parameter in parameters}
 
 
-@pytest.mark.parametrize("kind", [FallToBudget, Regularizer])
-def test_every_argument_of_an_object_is_in_its_table_with_its_default(kind):
-    section = ARGUMENTS.split(f"of `{kind.__name__}`", 1)[1].split("\n\n|", 1)[1].split("\n\n", 1)[0]
+@pytest.mark.parametrize(
+    ("kind", "page", "before"),
+    [
+        (FallToBudget, "arguments.md", "of `FallToBudget`"),
+        (Regularizer, "arguments.md", "of `Regularizer`"),
+        (Alternating, "schedules.md", "## Alternating"),
+    ],
+)
+def test_every_argument_of_an_object_is_in_its_table_with_its_default(kind, page, before):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8").split(before, 1)[1]
+    section = text.split("\n\n| argument", 1)[1].split("\n\n", 1)[0]
     rows = re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE)
     parameters = inspect.signature(kind).parameters.values()
     assert [(name, ast.literal_eval(value)) for name, value in rows] == [(p.name, p.default) for p in parameters]

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from models import EMAWeightAveraging, ValidatedNet, data, quiet_trainer
 from torch import nn
 
-from lightning_svd import FallToBudget, Fisher, SVDTrainingCallback, svd_layers
+from lightning_svd import Alternating, FallToBudget, Fisher, SVDTrainingCallback, svd_layers
 
 STEPS, BATCHES = 24, list(data())
 SGD = {"optimizer": "SGD", "momentum": 0.9, "weight_decay": 0.01}
@@ -80,14 +80,14 @@ def cloned(state):
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in state.items()}
 
 
-def fit(options, *callbacks, ckpt_path=None, svd=True, full_rank_as="svd", importance="auto", distill=False, **trainer):
+FALL = FallToBudget(start=0.2, end=0.8, cuts=6)
+
+
+def fit(options, *callbacks, ckpt_path=None, svd=True, arguments=None, **trainer):
     """Fit a new model in a new Trainer; everything that is left of it."""
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
     keep = Keep()
-    schedule = FallToBudget(start=0.2, end=0.8, cuts=6)
-    ours = SVDTrainingCallback(
-        target_macs=0.4, schedule=schedule, full_rank_as=full_rank_as, importance=importance, distill=distill
-    )
+    ours = SVDTrainingCallback(**{"target_macs": 0.4, "schedule": FALL, "full_rank_as": "svd"} | (arguments or {}))
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)
@@ -135,24 +135,38 @@ def test_lightning_itself_resumes_the_dense_run_exactly(tmp_path):
 @pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
 @pytest.mark.parametrize("options", [SGD, ADAM], ids=["sgd", "adam"])
 def test_resuming_at_any_step_ends_the_same(options, full_rank_as, tmp_path):
-    expected = fit(options, every_step(tmp_path), full_rank_as=full_rank_as)
+    ours = {"full_rank_as": full_rank_as}
+    expected = fit(options, every_step(tmp_path), arguments=ours)
     assert expected["step"] == STEPS and len(expected["report"]["timeline"]) >= 3
     for step in range(1, STEPS):
-        resumed = fit(options, ckpt_path=tmp_path / f"step={step}.ckpt", full_rank_as=full_rank_as)
+        resumed = fit(options, ckpt_path=tmp_path / f"step={step}.ckpt", arguments=ours)
         assert_equal(resumed, expected, f"from step {step}")
 
 
 @pytest.mark.parametrize("full_rank_as", ["svd", "dense"])
 def test_resuming_at_any_step_ends_the_same_where_ranks_are_judged_by_data(full_rank_as, tmp_path):
     ours = {"full_rank_as": full_rank_as, "importance": Fisher(2)}
-    expected = fit(ADAM, every_step(tmp_path), **ours)
+    expected = fit(ADAM, every_step(tmp_path), arguments=ours)
     assert len(expected["report"]["timeline"]) >= 3
     for step in range(1, STEPS):
-        assert_equal(fit(ADAM, ckpt_path=tmp_path / f"step={step}.ckpt", **ours), expected, f"from step {step}")
+        resumed = fit(ADAM, ckpt_path=tmp_path / f"step={step}.ckpt", arguments=ours)
+        assert_equal(resumed, expected, f"from step {step}")
     with pytest.raises(
         ValueError, match="was written with an `importance` that needs data, asked for one that does not"
     ):
         fit(ADAM, ckpt_path=tmp_path / "step=2.ckpt")
+
+
+SCHEDULES = {"alternating": Alternating(start=0.2, end=0.9, last_full=0.2, cycles=2)}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resuming_at_any_step_ends_the_same_with_other_schedules(name, tmp_path):
+    ours = {"schedule": SCHEDULES[name]}
+    expected = fit(ADAM, every_step(tmp_path), arguments=ours)
+    for step in range(1, STEPS):
+        resumed = fit(ADAM, ckpt_path=tmp_path / f"step={step}.ckpt", arguments=ours)
+        assert_equal(resumed, expected, f"from step {step}")
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

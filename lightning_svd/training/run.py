@@ -41,7 +41,7 @@ from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.judging import Verdict
 from lightning_svd.training.observation import Observer, observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
-from lightning_svd.training.policies import Change, ChooseRanks, FallToBudget
+from lightning_svd.training.policies import Change, ChooseRanks
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
 from lightning_svd.training.trained_layers import TrainedLayers
@@ -450,9 +450,7 @@ class SVDTraining:
         """
         assert self.guard is not None
         guard, value = self.guard, processes.decide(metric)
-        started = not isinstance(self.policy, FallToBudget) or self.clock(step) >= self.policy.start * self.total_steps
-        falling = self.policy.pending is not None and started
-        return guard.see(step, value, falling and guard.has_fallen(value))
+        return guard.see(step, value, self.policy.may_pause(self.clock(step)) and guard.has_fallen(value))
 
     def after_step(self, step: int, epoch: int = 0, due: bool | None = None) -> RankChange | None:
         """Cut ranks if it is time.
@@ -475,7 +473,11 @@ class SVDTraining:
         due = due and not self.paused and self.cost is not None
         if self.observer is None:
             return self.cut(step, epoch) if due else None
-        change = self.cut(step, epoch) if self._is_ready(due, self.observer) else None
+        if due and not self.policy.judges(self.clock(step)):
+            self._waits = False  # whatever waited, the policy has gone on meanwhile
+            change = self.cut(step, epoch)
+        else:
+            change = self.cut(step, epoch) if self._is_ready(due, self.observer) else None
         self._plan_observation(step)
         return change
 
@@ -484,7 +486,10 @@ class SVDTraining:
     def _plan_observation(self, step: int) -> None:
         """Say whether the next batch is observed: ahead of a cut, or for one that waits."""
         assert isinstance(self.importance, OnData)
-        soon = self.policy.pending is not None and self.policy.is_due(self.clock(step) + self.importance.steps)
+        clock, soon = self.clock(step), False
+        if self.policy.pending is not None and self.policy.is_due(clock + self.importance.steps):
+            ahead = range(clock + 1, clock + self.importance.steps + 1)
+            soon = any(self.policy.is_due(later) and self.policy.judges(later) for later in ahead)
         self._observes = soon or self._waits
 
     def _observe(self) -> None:
@@ -513,7 +518,7 @@ class SVDTraining:
     # ------------------------------------------------------------------------------------------------------------ a cut
 
     def cut(self, step: int, epoch: int) -> RankChange | None:
-        """Refactorize what was trained and keep the ranks that the policy says; None if no rank changes.
+        """Refactorize what was trained and use the ranks that the policy says; None if no rank changes.
 
         Raises:
             ValueError: If a layer's factors are not finite; the message names it.
@@ -521,18 +526,20 @@ class SVDTraining:
         before, clock = self.ranks(), self.clock(step)
         processes.meet(self._device)
         processes.agree(self._check_finite)
-        verdict = self._verdict() if self.observer is not None else None
-        energies = verdict.values if verdict else self._trained.refactorize()
+        judges, verdict, energies = self.policy.judges(clock), None, dict[str, Tensor]()
+        if judges:
+            verdict = self._verdict() if self.observer is not None else None
+            energies = verdict.values if verdict else self._trained.refactorize()
         change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
         self.policy.resume(clock)
         self.last_cut = clock
         fall = [name for name, rank in change.ranks.items() if rank < self.layers[name].rank]
         if verdict:
             for name, factors in verdict.cut({name: change.ranks[name] for name in fall}):
-                self._trained.take(name, factors)
-        else:
+                self._trained.take(name, factors, change.may_return)
+        elif judges:
             self._trained.refactorize_coarse(fall)
-        self._trained.keep(change.ranks)
+        self._trained.keep(change.ranks, change.may_return)
         if change.final:
             self._trained.train_as_final(lambda name, rank: self._known_cost.layers[name].pays(rank))
             self.penalties = None

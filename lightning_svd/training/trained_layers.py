@@ -114,9 +114,18 @@ class TrainedLayers:
         for together, factors in self._exact([name for name in names if _is_coarse(self.by_name[name])]):
             self._take([self.by_name[name] for name in together], factors)
 
-    def take(self, name: str, factors: Factors) -> None:
-        """Let a layer take exact factors, (m, r), (r,) and (n, r), of a rank r below its own."""
+    def take(self, name: str, factors: Factors, may_return: bool = False) -> None:
+        """Let a layer take exact factors, (m, r), (r,) and (n, r), of a rank r below its own.
+
+        Args:
+            name: Of the layer.
+            factors: In the place of its strongest ranks.
+            may_return: Whether the other ranks may be used again.
+        """
         layer = self.by_name[name]
+        if isinstance(layer.form, DenseForm) and may_return:
+            for names, stacked in self._exact([name]):
+                self.replace([layer.to_svd(whole) for _, whole in _one_by_one(names, stacked)])
         if isinstance(layer.form, DenseForm):
             self.replace([layer.to_svd(factors)])
         else:
@@ -150,24 +159,43 @@ class TrainedLayers:
             if not stays:
                 self._move(form.trained, form.trained, partial(_in_order, order=order))
 
-    # ------------------------------------------------------------------------------------------------------ fewer ranks
+    # --------------------------------------------------------------------------------------------- fewer ranks, or more
 
-    def keep(self, ranks: Mapping[str, int]) -> None:
-        """Use this many ranks of each layer; where they are less than half of what it stores, storage shrinks."""
+    def keep(self, ranks: Mapping[str, int], may_return: bool = False) -> None:
+        """Use this many ranks of each layer; where they are less than half of what it stores, storage shrinks.
+
+        A rank that returns has the vectors that it had, s = 0, and nothing is remembered of it.
+
+        Args:
+            ranks: By name.
+            may_return: Whether ranks that are not used may be used again: then storage stays.
+
+        Raises:
+            ValueError: If ranks are to return that are not stored any more.
+        """
         for name, rank in ranks.items():
             layer = self.by_name[name]
-            if not isinstance(layer.form, SVDForm) or rank >= layer.rank:
+            if not isinstance(layer.form, SVDForm) or rank == layer.rank:
                 continue
-            layer.form.rank = rank
-            if 2 * rank < layer.form.room:
+            if rank > layer.form.room:
+                raise ValueError(
+                    f"`schedule` asks for {rank} ranks of `{name}`, of which {layer.form.room} are stored: a policy "
+                    "whose ranks return says so with each change, `Change(..., may_return=True)`, and a run is "
+                    "resumed with the one that it was begun with"
+                )
+            before, layer.form.rank = layer.rank, rank
+            if 2 * rank < layer.form.room and not may_return:
                 old, new = layer.shrink()
                 self._move(old, new, partial(_first_columns, rank=rank))
                 continue
             parameters = layer.form.trained
+            if rank > before:
+                with torch.no_grad():
+                    _without_columns(layer.form.parameters["s"], before)
             for parameter in parameters:
                 if parameter.grad is not None:
-                    parameter.grad.narrow(-1, rank, parameter.shape[-1] - rank).zero_()
-            self._move(parameters, parameters, partial(_without_columns, rank=rank))
+                    _without_columns(parameter.grad, min(before, rank))
+            self._move(parameters, parameters, partial(_without_columns, rank=min(before, rank)))
 
     def train_as_final(self, pays: Callable[[str, int], bool]) -> None:
         """Train layers as what they are going to be: pairs without s and penalties, or dense.

@@ -1,83 +1,14 @@
-"""Which ranks when: what is to change in a run after a step."""
+"""Ranks fall to the budget, over a stretch of the run or at once from a trained net."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
-from torch import Tensor
 
 from lightning_svd.arguments import check_choice, check_count, check_share
 from lightning_svd.ranks.allocation import interpolate
-from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.training.policies.policy import Change, RankPolicy
 from lightning_svd.training.schedules import SHAPES, cut_steps, removal, strength
-
-ChooseRanks = Callable[[dict[str, Tensor], ModelCost], dict[str, int]]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What is to change.
-
-    Attributes:
-        ranks: The rank that each layer is to use.
-        final: Whether ranks are final, so that layers can train as what they are going to be.
-    """
-
-    ranks: Mapping[str, int]
-    final: bool
-
-
-class RankPolicy(ABC):
-    """When ranks change in a run, and to what.
-
-    Attributes:
-        importance: What ranks are judged by where the user does not say it.
-        full_rank_as: What layers are trained as before the first cut where the user does not say it.
-    """
-
-    importance: ClassVar[str] = "spectrum"
-    full_rank_as: ClassVar[str] = "svd"
-
-    @abstractmethod
-    def begin(self, total_steps: int) -> None:
-        """Plan a run of this many optimizer steps."""
-
-    @abstractmethod
-    def resume(self, last_change: int) -> None:
-        """Go on after the change that was made at this step; 0 if none was."""
-
-    @abstractmethod
-    def is_due(self, step: int) -> bool:
-        """Whether something is to change after this many steps."""
-
-    @abstractmethod
-    def change(
-        self,
-        step: int,
-        full: Mapping[str, int],
-        now: Mapping[str, int],
-        choose: Callable[[], Mapping[str, int]],
-    ) -> Change:
-        """What is to change after this many steps.
-
-        Args:
-            step: How many were taken.
-            full: The ranks at the start.
-            now: The ranks in use.
-            choose: Gives the ranks to end with, judged by the model as it is now.
-        """
-
-    @abstractmethod
-    def strength(self, step: int) -> float:
-        """The sparsity strength in the step after this many, as a share of its full weight."""
-
-    @property
-    @abstractmethod
-    def pending(self) -> int | None:
-        """The step of the last change that is still to come; None if all were made."""
 
 
 @dataclass(kw_only=True)
@@ -144,6 +75,9 @@ class FallToBudget(RankPolicy):
     def pending(self) -> int | None:
         return self._steps[-1] if self._steps else None
 
+    def may_pause(self, step: int) -> bool:
+        return super().may_pause(step) and step >= self.start * self.total_steps
+
 
 @dataclass(kw_only=True)
 class Finetune(FallToBudget):
@@ -160,6 +94,3 @@ class Finetune(FallToBudget):
     end: float = 0.02
     cuts: int = 1
     ramp: str | None = None
-
-
-SCHEDULES: dict[str, type[RankPolicy]] = {"fall": FallToBudget, "finetune": Finetune}

@@ -1,0 +1,13 @@
+"""Which ranks when: what is to change in a run after a step."""
+
+from lightning_svd.training.policies.alternating import Alternating
+from lightning_svd.training.policies.fall import FallToBudget, Finetune
+from lightning_svd.training.policies.policy import Change, ChooseRanks, RankPolicy
+
+SCHEDULES: dict[str, type[RankPolicy]] = {
+    "fall": FallToBudget,
+    "finetune": Finetune,
+    "alternating": Alternating,
+}
+
+__all__ = ["SCHEDULES", "Alternating", "Change", "ChooseRanks", "FallToBudget", "Finetune", "RankPolicy"]

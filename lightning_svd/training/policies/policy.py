@@ -1,0 +1,91 @@
+"""The interface of what decides which ranks are used when: ``RankPolicy``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lightning_svd.ranks.costs import ModelCost
+
+ChooseRanks = Callable[[dict[str, Tensor], ModelCost], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to change.
+
+    Attributes:
+        ranks: The rank that each layer is to use.
+        final: Whether ranks are final, so that layers can train as what they are going to be.
+        may_return: Whether ranks that are not used now may be used again, so that their vectors stay stored. Ranks
+            that return have the vectors that they had, s = 0, so that the model computes what it did, and no momentum.
+    """
+
+    ranks: Mapping[str, int]
+    final: bool
+    may_return: bool = False
+
+
+class RankPolicy(ABC):
+    """When ranks change in a run, and to what.
+
+    Attributes:
+        importance: What ranks are judged by where the user does not say it.
+        full_rank_as: What layers are trained as before the first change where the user does not say it.
+    """
+
+    importance: ClassVar[str] = "spectrum"
+    full_rank_as: ClassVar[str] = "svd"
+
+    @abstractmethod
+    def begin(self, total_steps: int) -> None:
+        """Plan a run of this many optimizer steps."""
+
+    @abstractmethod
+    def resume(self, last_change: int) -> None:
+        """Go on after the change that was made at this step; 0 if none was."""
+
+    @abstractmethod
+    def is_due(self, step: int) -> bool:
+        """Whether something is to change after this many steps."""
+
+    def judges(self, step: int) -> bool:
+        """Whether what is due after this many steps depends on what ranks carry, which takes an SVD of each layer.
+
+        If not, factors stay as they are trained, and ``choose`` is not to be called.
+        """
+        return True
+
+    @abstractmethod
+    def change(
+        self,
+        step: int,
+        full: Mapping[str, int],
+        now: Mapping[str, int],
+        choose: Callable[[], Mapping[str, int]],
+    ) -> Change:
+        """What is to change after this many steps.
+
+        Args:
+            step: How many were taken.
+            full: The ranks at the start.
+            now: The ranks in use.
+            choose: Gives the ranks to end with, judged by the model as it is now.
+        """
+
+    @abstractmethod
+    def strength(self, step: int) -> float:
+        """The sparsity strength in the step after this many, as a share of its full weight."""
+
+    @property
+    @abstractmethod
+    def pending(self) -> int | None:
+        """The step of the last change that is still to come; None if all were made."""
+
+    def may_pause(self, step: int) -> bool:
+        """Whether a metric that has fallen by this step may halt the policy until it has recovered."""
+        return self.pending is not None

@@ -238,18 +238,22 @@ def test_the_best_file_is_tested_on_the_final_model(weights_only, final, tmp_pat
     assert callback.report is report and str(report) == told
 
 
-@pytest.mark.parametrize("final", ["factored", "dense", "decomposed"])
-def test_a_file_saved_after_the_fit_opens_too_and_tests_the_same(final, tmp_path):
-    model, _, trainer, _ = fit(final=final)
-    path = tmp_path / "final.ckpt"
-    trainer.save_checkpoint(path)
-    with torch.no_grad():
-        expected = model(batch()[0])
-    for outputs in opened_by_a_stranger([str(path)], tmp_path)[str(path)]:
-        assert_same(outputs, expected, LARGEST)
-    for p in model.parameters():
-        p.data.zero_()
-    assert_loss(*trainer.test(model, data(8, dtype=torch.float64), ckpt_path=path, verbose=False), expected)
+def test_a_file_saved_after_the_fit_opens_too_and_tests_the_same(tmp_path):
+    fits, expected = {}, {}
+    for final in ("factored", "dense", "decomposed"):
+        model, _, trainer, _ = fit(final=final)
+        path = str(tmp_path / f"{final}.ckpt")
+        trainer.save_checkpoint(path)
+        with torch.no_grad():
+            fits[path], expected[path] = (model, trainer), model(batch()[0])
+    opened = opened_by_a_stranger(expected, tmp_path)  # one process for all: to import Lightning takes seconds
+    for path, (model, trainer) in fits.items():
+        for outputs in opened[path]:
+            assert_same(outputs, expected[path], LARGEST)
+        for p in model.parameters():
+            p.data.zero_()
+        loader = data(8, dtype=torch.float64)
+        assert_loss(*trainer.test(model, loader, ckpt_path=path, verbose=False), expected[path])
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

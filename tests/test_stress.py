@@ -1,8 +1,6 @@
 """A small sample of what the scripts in tests/stress do at length, and the page of what came out there."""
 
 import inspect
-import subprocess
-import sys
 from pathlib import Path
 
 import constructors
@@ -11,10 +9,9 @@ import kills
 import not_finite
 import processes
 import pytest
+import reliability
 
 from lightning_svd.writing import whole_file, write_whole
-
-SCRIPTS = Path(__file__).parent / "stress"
 
 pytestmark = [
     # Lightning's own: a resumed Trainer need not write files, nor has a dataset in order any state to restore.
@@ -118,5 +115,5 @@ def test_what_cannot_be_written_is_named(where, tmp_path):
 
 
 def test_the_page_is_what_the_results_say():
-    check = [sys.executable, str(SCRIPTS / "reliability.py"), "--check"]
-    assert subprocess.run(check, check=False).returncode == 0, "run `python tests/stress/reliability.py`"
+    said = reliability.PAGE.read_text(encoding="utf-8")
+    assert said == reliability.page(), "run `python tests/stress/reliability.py`"

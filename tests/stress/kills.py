@@ -29,7 +29,7 @@ from pathlib import Path
 from common import Tally, finish, parser  # isort: skip  # puts the tests' own models on the path
 import test_resume as runs
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from models import EMAWeightAveraging
 from torch import nn
 
 from lightning_svd import compress, load_low_rank, save_low_rank, to_onnx

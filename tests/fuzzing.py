@@ -612,7 +612,11 @@ class Reference:
         self.cuts = [step for step in self.cuts if step > clock]
         returns = not self.is_cut[max(step for step in self.is_cut if step <= clock)]
         for layer, form in [*self.forms.items()]:
-            before, rank = self.ranks[layer], self.run.training.layers[layer].rank
+            now = self.run.training.layers[layer]
+            before, rank, trains_as = self.ranks[layer], now.rank, now.form.name
+            slight = trains_as == "dense" and layer in self.run.training._slight()
+            if form == "dense" and slight:
+                continue
             self.ranks[layer] = rank
             if returns:
                 self._bring_back(layer, before)
@@ -628,15 +632,14 @@ class Reference:
                 grad = self.grads[layer, key]
                 if grad is not None:
                     grad[..., rank:] = 0
-            now = self.run.training.layers[layer].form.name
-            assert final or now == "svd", f"{layer} trains as {now} before the last cut"
-            if final and now == "pair":
+            assert final or slight or trains_as == "svd", f"{layer} trains as {trains_as} before the last cut"
+            if final and trains_as == "pair":
                 U, s, V = (self.values[layer, key].detach()[..., :rank] for key in "UsV")
                 self._drop(layer)
                 self._set((layer, "A"), U * (s.sign() * s.abs().sqrt()).unsqueeze(-2))
                 self._set((layer, "B"), V * s.abs().sqrt().unsqueeze(-2))
                 self.forms[layer] = "pair"
-            elif final:
+            elif final or slight:
                 self._dense(layer, self.weight(layer).detach())
 
     def _bring_back(self, layer: str, before: int) -> None:

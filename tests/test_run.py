@@ -341,6 +341,63 @@ def test_layers_that_stay_as_wide_as_they_are_stored_are_others_all_the_same_aft
     assert told and all(layer.form.name == "svd" for layer in training.layers.values())
 
 
+def test_a_slight_layer_trains_its_dense_weight_once_ranks_fall_while_it_keeps_all_of_its_own():
+    """U, s and V of full rank would cost more; what an optimizer knows of the weight is not lost at later cuts."""
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    training = SVDTraining(net, optimizer, 10, target_macs=0.6, schedule=FallToBudget(start=0.2))
+    forms, momenta = [], []
+    for _ in range(10):
+        optimizer.zero_grad()
+        net(torch.randn(8, 64)).square().mean().backward()
+        training.step()
+        forms.append([layer.form.name for layer in training.layers.values()])
+        momenta.append(optimizer.state.get(training.layers["4"].form.trained[0], {}).get("momentum_buffer"))
+    head = [form for *_, form in forms]
+    first = head.index("dense")
+    assert first + 1 == training.timeline[0].step and head == ["svd"] * first + ["dense"] * (10 - first)
+    assert [form for *others, _ in forms[:6] for form in others] == ["svd"] * 12 and len(training.timeline) > 2
+    assert momenta[first] is None and all(momentum.any() for momentum in momenta[first + 1 :])
+    assert len({id(momentum) for momentum in momenta[first + 1 :]}) == 1
+    assert training.policy.pending is None and training.ratio("macs") <= 0.6
+
+
+def test_where_sparsity_decides_no_layer_is_slight():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    training = SVDTraining(net, optimizer, 20, energy_threshold=0.5, schedule=FallToBudget(start=0.2, end=0.9))
+    for _ in range(10):
+        optimizer.zero_grad()
+        net(torch.randn(8, 64)).square().mean().backward()
+        training.step()
+    assert training.timeline and {layer.form.name for layer in training.layers.values()} == {"svd"}
+
+
+def test_a_slight_layer_is_factorized_when_it_is_to_lose_ranks():
+    net = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    asked = []
+
+    def choose(energies, cost):
+        asked.append(0)
+        return {"0": 20, "2": 20, "4": 2 if len(asked) < 4 else 1}
+
+    training = SVDTraining(
+        net, optimizer, 10, target_macs=0.6, schedule=FallToBudget(start=0.2, end=0.7, cuts=5), choose_ranks=choose
+    )
+    forms = []
+    for _ in range(10):
+        optimizer.zero_grad()
+        net(torch.randn(8, 64)).square().mean().backward()
+        before = training.layers["4"].rebuilt().detach().clone()
+        training.step()
+        layer = training.layers["4"]
+        forms.append((layer.form.name, layer.rank))
+        assert layer.rank == 2 or len(asked) >= 4
+        assert not torch.equal(before, layer.rebuilt())
+    assert ("dense", 2) in forms and forms[-1][0] == "pair" and forms[-1][1] == 1
+
+
 # ------------------------------------------------------------------- what a loop does that nobody follows from outside
 
 

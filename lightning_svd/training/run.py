@@ -46,6 +46,8 @@ from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
 from lightning_svd.training.trained_layers import TrainedLayers
 
+SLIGHT = 0.02  # of a budget: layers that come to less together train their dense weights while they keep all ranks
+
 
 class SVDTraining:
     """A run of SVD training: factorizes a model's layers, and cuts their ranks while your loop trains it.
@@ -475,6 +477,7 @@ class SVDTraining:
             return self.cut(step, epoch) if due else None
         if due and not self.policy.judges(self.clock(step)):
             self._waits = False  # whatever waited, the policy has gone on meanwhile
+            self.observer.forget()  # what was seen is of the ranks until now
             change = self.cut(step, epoch)
         else:
             change = self.cut(step, epoch) if self._is_ready(due, self.observer) else None
@@ -529,7 +532,7 @@ class SVDTraining:
         judges, verdict, energies = self.policy.judges(clock), None, dict[str, Tensor]()
         if judges:
             verdict = self._verdict() if self.observer is not None else None
-            energies = verdict.values if verdict else self._trained.refactorize()
+            energies = verdict.values if verdict else self._trained.refactorize(may_stay=self._slight())
         change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
         self.policy.resume(clock)
         self.last_cut = clock
@@ -538,8 +541,11 @@ class SVDTraining:
             for name, factors in verdict.cut({name: change.ranks[name] for name in fall}):
                 self._trained.take(name, factors, change.may_return)
         elif judges:
-            self._trained.refactorize_coarse(fall)
+            self._trained.take_waiting(fall)
         self._trained.keep(change.ranks, change.may_return)
+        if change.ranks != self.full_ranks and not change.may_return:
+            whole = [name for name, rank in change.ranks.items() if rank == self.layers[name].full_rank]
+            self._trained.train_dense(self._slight() & {*whole})
         if change.final:
             self._trained.train_as_final(lambda name, rank: self._known_cost.layers[name].pays(rank))
             self.penalties = None
@@ -563,6 +569,23 @@ class SVDTraining:
             return by_cost(cost)
 
         return self.policy.change(clock, self.full_ranks, before, choose), cost
+
+    def _slight(self) -> set[str]:
+        """The layers that come to next to nothing of the budget together.
+
+        Whether one of them loses ranks hardly matters, but U, s and V of all of its ranks take several times as long to
+        train as the weight itself. Where the sparsity penalty decides how many ranks are left there are none.
+        """
+        kind, share = self.recipe.target
+        if kind == "energy":
+            return set()
+        cost, sum_, slight = self._known_cost.by(kind), 0.0, set()
+        for price, name in sorted((cost.at(name, rank), name) for name, rank in self.full_ranks.items()):
+            sum_ += price
+            if sum_ > SLIGHT * cost.budget(share):
+                break
+            slight.add(name)
+        return slight
 
     @property
     def _device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -45,6 +45,7 @@ class TrainedLayers:
         self.optimizers: list[OptimizerOfFactors] = []
         self.tells = False
         self._on_reshape, self._are_others = on_reshape, False
+        self._of_dense: dict[str, Factors] = {}  # exact factors of dense weights, until it is known whose ranks fall
 
     def train_with(self, optimizers: Sequence[Optimizer]) -> None:
         """Have these optimizers train the layers, and no others.
@@ -92,10 +93,13 @@ class TrainedLayers:
                 if 2 * numerical_rank(spectrum, self.by_name[name].matrix_shape) >= spectrum.shape[-1]:
                     self.replace([self.by_name[name].to_svd(factors)])
 
-    def refactorize(self) -> dict[str, Tensor]:
+    def refactorize(self, may_stay: Collection[str] = ()) -> dict[str, Tensor]:
         """Give every layer its exact factors, the strongest ranks first; returns what each rank carries.
 
-        In half precision taking them rounds: there a layer waits until its rank falls, see :meth:`refactorize_coarse`.
+        In half precision taking them rounds: there a layer waits until its rank falls, see :meth:`take_waiting`.
+
+        Args:
+            may_stay: Layers that wait for that too if they train a dense weight.
         """
         energies = {}
         for names, stacked in self._exact(self._not_pairs()):
@@ -103,15 +107,22 @@ class TrainedLayers:
             for name, factors in _one_by_one(names, stacked):
                 energies[name] = self.importance.values(factors)
                 if isinstance(self.by_name[name].form, DenseForm):
-                    self.replace([self.by_name[name].to_svd(factors)])
                     layers = []
+                    if name in may_stay:
+                        self._of_dense[name] = factors
+                    else:
+                        self.replace([self.by_name[name].to_svd(factors)])
             if layers and not _is_coarse(layers[0]):
                 self._take(layers, stacked)
         return energies
 
-    def refactorize_coarse(self, names: Sequence[str]) -> None:
-        """Give those of these layers exact factors that :meth:`refactorize` left alone."""
-        for together, factors in self._exact([name for name in names if _is_coarse(self.by_name[name])]):
+    def take_waiting(self, names: Sequence[str]) -> None:
+        """Give those of these layers exact factors that :meth:`refactorize` left alone; the others stay as they are."""
+        waiting, self._of_dense = self._of_dense, {}
+        coarse = [name for name in names if name not in waiting and _is_coarse(self.by_name[name])]
+        for name in waiting.keys() & {*names}:
+            self.replace([self.by_name[name].to_svd(waiting[name])])
+        for together, factors in self._exact(coarse):
             self._take([self.by_name[name] for name in together], factors)
 
     def take(self, name: str, factors: Factors, may_return: bool = False) -> None:
@@ -196,6 +207,12 @@ class TrainedLayers:
                 if parameter.grad is not None:
                     _without_columns(parameter.grad, min(before, rank))
             self._move(parameters, parameters, partial(_without_columns, rank=min(before, rank)))
+
+    def train_dense(self, names: Iterable[str]) -> None:
+        """Train the dense weights of these layers, until their ranks fall."""
+        for name in names:
+            if isinstance(self.by_name[name].form, SVDForm):
+                self.replace([self.by_name[name].to_dense()])
 
     def train_as_final(self, pays: Callable[[str, int], bool]) -> None:
         """Train layers as what they are going to be: pairs without s and penalties, or dense.

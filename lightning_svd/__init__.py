@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lightning_svd.model.timing import Timing, profile
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
     from lightning_svd.ranks.latency import LatencyTable
-    from lightning_svd.report.data import LatencyReport, LayerReport, RankChange, SVDReport, summarize
+    from lightning_svd.report.data import BudgetRanks, LatencyReport, LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
-    from lightning_svd.training.policies import Alternating, FallToBudget, Finetune, RankPolicy
+    from lightning_svd.training.policies import Alternating, FallToBudget, Finetune, Nested, RankPolicy
     from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
 
@@ -26,6 +26,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Alternating",
+    "BudgetRanks",
     "CompressionReport",
     "Distillation",
     "FallToBudget",
@@ -36,6 +37,7 @@ __all__ = [
     "LatencyTable",
     "LayerPlan",
     "LayerReport",
+    "Nested",
     "Outputs",
     "RankChange",
     "RankPolicy",
@@ -76,14 +78,15 @@ _HOMES = {
     "save_low_rank": "files.low_rank",
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
-    **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "RankPolicy"), "training.policies"),
+    **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "Nested", "RankPolicy"), "training.policies"),
     **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
     **dict.fromkeys(("Timing", "profile"), "model.timing"),
     "LatencyTable": "ranks.latency",
-    **dict.fromkeys(("LatencyReport", "LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),
+    **dict.fromkeys(("BudgetRanks", "LatencyReport", "LayerReport"), "report.data"),
+    **dict.fromkeys(("RankChange", "SVDReport", "summarize"), "report.data"),
 }
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_svd import Alternating, FallToBudget, RankPolicy, SVDLayer, SVDTraining, svd_layers
+from lightning_svd import Alternating, Distillation, FallToBudget, Nested, RankPolicy, SVDLayer, SVDTraining, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import FactorizedModule, own_class
 from lightning_svd.layers.matrices import roundoff
@@ -42,7 +42,7 @@ COUNTS: Counter[tuple[str, str]] = Counter()
 EVENTS: Counter[str] = Counter()
 
 
-POLICIES: dict[str, type[RankPolicy]] = {"fall": FallToBudget, "alternating": Alternating}
+POLICIES: dict[str, type[RankPolicy]] = {"fall": FallToBudget, "alternating": Alternating, "nested": Nested}
 
 
 class RefusedError(Exception):
@@ -115,7 +115,7 @@ class Case:
         network: The network.
         optimizers: How its optimizers are made.
         schedule: Arguments of the schedule.
-        policy: Which schedule: "fall" or "alternating".
+        policy: Which schedule: "fall", "alternating" or "nested".
         arguments: Of the run, beside the schedule.
         steps: Of the whole run.
         watched: Whether a metric is watched, so that ranks may pause.
@@ -166,7 +166,7 @@ def cases(draw: Any, simple: bool = False) -> Case:
         "cuts": draw(st.integers(1, 4)),
         "ramp": draw(st.sampled_from(["linear", "constant", None])),
     }
-    policy = draw(st.sampled_from(["fall", "fall", "alternating"]))
+    policy = draw(st.sampled_from(["fall", "fall", "alternating", "nested"]))
     if policy == "alternating":
         schedule = {
             "start": draw(st.sampled_from([0.0, 0.2, 0.4])),
@@ -174,6 +174,16 @@ def cases(draw: Any, simple: bool = False) -> Case:
             "last_full": draw(st.sampled_from([0.1, 0.3])),
             "cycles": draw(st.integers(1, 3)),
             "ramp": schedule["ramp"],
+        }
+    elif policy == "nested":
+        schedule = {
+            "budgets": draw(st.integers(1, 4)),
+            "share": draw(st.sampled_from([0.5, 1.0])),
+            "start": draw(st.sampled_from([0.0, 0.3])),
+            "cuts": draw(st.integers(1, 4)),
+            "distill": not simple and draw(st.sampled_from([False, False, Distillation(kind="logits")])),
+            "ramp": schedule["ramp"],
+            "seed": draw(st.integers(0, 3)),
         }
     target = draw(st.sampled_from(["target_macs", "target_params", "energy_threshold"]))
     arguments: dict[str, Any] = {target: draw(st.sampled_from([0.2, 0.4, 0.7, 0.9, 1.0]))}
@@ -427,6 +437,7 @@ class Reference:
             face = layer.weight
             self.layers[name] = next(key for key, p in run.model.named_parameters() if p is face)
         self.ranks = run.training.ranks()
+        self.drawn: Any = None
         self.views = {
             name: (tuple(layer.weight.shape), layer.view.groups) for name, layer in run.training.layers.items()
         }
@@ -453,12 +464,15 @@ class Reference:
             else:
                 self._set((name, ""), p.detach().clone())
         schedule = dict(run.case.schedule)
-        first, last = schedule["start"] * run.case.steps, schedule["end"] * run.case.steps
-        if run.case.policy == "fall":
+        first, last = schedule["start"] * run.case.steps, schedule.get("end", 1.0) * run.case.steps
+        if run.case.policy != "alternating":
             steps = [(first + (last - first) * (k + 1) / schedule["cuts"], True) for k in range(schedule["cuts"])]
         else:
             between = (last - schedule["last_full"] * run.case.steps - first) / (2 * schedule["cycles"] - 1)
             steps = [*((first + between * k, k % 2 == 0) for k in range(2 * schedule["cycles"])), (last, True)]
+        if run.case.policy == "nested":
+            steps.insert(0, (first, True))
+        self.planned, self.ladder = run.case.planned, run.training.ladder
         self.is_cut = {min(run.case.steps, max(1, round(step))): is_cut for step, is_cut in steps}
         self.cuts = sorted(self.is_cut)
         self.done = self.paused = 0
@@ -478,7 +492,7 @@ class Reference:
         if form == "pair":
             return (self.values[layer, "A"] @ self.values[layer, "B"].mT).reshape(self.views[layer][0])
         U, s, V = (self.values[layer, key] for key in "UsV")
-        mask = (torch.arange(s.shape[-1]) < self.ranks[layer]).to(s)
+        mask = (torch.arange(s.shape[-1]) < (self.drawn or self.ranks)[layer]).to(s)
         return ((U * (s * mask).unsqueeze(-2)) @ V.mT).reshape(self.views[layer][0])
 
     def _set(self, key: tuple[str, str], value: Tensor) -> None:
@@ -510,8 +524,11 @@ class Reference:
         getattr(self, event[0])(*event[1:])
 
     def step(self, backwards: int, clears: str, clips: bool) -> None:
+        rung = self.planned.rung(self.done) if self.ladder and not self.run.training.paused else None
+        self.drawn = None if rung is None else self.ladder[rung]
         for each in range(backwards):
             self._backward(self.done + 100 * each)
+        self.drawn = None
         if clips:
             there = [grad for grad in self.grads.values() if grad is not None]
             norm = torch.stack([grad.square().sum() for grad in there]).sum().sqrt() if there else torch.zeros(())
@@ -534,6 +551,7 @@ class Reference:
             self.paused += 1
         elif self.run.training.cost and self.cuts and self.done - self.paused >= self.cuts[0]:
             self._cut()
+            self.ladder = self.run.training.ladder
         for key, grad in self.grads.items():
             self.grads[key] = None if clears.endswith("none") or grad is None else torch.zeros_like(grad)
 
@@ -557,7 +575,7 @@ class Reference:
         regularizer = options.get("regularizer", "hoyer")
         weight = {"hoyer": 2e-3, "l1": 5e-4, None: 0.0}[regularizer]
         progress, ramp = (self.done - self.paused) / self.case.steps, schedule["ramp"]
-        if ramp is None or progress >= schedule["end"] or self.run.training.paused:
+        if ramp is None or progress >= schedule.get("end", 1.0) or self.run.training.paused:
             weight = 0.0
         elif ramp == "linear" and progress < schedule["start"]:
             weight *= progress / schedule["start"]
@@ -608,7 +626,7 @@ class Reference:
     @torch.no_grad()
     def _cut(self) -> None:
         clock = self.done - self.paused
-        final = clock >= self.cuts[-1]
+        final = clock >= self.cuts[-1] and self.run.case.policy != "nested"
         self.cuts = [step for step in self.cuts if step > clock]
         returns = not self.is_cut[max(step for step in self.is_cut if step <= clock)]
         for layer, form in [*self.forms.items()]:
@@ -905,11 +923,15 @@ def check_finished(run: Run, before: Tensor, report: Any) -> None:
     if (
         run.training.why_not_reached(run.done) is None
         and final != "dense"
+        and case.policy != "nested"
         and kind != "energy_threshold"
         and report.layers
     ):
         ratio = report.macs_ratio if kind == "target_macs" else report.params_ratio
         assert ratio <= case.options[kind] * (1 + 1e-12), "the budget was not met, and nobody says so"
+    for budget in report.nested if kind != "energy_threshold" else ():
+        ratio = budget.macs_ratio if kind == "target_macs" else budget.params_ratio
+        assert ratio <= budget.share * (1 + 1e-12)
     # It trains on
     model.train()
     loss = run.loss(5)

@@ -185,6 +185,15 @@ def test_ranks_judged_by_data_return_too_and_only_cuts_look_at_data():
     assert all(layer.form.name == "pair" for layer in run.layers.values())
 
 
+def test_what_was_seen_of_the_data_at_other_ranks_is_forgotten():
+    schedule = Alternating(start=2 / 12, end=6 / 12, last_full=1 / 12, cycles=1)
+    run = begun(importance=Fisher(2), schedule=schedule)  # back after step 5, cut after 6: it looks at 5 and 6
+    loop(run.model, run, 5)
+    assert run.ranks() == run.full_ranks and run.observer.batches == 0 and run._observes
+    loop(run.model, run, 1)
+    assert [change.step for change in run.timeline] == [2, 5, 6]
+
+
 class Impatient(FallToBudget):
     """Takes back what it let go of."""
 

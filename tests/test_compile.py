@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from lightning_svd import Alternating, Nested, SVDTraining
 from lightning_svd.layers.layer import factorize, release
 from lightning_svd.layers.views import View
 
@@ -69,3 +70,24 @@ def test_a_weight_that_is_read_in_a_compiled_function_is_computed():
         return x @ net.head.weight.T + net.head.weight.sum()
 
     torch.testing.assert_close(torch.compile(tied, backend="eager")(x), tied(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("schedule", [Alternating(cycles=3), Nested(cuts=3, share=0.8)], ids=["alternating", "nested"])
+def test_a_compiled_run_whose_ranks_go_up_and_down_is_the_run_that_is_not_compiled(schedule):
+    losses, ranks = [[], []], set()
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 8))
+        if compiles:
+            net.compile(backend="eager")
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+        run = SVDTraining(net, optimizer, 20, target_macs=0.3, schedule=schedule)
+        for _ in range(20):
+            loss = net(torch.randn(4, 12)).square().mean()
+            ranks.add(tuple(layer.rank for layer in run.layers.values()))
+            loss.backward()
+            losses[compiles].append(loss.item())
+            run.step()
+            optimizer.zero_grad()
+    assert losses[0] == losses[1] and len(ranks) > 1

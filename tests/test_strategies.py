@@ -21,7 +21,16 @@ from torch import nn
 from torch.multiprocessing import ProcessRaisedException
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_svd import Alternating, FallToBudget, Fisher, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
+from lightning_svd import (
+    Alternating,
+    FallToBudget,
+    Fisher,
+    Nested,
+    Regularizer,
+    SVDLayer,
+    SVDTrainingCallback,
+    svd_layers,
+)
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.lightning.trainers import check_trainer
 from lightning_svd.ranks.importance import Spectrum
@@ -115,10 +124,11 @@ class WithUnused(SmallNet):
         (SmallNet, {}, [Unseeded()], {"full_rank_as": "dense"}),
         (SmallNet, {}, [Unseeded()], {"importance": "fisher"}),
         (SmallNet, {}, [Unseeded()], {"schedule": Alternating(start=0.2, last_full=0.2, cycles=2)}),
+        (SmallNet, {}, [Unseeded()], {"schedule": Nested(cuts=3)}),
     ],
     ids=[
         *("seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first", "by-data"),
-        "alternating",
+        *("alternating", "nested"),
     ],
 )
 @pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")
@@ -132,7 +142,8 @@ def test_processes_stay_equal_bit_for_bit_after_every_step(net, options, before,
     (zero, one), _ = witnessed(tmp_path)
     assert zero == one
     assert len(set(zero["digests"])) == STEPS
-    assert sum(before != after for before, after in itertools.pairwise(zero["ranks"])) > 1
+    changes = sum(before != after for before, after in itertools.pairwise(zero["ranks"]))
+    assert changes > 1 or isinstance(arguments.get("schedule"), Nested)  # which leaves them as they are
 
 
 class Batches(SmallNet):

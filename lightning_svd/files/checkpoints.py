@@ -169,6 +169,8 @@ def check_state(state: Any, who: str) -> None:
                 raise ValueError(f"{damaged}: `{key}` has {what}")
         if not optional(by_name(is_tensor))(state.get("teacher")):
             raise ValueError(f"{damaged}: `teacher` has an entry of another kind")
+        if not each(by_name(is_count))(state.get("ladder", [])):
+            raise ValueError(f"{damaged}: `ladder` has an entry of another kind")
         if state["layers"].keys() - state["spectra_before"].keys():
             raise ValueError(f"{damaged}: `spectra_before` lacks layers")
         if state["spectra_before"].keys() - state["layers"].keys() - state["refused"].keys():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_svd.arguments import check_count
@@ -119,9 +119,9 @@ class SVDTrainingCallback(CallbackWithRun):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._run is not None:
-            self._run.begin_batch(trainer.optimizers)
+            self._run.begin_batch(trainer.optimizers, trainers.steps_done(trainer))
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         run = self._run
         if run is not None:
             run.backwards += 1
@@ -136,8 +136,7 @@ class SVDTrainingCallback(CallbackWithRun):
                 rank_zero_warn(f"SVD training: {warning}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # After the backward pass, accumulation, all-reduce and unscaling, and before clipping: here a gradient added
-        # by hand is what the gradient of `loss + penalty` would be.
+        # Reduced, unscaled and not clipped yet: a gradient added here is what that of `loss + penalty` would be.
         if self._run is not None:
             scale = trainers.gradient_scale(trainer, optimizer)
             if pl_module.automatic_optimization:
@@ -217,14 +216,14 @@ class SVDTrainingCallback(CallbackWithRun):
         # Not in on_train_end, where checkpoints and averaging callbacks still act on the model as it was trained.
         if (run := self._run) is None:
             return
-        self._run = None
         if trainers.is_trial(trainer):
+            self._run = None
             run.undo()
             pl_module.load_state_dict(self._before_trial)
             self._before_trial = {}
             return
         with trainer.precision_plugin.forward_context():  # layers are timed as they run
-            self.report = run.finish(self.arguments)
+            self.report = self._finish(run)
         self.plan = run.plan
         self._note_finished(pl_module)
         rank_zero_info(str(self.report))
@@ -239,12 +238,13 @@ class SVDTrainingCallback(CallbackWithRun):
         """
         return self._run is not None and self._run.policy.is_due(step)
 
-    def choose_ranks(self, energies: dict[str, torch.Tensor], cost: ModelCost) -> dict[str, int]:
+    def choose_ranks(self, energies: dict[str, Tensor], cost: ModelCost, share: float | None = None) -> dict[str, int]:
         """The ranks to end with, judged by the model as it is now; override it for a criterion of your own.
 
         Args:
             energies: For each layer what each of its ranks carries, (r,), descending.
             cost: Of the model.
+            share: What of it is to be kept; None for the share that the target is.
         """
         assert self._run is not None
-        return self.recipe.choose_ranks(energies, cost, self._run.bounds)
+        return self.recipe.choose_ranks(energies, cost, self._run.bounds, share)

@@ -45,9 +45,19 @@ class CallbackWithRun(Callback):
         self._run, self.plan = run, run.plan
         self.report = self._to_resume = self._finished = None
 
+    def _finish(self, run: SVDTraining) -> SVDReport:
+        try:
+            return run.finish(self.arguments)  # which may ask this callback for ranks
+        finally:
+            self._run = None
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
             check_in_place(pl_module, self._run.layers)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._run is not None:
+            self._run.step_ranks.restore()
 
     def state_dict(self) -> dict[str, Any]:
         state = self._run.state_dict() if self._run is not None else self._interrupted

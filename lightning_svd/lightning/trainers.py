@@ -55,8 +55,8 @@ def thaws_layers(trainer: Trainer) -> bool:
 def connect(trainer: Trainer, run: SVDTraining) -> None:
     """Have the Trainer's callbacks and precision fit a run that has begun, until it is over."""
     _show_weights_to_finetuning(trainer, run)
+    run.loss_scale = functools.partial(_loss_scale, trainer)
     if run.distiller is not None:
-        run.distiller.loss_scale = functools.partial(_loss_scale, trainer)
         for module in run.distiller.teacher.modules():
             if "_trainer" in vars(module):  # which copies leave out; what they log is not the student's
                 vars(module).update(_trainer=trainer, log=_log_nothing, log_dict=_log_nothing)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_svd.arguments import check_count, check_share
 from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split
 from lightning_svd.layers.forms import DenseForm, SVDForm
 from lightning_svd.layers.layer import (
@@ -30,7 +32,8 @@ from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged
 from lightning_svd.layers.parts import attributes_of
 from lightning_svd.layers.views import View
 from lightning_svd.model.plan import LayerPlan, Targets, names_by_reason, plan
-from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.ranks.allocation import keep_by_budget
+from lightning_svd.ranks.costs import LayerCost, ModelCost
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -235,12 +238,74 @@ def make_dense(module: ModuleT) -> ModuleT:
     return settle(module)
 
 
-def to_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
+def to_factored(
+    module: ModuleT,
+    cost: ModelCost | None = None,
+    *,
+    target_macs: float | None = None,
+    target_params: float | None = None,
+    min_rank: int = 1,
+    round_to: int = 1,
+    **layers: Any,
+) -> ModuleT:
     """A copy of ``module`` in plain torch layers, two in sequence for each factorized one that is worth it.
 
-    Arguments as for :func:`compact`.
+    With a budget the strongest ranks are kept that fit it, in exact factors and shared out over the layers as a cut of
+    the training does; without one each layer keeps the rank that it has. No data is looked at: see
+    :func:`~lightning_svd.compress` for that.
+
+    Args:
+        module: With factorized layers; with a budget, any module.
+        cost: Of the module with its layers factorized, from :func:`~lightning_svd.model.counting.count_costs`; without
+            it a layer is dense again when its factors have no fewer parameters, and no budget of MACs can be met.
+        target_macs: Share of the dense model's multiply-accumulates to keep, in (0, 1].
+        target_params: Share of its parameters to keep instead.
+        min_rank: The fewest ranks that a layer keeps under a budget.
+        round_to: Ranks under a budget are multiples of this.
+        layers: Which layers of a module without factorized ones are meant, as for :func:`decompose`:
+            ``target_modules``, ``exclude_modules``, ``conv_mode``, ``layer_plans``.
+
+    Returns:
+        The copy; ``module`` is as it was.
+
+    Raises:
+        ValueError: If an argument is out of range, the budget is below what can be met, or ``cost`` is of other layers.
     """
-    return make_factored(factorized_copy(module), cost)
+    given = {"target_macs": target_macs, "target_params": target_params}
+    asked = {name: share for name, share in given.items() if share is not None}
+    if not asked:
+        if layers:
+            raise ValueError(f"`{next(iter(layers))}` is for a budget: give `target_macs` or `target_params` too")
+        return make_factored(factorized_copy(module), cost)
+    if len(asked) > 1:
+        raise ValueError("give one of `target_macs`, `target_params`, got both")
+    ((name, share),) = asked.items()
+    check_share(name, share)
+    check_count("min_rank", min_rank)
+    check_count("round_to", round_to)
+    if target_macs is not None and (cost is None or not cost.counted):
+        raise ValueError("`target_macs` needs `cost`, with MACs, from `count_costs(module, example_input)`")
+    twin = factorized_copy(module)
+    if not svd_layers(twin):
+        decompose(twin, **layers)
+    elif layers:
+        raise ValueError(f"`{next(iter(layers))}` is for a module without factorized layers, and this one has some")
+    found = svd_layers(twin)
+    if cost is not None and cost.layers.keys() != found.keys():
+        differ = sorted(cost.layers.keys() ^ found.keys())
+        raise ValueError(f"`cost` is of other layers than those that are factorized, see {', '.join(differ[:5])}")
+    price = cost or ModelCost({of: LayerCost(one.dense_params, one.params_per_rank) for of, one in found.items()}, 0)
+    if cost is None:
+        others = sum(p.numel() for p in to_dense(twin).parameters()) - price.dense("params")
+        price = replace(price, other_params=others)
+    for one in found.values():
+        one.to_svd()  # exact, the strongest first
+    priced = price.by("macs" if target_macs is not None else "params")
+    energies = {of: one.energies().cpu() for of, one in found.items()}
+    ranks = keep_by_budget(energies, priced, priced.budget(share), min_rank, round_to)
+    for of, one in found.items():
+        one.keep(ranks[of])
+    return make_factored(twin, cost)
 
 
 def to_dense(module: ModuleT) -> ModuleT:

@@ -55,6 +55,23 @@ class RankChange:
 
 
 @dataclass(frozen=True)
+class BudgetRanks:
+    """Ranks of one budget of a model that was trained for many.
+
+    Attributes:
+        share: The budget, a share of what the run's own budget was a share of.
+        ranks: Name of each factorized layer -> its rank there.
+        macs_ratio: Share of the dense model's MACs at these ranks.
+        params_ratio: Share of the dense model's parameters.
+    """
+
+    share: float
+    ranks: Mapping[str, int]
+    macs_ratio: float
+    params_ratio: float
+
+
+@dataclass(frozen=True)
 class Pause:
     """A stretch of training in which ranks did not fall, because the watched metric had fallen too far.
 
@@ -183,6 +200,8 @@ class SVDReport:
         pauses: When ranks did not fall because the metric had.
         arguments: What the run was asked for, by the names of the callback's arguments; empty if not known.
         latency: How long the model takes; None if that was no budget.
+        nested: The ranks of each budget that was trained, ascending; empty unless the schedule was Nested. What the
+            small models are worth, is to be measured for each by itself.
     """
 
     layers: tuple[LayerReport, ...]
@@ -200,6 +219,7 @@ class SVDReport:
     pauses: tuple[Pause, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     latency: LatencyReport | None = None
+    nested: tuple[BudgetRanks, ...] = ()
 
     @property
     def macs_ratio(self) -> float:
@@ -268,11 +288,12 @@ class SVDReport:
             )
             arguments = data.pop("arguments", {})
             latency = data.pop("latency", None)
+            nested = tuple(BudgetRanks(**_with_nan(budget)) for budget in data.pop("nested", ()))
             latency = LatencyReport(**latency) if latency else None
             for name in ("strengths", "metric_values"):
                 data[name] = [(step, _number(value)) for step, value in data.get(name, ())]
             fields: dict[str, Any] = {name: _tuples(value) for name, value in data.items() if name not in _RATIOS}
-            history: dict[str, Any] = {"timeline": timeline, "pauses": pauses, "arguments": arguments}
+            history: dict[str, Any] = {"timeline": timeline, "pauses": pauses, "arguments": arguments, "nested": nested}
             return cls(layers=layers, latency=latency, **history, **fields)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`source` must be a report that `to_json` wrote: {error}") from error
@@ -332,6 +353,11 @@ class SVDReport:
             parts.insert(0, str(self.latency))
         if self.layers:
             parts.append(f"{self.rank_ratio:.1%} of the ranks")
+        if self.nested:
+            parts.append(
+                f"trained for {len(self.nested)} budgets from {self.nested[0].share:.1%} up, each to be judged by "
+                "itself as `to_factored` gives it"
+            )
         return f"Low-rank model: {separator.join(parts)}"
 
 

@@ -90,6 +90,7 @@ class Distiller(CallWatcher):
     Args:
         asked: What is asked for.
         model: The student.
+        teacher: If it is there already; otherwise a copy of the student.
 
     Attributes:
         teacher: The frozen copy, in evaluation mode.
@@ -100,11 +101,11 @@ class Distiller(CallWatcher):
         ValueError: If there is no such module, or it cannot be copied.
     """
 
-    def __init__(self, asked: Distillation, model: nn.Module) -> None:
+    def __init__(self, asked: Distillation, model: nn.Module, teacher: nn.Module | None = None) -> None:
         super().__init__()
         self.asked, self.model = asked, model
         self.loss_scale: Callable[[], float] = lambda: 1.0
-        self.teacher = frozen_copy(
+        self.teacher = teacher or frozen_copy(
             self._student(),
             "`distill` keeps",
             "name the network in it that is to be compared, `distill=Distillation(where=...)`",
@@ -133,12 +134,21 @@ class Distiller(CallWatcher):
         Args:
             layers: The factorized layers of the student.
         """
-        student, twins = self._student(), dict(self.teacher.named_modules())
+        names = {module: name for name, module in self._student().named_modules()}
+        self._calls = self._chosen(layers)
+        self._names = {module: self.asked.where or names[module] or type(module).__name__ for module in self._calls}
+        self.watch(self._calls)
+
+    def _students(self, layers: Mapping[str, SVDLayer]) -> list[nn.Module]:
+        """The modules whose outputs may be compared."""
+        student = self._student()
+        return [student] if self.asked.where else holders(student, layers.values())
+
+    def _chosen(self, layers: Mapping[str, SVDLayer]) -> dict[nn.Module, Call]:
+        """For each of them the call by which the teacher is asked, without arguments."""
+        twins, student = dict(self.teacher.named_modules()), self._student()
         names = {module: name for name, module in student.named_modules()}
-        chosen = [student] if self.asked.where else holders(student, layers.values())
-        self._calls = {module: Call(twins[names[module]]) for module in chosen}
-        self._names = {module: self.asked.where or names[module] or type(module).__name__ for module in chosen}
-        self.watch(chosen)
+        return {module: Call(twins[names[module]]) for module in self._students(layers)}
 
     def entered(self, module: nn.Module) -> None:
         """Refuse a teacher that calls its student."""
@@ -152,15 +162,23 @@ class Distiller(CallWatcher):
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Ask the teacher, before the student holds memory for its backward pass, and may write into its input."""
         self._expected = []
-        if self.model.training and torch.is_grad_enabled():
+        if self._teaches():
             self._teaching = True
             try:
                 call = replace(self._calls[module], args=args, kwargs=kwargs)
-                with without_fast_path():
-                    self._expected = [run_again(call)]
+                self._expected = [self._ask(call)]
                 self._calls[module].differentiates = call.differentiates
             finally:
                 self._teaching = False
+
+    def _teaches(self) -> bool:
+        """Whether a call that begins now counts."""
+        return self.model.training and torch.is_grad_enabled()
+
+    def _ask(self, call: Call) -> Any:
+        """What the teacher puts out."""
+        with without_fast_path():
+            return run_again(call)
 
     def returned(self, module: nn.Module, output: Any) -> None:
         """Have the backward pass that comes add the gradients of the distances."""

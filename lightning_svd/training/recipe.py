@@ -173,9 +173,12 @@ class Recipe:
         most = {layer.name: layer.max_rank for layer in plans if layer.max_rank is not None}
         return {"min_rank": self.min_rank, "round_to": round_to, "max_ranks": most}
 
-    def choose_ranks(self, energies: dict[str, Tensor], cost: ModelCost, bounds: Mapping[str, Any]) -> dict[str, int]:
-        """The ranks to end with: those that carry most for the budget."""
-        kind, share = self.target
+    def choose_ranks(
+        self, energies: dict[str, Tensor], cost: ModelCost, bounds: Mapping[str, Any], share: float | None = None
+    ) -> dict[str, int]:
+        """The ranks to end with, or at another share than the target's: those that carry most for the budget."""
+        kind, target = self.target
+        share = target if share is None else share
         if kind == "energy":
             return keep_by_energy(energies, cost.by("params"), share, **bounds)
         priced = cost.by(kind)

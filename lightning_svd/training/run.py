@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from lightning_svd.model.surgery import (
 from lightning_svd.model.timing import corrected, share_of_dense, time_layers
 from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
-from lightning_svd.report.data import LatencyReport, Pause, RankChange, SVDReport, report_on
+from lightning_svd.report.data import BudgetRanks, LatencyReport, Pause, RankChange, SVDReport, report_on
 from lightning_svd.training import processes
 from lightning_svd.training.distillation import distiller_of
 from lightning_svd.training.guard import MetricGuard
@@ -44,6 +44,7 @@ from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import Penalties, add_gradients
+from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
 
 SLIGHT = 0.02  # of a budget: layers that come to less together train their dense weights while they keep all ranks
@@ -86,6 +87,8 @@ class SVDTraining:
         warnings: What the user should know at the end.
         backwards: Backward passes since the last optimizer step.
         distiller: What teaches the model, until the run is over; None without ``distill``.
+        ladder: Ranks that single steps use instead of all, if the schedule says so.
+        step_ranks: What has them use these.
         last_cut: The :meth:`clock` at the last cut.
         until_closed: What is undone when the run is over, or given up.
 
@@ -115,6 +118,7 @@ class SVDTraining:
         self.policy.begin(total_steps)
         self.cost: ModelCost | None = None
         self.penalties: Penalties | None = None
+        self.loss_scale: Callable[[], float] = lambda: 1.0  # of the loss that is differentiated
         self.strength = 0.0
         self.timeline: list[RankChange] = []
         self.strengths: list[tuple[int, float]] = []
@@ -126,6 +130,9 @@ class SVDTraining:
         self._timed: list[Call] = []  # for the final model to be timed as the dense one was
         self._not_finite: list[str] = []  # what ranks wait for
         self._choose_ranks = choose_ranks or self._by_recipe
+        self.policy.check(self.importance, self._choose_ranks)
+        self.ladder: tuple[dict[str, int], ...] = ()
+        self.step_ranks = StepRanks(model)
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
         processes.agree(partial(self._prepare, trainers, thaws))
         processes.check_same(self._of_all_processes(state is not None))
@@ -135,8 +142,10 @@ class SVDTraining:
         self._dense = trained_weights(self.layers)
         self.until_closed = ExitStack()
         if self.distiller is not None:
+            self.distiller.loss_scale = lambda: self.loss_scale()
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
+        self.until_closed.callback(self.step_ranks.stop)
         self.observer = observer_of(self.importance, model, self.layers)
         if self.observer is not None:
             self.until_closed.callback(self.observer.rest)
@@ -171,6 +180,7 @@ class SVDTraining:
         Returns:
             The change of ranks, if there was one.
         """
+        self.step_ranks.restore()
         if self.observer is not None:
             self.observer.end_batch()
         if self.cost is None:
@@ -381,6 +391,7 @@ class SVDTraining:
             step: How many steps were taken.
             scale: Of the gradients that are there; 0 for a step whose loss is none.
         """
+        self.step_ranks.restore()
         optimizer.announced = True
         optimizer.adopt_faces()
         if optimizer.gradients_added:
@@ -408,12 +419,14 @@ class SVDTraining:
         if step % max(1, self.total_steps // 100) == 0 and (not self.strengths or self.strengths[-1][0] < step):
             self.strengths.append((step, strength))
 
-    def begin_batch(self, optimizers: Sequence[Optimizer]) -> None:
+    def begin_batch(self, optimizers: Sequence[Optimizer], step: int | None = None) -> None:
         """A batch begins, in which every step must be announced.
 
         Args:
             optimizers: Those that train the model by now: a schedule may have made new ones.
+            step: How many steps were taken; None where :meth:`step` counts them.
         """
+        self._draw(self._steps if step is None else step)
         self._trained.train_with(optimizers)
         self.recorder.stop()
         self._observe()
@@ -426,6 +439,19 @@ class SVDTraining:
             optimizer.enforced = True
             optimizer.adopt_faces()
 
+    def _draw(self, step: int) -> None:
+        """Have the step after this many use ranks of the ladder, if the policy says so."""
+        rung = self.policy.rung(step) if self.ladder and not self.paused else None
+        self.step_ranks.drawn = None if rung is None else self.ladder[rung]
+
+    def _climb(self, ladder: Iterable[Mapping[str, int]]) -> None:
+        """Have steps use these ranks from now on."""
+        self.ladder = tuple(dict(ranks) for ranks in ladder)
+        if self.ladder:
+            self.step_ranks.start(self.layers, self.policy.teaches)
+        if self.step_ranks.distiller is not None:
+            self.step_ranks.distiller.loss_scale = lambda: self.loss_scale()
+
     @contextmanager
     def showing_weights(self) -> Iterator[None]:
         """Have optimizers hold the weights that ``model.parameters()`` shows; what is added to them is trained too."""
@@ -437,6 +463,7 @@ class SVDTraining:
 
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
+        self.step_ranks.restore()
         if self.observer is not None:
             self.observer.end_batch()
         for optimizer in self.optimizers:
@@ -452,7 +479,9 @@ class SVDTraining:
         """
         assert self.guard is not None
         guard, value = self.guard, processes.decide(metric)
-        return guard.see(step, value, self.policy.may_pause(self.clock(step)) and guard.has_fallen(value))
+        pause = guard.see(step, value, self.policy.may_pause(self.clock(step)) and guard.has_fallen(value))
+        self._draw(step)  # what comes next may be a step of a pause
+        return pause
 
     def after_step(self, step: int, epoch: int = 0, due: bool | None = None) -> RankChange | None:
         """Cut ranks if it is time.
@@ -468,17 +497,18 @@ class SVDTraining:
         if step:
             self._dense = {}
         self._release_refused()
-        if self.distiller is not None:
-            self.warnings += [warning for warning in self.distiller.check() if warning not in self.warnings]
+        for distiller in (self.distiller, self.step_ranks.distiller if self.step_ranks.drawn else None):
+            if distiller is not None:
+                self.warnings += [warning for warning in distiller.check() if warning not in self.warnings]
         if due is None:
             due = self.policy.is_due(self.clock(step))
         due = due and not self.paused and self.cost is not None
         if self.observer is None:
             return self.cut(step, epoch) if due else None
         if due and not self.policy.judges(self.clock(step)):
-            self._waits = False  # whatever waited, the policy has gone on meanwhile
-            self.observer.forget()  # what was seen is of the ranks until now
             change = self.cut(step, epoch)
+            self._waits = False  # whatever waited, the policy has gone on meanwhile
+            self.observer.forget()  # which was collected at other ranks
         else:
             change = self.cut(step, epoch) if self._is_ready(due, self.observer) else None
         self._plan_observation(step)
@@ -536,7 +566,8 @@ class SVDTraining:
         change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
         self.policy.resume(clock)
         self.last_cut = clock
-        fall = [name for name, rank in change.ranks.items() if rank < self.layers[name].rank]
+        sorts = [change.ranks, *change.ladder]
+        fall = [name for name, layer in self.layers.items() if any(ranks[name] < layer.rank for ranks in sorts)]
         if verdict:
             for name, factors in verdict.cut({name: change.ranks[name] for name in fall}):
                 self._trained.take(name, factors, change.may_return)
@@ -546,6 +577,7 @@ class SVDTraining:
         if change.ranks != self.full_ranks and not change.may_return:
             whole = [name for name, rank in change.ranks.items() if rank == self.layers[name].full_rank]
             self._trained.train_dense(self._slight() & {*whole})
+        self._climb(change.ladder)
         if change.final:
             self._trained.train_as_final(lambda name, rank: self._known_cost.layers[name].pays(rank))
             self.penalties = None
@@ -560,10 +592,13 @@ class SVDTraining:
     ) -> tuple[Change, ModelCost]:
         """What the policy says, and the cost: what it is in time is measured once more ahead of the last cut."""
         cost, pending, timing = self._known_cost, self.policy.pending, self.recipe.timing
+        on_cpu = cache(partial(_on_cpu, energies))
 
-        def choose() -> dict[str, int]:
+        def choose(relief: float = 0.0) -> dict[str, int]:
             nonlocal cost
-            by_cost = partial(self._choose_ranks, _on_cpu(energies))
+            by_cost = partial(self._choose_ranks, on_cpu())
+            if relief:
+                return by_cost(cost, self.recipe.target[1] ** (1 - relief))
             if timing and self._timed and pending is not None and clock >= pending:
                 cost = corrected(self.model, self.plan, self._timed, timing, cost, by_cost)
             return by_cost(cost)
@@ -626,8 +661,8 @@ class SVDTraining:
             self.warnings += [warning] if warning not in self.warnings else []
         return verdict
 
-    def _by_recipe(self, energies: dict[str, Tensor], cost: ModelCost) -> dict[str, int]:
-        return self.recipe.choose_ranks(energies, cost, self.bounds)
+    def _by_recipe(self, energies: dict[str, Tensor], cost: ModelCost, share: float | None = None) -> dict[str, int]:
+        return self.recipe.choose_ranks(energies, cost, self.bounds, share)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
@@ -641,6 +676,7 @@ class SVDTraining:
         self._release_refused()
         for layer in self.layers.values():
             layer.forget_loaded(goes_on=False)  # an average that was loaded at the end: its nearest of the ranks
+        nested = self._nested() if self.ladder else ()
         cost = self.cost or count_params(self.model)
         if self.recipe.measure_latency and cost.latency is None:
             cost = self._with_latency(cost)
@@ -648,6 +684,7 @@ class SVDTraining:
         report = replace(
             report_on(self.plan, self.layers, cost, self.spectra_before, all_dense=self.recipe.final == "dense"),
             **self.history(),
+            nested=nested,
             arguments=dict(arguments or self.recipe.arguments),
         )
         pays = {name: cost.layers[name].pays(layer.rank) for name, layer in self.layers.items()}
@@ -657,6 +694,18 @@ class SVDTraining:
         slow = no_faster(self.model)
         report = replace(report, warnings=(*report.warnings, slow)) if slow else report
         return replace(report, latency=self._measured(report.latency)) if report.latency else report
+
+    def _nested(self) -> tuple[BudgetRanks, ...]:
+        """The ranks of each budget of the ladder, by the model as it is now."""
+        energies = self._trained.refactorize()
+        self._trained.refactorize_coarse([*self.layers])
+        budgets, on_cpu, target, cost = len(self.ladder), _on_cpu(energies), self.recipe.target[1], self._known_cost
+        shares = [target ** (1 - rung / budgets) for rung in range(budgets)]
+        ladder = processes.decide(lambda: [self._choose_ranks(on_cpu, cost, share) for share in shares])
+        return tuple(
+            BudgetRanks(share, ranks, cost.ratio(ranks, "macs"), cost.ratio(ranks, "params"))
+            for share, ranks in zip(shares, ladder, strict=True)
+        )
 
     def _measured(self, promised: LatencyReport) -> LatencyReport:
         """How long the final model takes too, where the dense one was timed in this run."""
@@ -699,7 +748,7 @@ class SVDTraining:
     def why_not_reached(self, done: int) -> str | None:
         """Why the budget was not met after this many steps; None if it was."""
         last = self.policy.pending
-        if last is None or not self.layers:
+        if last is None or not self.layers or self.ladder:
             return None
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
@@ -728,6 +777,7 @@ class SVDTraining:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a run needs to go on exactly: tensors, numbers, strings, lists and dicts."""
+        self.step_ranks.restore()
         return {
             "layers": {name: layer.exact_state() for name, layer in self.layers.items()},
             "refused": {of.name: of.skipped for of in self.plan if of.skipped},
@@ -742,6 +792,7 @@ class SVDTraining:
             "guard": self.guard.state_dict() if self.guard else None,
             "teacher": self.distiller.state_dict() if self.distiller else None,
             "observed": self._observed(),
+            "ladder": [dict(ranks) for ranks in self.ladder],
         }
 
     def _observed(self) -> dict[str, Any] | None:
@@ -789,6 +840,8 @@ class SVDTraining:
         self._refused = skipped
         self._release_refused()
         self._observe()
+        self._climb(_ladder_of(self.full_ranks, state.get("ladder", ())))
+        self._draw(self._steps)
 
 
 def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
@@ -811,6 +864,18 @@ def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequen
         else of
         for of in plans
     ]
+
+
+def _ladder_of(full: Mapping[str, int], saved: Sequence[Mapping[str, int]]) -> Sequence[Mapping[str, int]]:
+    """Saved ranks of single steps.
+
+    Raises:
+        ValueError: If they are not of these layers.
+    """
+    for ranks in saved:
+        if ranks.keys() != full.keys() or any(rank > full[name] for name, rank in ranks.items()):
+            raise ValueError("the checkpoint's `ladder` is not of the layers that are factorized here")
+    return saved
 
 
 def _on_cpu(energies: Mapping[str, Tensor]) -> dict[str, Tensor]:

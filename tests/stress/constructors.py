@@ -193,7 +193,9 @@ OF_CALLBACK = LAYERS | {
     "target_latency": share(optional=True),
     "latency_table": Kind([*PATH.valid, Timing(batch_size=1)], [junk for junk in PATH.junk if junk is not None]),
     "energy_threshold": share(optional=True),
-    "schedule": choice("fall", "finetune", "alternating", others=[FallToBudget(cuts=3), Finetune(), Alternating()]),
+    "schedule": choice(
+        "fall", "finetune", "alternating", "nested", others=[FallToBudget(cuts=3), Finetune(), Alternating()]
+    ),
     "full_rank_as": choice("auto", "svd", "dense"),
     "importance": choice("auto", "spectrum", "outputs", "fisher", others=[Fisher(), Outputs(3)]),
     "regularizer": choice("hoyer", "hoyer_square", "l1", others=[Regularizer()], optional=True),

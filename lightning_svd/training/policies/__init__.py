@@ -2,12 +2,24 @@
 
 from lightning_svd.training.policies.alternating import Alternating
 from lightning_svd.training.policies.fall import FallToBudget, Finetune
-from lightning_svd.training.policies.policy import Change, ChooseRanks, RankPolicy
+from lightning_svd.training.policies.nested import Nested
+from lightning_svd.training.policies.policy import Change, Choose, ChooseRanks, RankPolicy
 
 SCHEDULES: dict[str, type[RankPolicy]] = {
     "fall": FallToBudget,
     "finetune": Finetune,
     "alternating": Alternating,
+    "nested": Nested,
 }
 
-__all__ = ["SCHEDULES", "Alternating", "Change", "ChooseRanks", "FallToBudget", "Finetune", "RankPolicy"]
+__all__ = [
+    "SCHEDULES",
+    "Alternating",
+    "Change",
+    "Choose",
+    "ChooseRanks",
+    "FallToBudget",
+    "Finetune",
+    "Nested",
+    "RankPolicy",
+]

@@ -37,7 +37,7 @@ class Alternating(RankPolicy):
     end: float = 0.85
     last_full: float = 0.1
     cycles: int = 7
-    ramp: str | None = "linear"
+    ramp: str | None = None
 
     def __post_init__(self) -> None:
         check_share("start", self.start, zero=True)

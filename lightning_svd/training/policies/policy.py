@@ -5,13 +5,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
-from torch import Tensor
+from lightning_svd.ranks.importance import Importance
+from lightning_svd.training.distillation import Distillation
 
-from lightning_svd.ranks.costs import ModelCost
+ChooseRanks = Callable[..., dict[str, int]]  # (what each rank carries, the cost, another share of it) -> ranks
 
-ChooseRanks = Callable[[dict[str, Tensor], ModelCost], dict[str, int]]
+
+class Choose(Protocol):
+    """Gives the ranks of a budget, judged by the model as it is now."""
+
+    def __call__(self, relief: float = 0.0) -> Mapping[str, int]:
+        """The ranks to end with, or those of a larger budget.
+
+        Args:
+            relief: How far from the target to the whole, in [0, 1] and in logarithms: a budget of ``target ** (1 -
+                relief)``.
+        """
 
 
 @dataclass(frozen=True)
@@ -23,11 +34,13 @@ class Change:
         final: Whether ranks are final, so that layers can train as what they are going to be.
         may_return: Whether ranks that are not used now may be used again, so that their vectors stay stored. Ranks
             that return have the vectors that they had, s = 0, so that the model computes what it did, and no momentum.
+        ladder: Ranks that single steps may use from now on, see :meth:`RankPolicy.rung`.
     """
 
     ranks: Mapping[str, int]
     final: bool
     may_return: bool = False
+    ladder: tuple[Mapping[str, int], ...] = ()
 
 
 class RankPolicy(ABC):
@@ -66,7 +79,7 @@ class RankPolicy(ABC):
         step: int,
         full: Mapping[str, int],
         now: Mapping[str, int],
-        choose: Callable[[], Mapping[str, int]],
+        choose: Choose,
     ) -> Change:
         """What is to change after this many steps.
 
@@ -74,7 +87,26 @@ class RankPolicy(ABC):
             step: How many were taken.
             full: The ranks at the start.
             now: The ranks in use.
-            choose: Gives the ranks to end with, judged by the model as it is now.
+            choose: Gives the ranks to end with, judged by the model as it is now; or those of a larger budget.
+        """
+
+    def rung(self, step: int) -> int | None:
+        """Which ranks of the ladder the step after this many uses, in all of its passes; None for those in use.
+
+        It must be a function of the number alone: each process asks for itself.
+        """
+        return None
+
+    @property
+    def teaches(self) -> bool | Distillation:
+        """Whether, and how, a step with ranks of the ladder is taught by the model with those in use."""
+        return False
+
+    def check(self, importance: Importance, choose_ranks: ChooseRanks) -> None:  # noqa: B027 - most refuse nothing
+        """Refuse what ranks are judged by, or chosen by, if it does not fit.
+
+        Raises:
+            ValueError: Naming the argument.
         """
 
     @abstractmethod

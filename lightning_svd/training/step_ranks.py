@@ -1,0 +1,119 @@
+"""Steps that use fewer ranks than are trained: from their call of the model until their backward passes are over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_svd.layers.forms import SVDForm
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.model.calls import Call, CallWatcher, holders, replay
+from lightning_svd.training.distillation import Distillation, Distiller
+
+
+class StepRanks(CallWatcher):
+    """Has each step compute with the ranks that were drawn for it, and everybody else see what is trained.
+
+    Layers take the ranks when the model is called in training mode with gradients enabled, so that neither validation
+    nor what the user looks at between steps meets them. They have them until :meth:`restore`, since an activation
+    checkpoint computes again in the backward pass.
+
+    Args:
+        model: What is trained.
+
+    Attributes:
+        drawn: The ranks of the present step by layer; None for all.
+        distiller: What pulls such a step towards what all ranks put out; None without it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.drawn: Mapping[str, int] | None = None
+        self.distiller: OwnTeacher | None = None
+        self._layers: dict[str, SVDLayer] = {}
+        self._own: dict[str, int] = {}  # ranks of the layers that use fewer now
+
+    def start(self, layers: Mapping[str, SVDLayer], teaches: bool | Distillation) -> None:
+        """See calls of the model from now on; does nothing where it does already.
+
+        Args:
+            layers: The factorized layers.
+            teaches: Whether, and how, a step with fewer ranks is taught by all of them.
+        """
+        if self._layers:
+            return
+        self._layers = dict(layers)
+        self.watch(holders(self.model, layers.values()))
+        if teaches:
+            self.distiller = OwnTeacher(Distillation() if teaches is True else teaches, self)
+            self.distiller.start(layers)
+
+    def stop(self) -> None:
+        """See no calls any more; all ranks are in use."""
+        self.restore()
+        self.drawn = None
+        if self.distiller is not None:
+            self.distiller.stop()
+        self._layers = {}
+        super().stop()
+
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Use the drawn ranks from here on."""
+        if self.draws():
+            self._use()
+
+    def draws(self) -> bool:
+        """Whether a call of the model that begins now is one of a step with fewer ranks."""
+        return self.drawn is not None and self.model.training and torch.is_grad_enabled()
+
+    def _use(self) -> None:
+        for name, rank in (self.drawn or {}).items():
+            layer = self._layers[name]
+            if isinstance(layer.form, SVDForm) and rank < layer.rank:
+                self._own[name], layer.form.rank = layer.rank, rank
+
+    def restore(self) -> None:
+        """Use all ranks again."""
+        for name, rank in self._own.items():
+            self._layers[name].form.rank = rank
+        self._own = {}
+
+    @contextmanager
+    def all_ranks(self) -> Iterator[None]:
+        """Use all ranks inside."""
+        used = bool(self._own)
+        self.restore()
+        try:
+            yield
+        finally:
+            if used:
+                self._use()
+
+
+class OwnTeacher(Distiller):
+    """The model with all its ranks, which teaches the same model with fewer (in-place distillation).
+
+    As a teacher it runs in evaluation, and remembers nothing of it.
+    """
+
+    def __init__(self, asked: Distillation, step_ranks: StepRanks) -> None:
+        super().__init__(asked, step_ranks.model, nn.Identity())
+        self._step_ranks = step_ranks
+
+    def entered(self, module: nn.Module) -> None:
+        """It may call itself."""
+
+    def _chosen(self, layers: Mapping[str, SVDLayer]) -> dict[nn.Module, Call]:
+        return {module: Call(module) for module in self._students(layers)}
+
+    def _teaches(self) -> bool:
+        return self._step_ranks.draws()
+
+    def _ask(self, call: Call) -> Any:
+        with self._step_ranks.all_ranks():
+            return replay(self.model, [call])[0]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_svd.lightning.callback import SVDTrainingCallback
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
     from lightning_svd.model.export import to_onnx
+    from lightning_svd.model.folding import Folding, fold_norms
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
     from lightning_svd.model.timing import Timing, profile
@@ -30,6 +31,7 @@ __all__ = [
     "FallToBudget",
     "Finetune",
     "Fisher",
+    "Folding",
     "Importance",
     "LatencyReport",
     "LatencyTable",
@@ -50,6 +52,7 @@ __all__ = [
     "compact",
     "compress",
     "decompose",
+    "fold_norms",
     "load_low_rank",
     "plan",
     "profile",
@@ -73,6 +76,7 @@ _HOMES = {
     "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
+    **dict.fromkeys(("Folding", "fold_norms"), "model.folding"),
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
     **dict.fromkeys(("FallToBudget", "Finetune", "RankPolicy"), "training.policies"),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning_svd.model.folding import Folding, fold_norms
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
-    from lightning_svd.model.timing import Timing, profile
+    from lightning_svd.model.timing import Timing, fastest_forms, profile
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
     from lightning_svd.ranks.latency import LatencyTable
     from lightning_svd.report.data import LatencyReport, LayerReport, RankChange, SVDReport, summarize
@@ -52,6 +52,7 @@ __all__ = [
     "compact",
     "compress",
     "decompose",
+    "fastest_forms",
     "fold_norms",
     "load_low_rank",
     "plan",
@@ -84,7 +85,7 @@ _HOMES = {
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
-    **dict.fromkeys(("Timing", "profile"), "model.timing"),
+    **dict.fromkeys(("Timing", "fastest_forms", "profile"), "model.timing"),
     "LatencyTable": "ranks.latency",
     **dict.fromkeys(("LatencyReport", "LayerReport", "RankChange", "SVDReport", "summarize"), "report.data"),
 }

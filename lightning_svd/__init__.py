@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from lightning_svd.lightning.callback import SVDTrainingCallback
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
     from lightning_svd.model.export import to_onnx
+    from lightning_svd.model.folding import Folding, fold_norms
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
-    from lightning_svd.model.timing import Timing, profile
+    from lightning_svd.model.timing import Timing, fastest_forms, profile
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
     from lightning_svd.ranks.latency import LatencyTable
     from lightning_svd.report.data import BudgetRanks, LatencyReport, LayerReport, RankChange, SVDReport, summarize
@@ -32,6 +33,7 @@ __all__ = [
     "FallToBudget",
     "Finetune",
     "Fisher",
+    "Folding",
     "Importance",
     "LatencyReport",
     "LatencyTable",
@@ -53,6 +55,8 @@ __all__ = [
     "compact",
     "compress",
     "decompose",
+    "fastest_forms",
+    "fold_norms",
     "load_low_rank",
     "plan",
     "profile",
@@ -76,6 +80,7 @@ _HOMES = {
     "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
+    **dict.fromkeys(("Folding", "fold_norms"), "model.folding"),
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
     **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "Nested", "RankPolicy"), "training.policies"),
@@ -83,7 +88,7 @@ _HOMES = {
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
-    **dict.fromkeys(("Timing", "profile"), "model.timing"),
+    **dict.fromkeys(("Timing", "fastest_forms", "profile"), "model.timing"),
     "LatencyTable": "ranks.latency",
     **dict.fromkeys(("BudgetRanks", "LatencyReport", "LayerReport"), "report.data"),
     **dict.fromkeys(("RankChange", "SVDReport", "summarize"), "report.data"),

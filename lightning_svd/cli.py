@@ -125,7 +125,7 @@ def _compress(options: argparse.Namespace) -> None:
     from lightning_svd.layers.pairs import low_rank_pairs
     from lightning_svd.model.surgery import to_dense
 
-    check_output(options.to, options.out)
+    check_output(options.to, options.out, options.fold)
     for option, path in {"report": options.report, "html": options.html}.items():
         if path and not path.parent.is_dir():
             raise ValueError(f"`--{option}`: there is no folder {path.parent}")
@@ -154,7 +154,7 @@ def _compress(options: argparse.Namespace) -> None:
         report.to_json(options.report)
     if options.html:
         report.to_html(options.html)
-    written = write_compressed(small, options.to, options.out, first[0])
+    written = write_compressed(small, options.to, options.out, first[0], options.fold)
     if options.json:
         print(json.dumps({**json.loads(report.to_json()), "written": written}, indent=2))
     else:
@@ -189,7 +189,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     model = load(model_class(options.model), options.file, options.arguments, options.key)
     example = example_input(options.example_input, model)
-    result = convert(model, options.to, options.out, example, options.batch_size)
+    result = convert(model, options.to, options.out, example, options.batch_size, options.fold)
     print(_as_json(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
 
 
@@ -242,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     compressed.add_argument("--latency-table", type=Path, help="of `lightning-svd profile`; measured if not given")
     compressed.add_argument("--to", choices=("factored", "onnx"), required=True)
     compressed.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
+    _add_fold(compressed)
     compressed.add_argument("--inputs", type=int, default=256, help="how many to take from the data")
     compressed.add_argument("--importance", default="auto", help="auto, fisher, outputs or spectrum")
     compressed.add_argument("--reconstruct", type=int, default=0, help="steps of training towards the original outputs")
@@ -267,6 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     converted.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
     converted.add_argument("--example-input", type=_integers, help="shape of an input, for onnx: 1,3,32,32")
     converted.add_argument("--batch-size", type=int, default=64, help="for the timing of onnx against dense")
+    _add_fold(converted)
 
     workspace = command("wandb-workspace", _wandb_workspace, "save a W&B workspace laid out for SVD training")
     workspace.add_argument("--entity", required=True, help="W&B user or team")
@@ -278,6 +280,10 @@ def _parser() -> argparse.ArgumentParser:
 def _add_file(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, help="of torch.save, Lightning or safetensors, or a folder with one")
     parser.add_argument("--key", help="where in the file the weights are: model, state.ema; found if one place fits")
+
+
+def _add_fold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fold", action="store_true", help="merge batch normalizations into layers, in onnx")
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -219,6 +219,10 @@ def test_onnx_computes_the_same_for_any_batch(file, folder, capsys, tmp_path):
         (["inspect", "{}/dense.safetensors", *MODEL, "--target-macs", "0.5"], "needs an example input"),
         (["convert", "{}/dense.safetensors", *MODEL, "--to", "factored", "--out", "x"], "has no low-rank layer"),
         (["convert", "{}/end.ckpt", *MODEL, "--to", "onnx", "--out", "x"], "onnx needs an input"),
+        (
+            ["convert", "{}/end.ckpt", *MODEL, "--to", "dense", "--out", "x", "--fold"],
+            "`--fold` is for `--to onnx`, got",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(arguments, why, folder):

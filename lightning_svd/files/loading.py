@@ -253,7 +253,9 @@ def example_input(shape: Sequence[int] | None, model: nn.Module) -> Any:
     return torch.randn(*shape) if shape else getattr(model, "example_input_array", None)
 
 
-def convert(model: nn.Module, form: str, path: Path, example: Any = None, batch_size: int = 64) -> dict[str, Any]:
+def convert(
+    model: nn.Module, form: str, path: Path, example: Any = None, batch_size: int = 64, fold: bool = False
+) -> dict[str, Any]:
     """Write a model in another form, and compare.
 
     Args:
@@ -262,16 +264,18 @@ def convert(model: nn.Module, form: str, path: Path, example: Any = None, batch_
         path: File to write.
         example: What ``model`` is called with; only "onnx" cannot do without it.
         batch_size: For the timing of "onnx".
+        fold: Whether batch normalizations are merged into the layers before them in "onnx".
 
     Returns:
         What was written and how it compares.
 
     Raises:
-        ValueError: If "onnx" has no example, or "factored" no low-rank layer.
+        ValueError: If "onnx" has no example, "factored" no low-rank layer, or another form than "onnx" is to be folded.
     """
+    _check_fold(form, fold)
     result: dict[str, Any] = {"file": str(path)}
     if form == "onnx":
-        return result | _convert_to_onnx(model, path, example, batch_size)
+        return result | _convert_to_onnx(model, path, example, batch_size, fold)
     if form == "factored" and not low_rank_pairs(model):
         raise ValueError("the model has no low-rank layer: there is nothing to keep factored")
     converted = to_dense(model) if form == "dense" else model
@@ -287,27 +291,35 @@ def convert(model: nn.Module, form: str, path: Path, example: Any = None, batch_
     return result | {"bytes": path.stat().st_size}
 
 
-def _convert_to_onnx(model: nn.Module, path: Path, example: Any, batch_size: int) -> dict[str, Any]:
+def _check_fold(form: str, fold: bool) -> None:
+    if fold and form != "onnx":
+        raise ValueError(
+            f"`--fold` is for `--to onnx`, got `--to {form}`: files of weights keep the names of the model's class"
+        )
+
+
+def _convert_to_onnx(model: nn.Module, path: Path, example: Any, batch_size: int, fold: bool) -> dict[str, Any]:
     if example is None:
         raise ValueError("onnx needs an input to follow the model with: `--example-input`, its shape")
-    difference = to_onnx(model, path, example)
+    difference = to_onnx(model, path, example, fold)
     result = {"largest difference": difference, "bytes": path.stat().st_size}
     if not low_rank_pairs(model):
         return result
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"
-        to_onnx(to_dense(model), dense, example)
+        to_onnx(to_dense(model), dense, example, fold)
         mine, theirs = onnx_seconds([path, dense], example, batch_size)
     return result | {f"time / dense, batch {batch_size}": round(mine / theirs, 3)}
 
 
-def check_output(form: str, path: Path) -> None:
+def check_output(form: str, path: Path, fold: bool = False) -> None:
     """Refuse what could not be written, before the work and not after it.
 
     Raises:
-        ValueError: If the folder is not there.
+        ValueError: If the folder is not there, or another form than "onnx" is to be folded.
         ModuleNotFoundError: If what writes such a file is not installed.
     """
+    _check_fold(form, fold)
     if not path.parent.is_dir():
         raise ValueError(f"`--out`: there is no folder {path.parent}")
     if form == "onnx":
@@ -319,7 +331,7 @@ def check_output(form: str, path: Path) -> None:
             import safetensors  # noqa: F401
 
 
-def write_compressed(model: nn.Module, form: str, path: Path, batch: Any) -> dict[str, Any]:
+def write_compressed(model: nn.Module, form: str, path: Path, batch: Any, fold: bool = False) -> dict[str, Any]:
     """Write a compressed model: "factored" as :func:`~lightning_svd.save_low_rank` does, or as "onnx".
 
     Args:
@@ -328,6 +340,7 @@ def write_compressed(model: nn.Module, form: str, path: Path, batch: Any) -> dic
         path: File to write.
         batch: What ``model`` is called with, a tuple of arguments or a dict of arguments by keyword; only "onnx" needs
             it.
+        fold: Whether batch normalizations are merged into the layers before them in "onnx".
 
     Returns:
         What was written, for "onnx" compared with eager PyTorch and timed against the dense model.
@@ -338,7 +351,7 @@ def write_compressed(model: nn.Module, form: str, path: Path, batch: Any) -> dic
     if form == "onnx":
         example = _by_position(model, batch)
         inputs = len(as_arguments(example)[0])
-        return {"file": str(path)} | _convert_to_onnx(model, path, example, inputs)
+        return {"file": str(path)} | _convert_to_onnx(model, path, example, inputs, fold)
     return {"file": str(save_low_rank(model, path)), "bytes": path.stat().st_size}
 
 

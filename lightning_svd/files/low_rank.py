@@ -7,7 +7,7 @@ may hold is run.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,18 +29,20 @@ from lightning_svd.files.checkpoints import (
 from lightning_svd.files.foreign import first_line, is_checkpoint, read_pickled
 from lightning_svd.layers.compounds import KINDS, owner_of, split_everywhere
 from lightning_svd.layers.forms import DenseForm
+from lightning_svd.layers.identity import IdentityLinear
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.pairs import factored_pair, low_rank_pairs, rank_of, view_of
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, View
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan
-from lightning_svd.model.surgery import begin, finish, svd_layers, to_factored, undo
+from lightning_svd.model.surgery import begin, finish, make_factored, svd_layers, to_factored, undo
 from lightning_svd.writing import whole_file
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-VERSION = 1  # of the header of safetensors files
+# Of the header of safetensors files: the first has pairs only, so that an older version of this package reads it.
+VERSION, WITH_IDENTITIES = 1, 2
 
 
 # -------------------------------------------------------------------------------------------------------------- writing
@@ -66,7 +68,10 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
     pairs = low_rank_pairs(plain)
     _check_finite(dict(plain.named_parameters()), dict(plain.named_parameters()), "the model cannot be saved")
     ranks = {name: {"rank": rank_of(pair), "conv_mode": view_of(pair).conv_mode} for name, pair in pairs.items()}
-    return write_weights(plain, path, {KEY: json.dumps({"version": VERSION, "layers": ranks})})
+    identities = {name: child.rank for name, child in plain.named_modules() if isinstance(child, IdentityLinear)}
+    ranks |= {name: {"rank": rank, "conv_mode": None, "form": "identity"} for name, rank in identities.items()}
+    version = WITH_IDENTITIES if identities else VERSION
+    return write_weights(plain, path, {KEY: json.dumps({"version": version, "layers": ranks})})
 
 
 def write_weights(module: nn.Module, path: str | Path, header: dict[str, str] | None = None) -> Path:
@@ -170,16 +175,31 @@ def _load_safetensors(module: ModuleT, path: str) -> ModuleT:
     entries = _entries(header, path)
     expected = _tensors(module.state_dict(keep_vars=True))
     views = check_layers(module, entries, path)
-    expected = _with_pairs(module, expected, {name: (view, entries[name]["rank"]) for name, view in views.items()})
+    identities = {name for name, entry in entries.items() if entry.get("form") == "identity"}
+    for name in identities:
+        if views[name].layer_type is not nn.Linear or entries[name]["rank"] >= min(views[name].matrix_shape):
+            raise ValueError(f"{path} does not fit the model: `{name}` cannot have an identity inside here")
+    expected = _with_pairs(
+        module, expected, {name: (view, entries[name]["rank"]) for name, view in views.items()}, identities
+    )
     _check_tensors(expected, found, path)
     tensors = _read_tensors(path)
     _check_finite(tensors, _parameters(expected), path)
     exact = {}
     for name, view in views.items():
-        first, second = (_weight_in(tensors, module, name, half) for half in (0, 1))
+        if name in identities:
+            order = _weight_in(tensors, module, name, "order")
+            if not torch.equal(order.sort().values, torch.arange(view.inputs)):
+                raise ValueError(f"{path} is damaged: `{name}.order` is no order of {view.inputs} inputs")
+            columns, mixing = (_weight_in(tensors, module, name, key) for key in ("columns", "mixing"))
+            right = torch.cat([torch.eye(len(mixing), dtype=mixing.dtype), mixing], 1).mT[order.argsort()]
+            exact[name] = {"form": "pair", "rank": len(mixing), "conv_mode": None, "A": columns, "B": right}
+            continue
+        first, second = (_weight_in(tensors, module, name, f"{half}.weight") for half in (0, 1))
         factors = {"A": view.left_factor(second), "B": view.right_factor(first)}
         exact[name] = {"form": "pair", **entries[name], **factors}
     _become_low_rank(module, views, exact, {})
+    make_factored(module, forms=dict.fromkeys(identities, "identity"))
     module.load_state_dict(tensors, strict=False)  # of tied tensors a file holds one name only
     return module
 
@@ -246,10 +266,11 @@ def _entries(header: Any, path: str) -> State:
     if header is None:
         raise ValueError(f"{path} has no ranks in its header: it was not written by `save_low_rank`")
     if isinstance(header, dict):
-        if header.get("version") != VERSION:
+        if header.get("version") not in (VERSION, WITH_IDENTITIES):
             version = str(header.get("version"))[:40]
             raise ValueError(
-                f"{path} has format version {version}, this lightning-svd reads version {VERSION}: update it"
+                f"{path} has format version {version}, this lightning-svd reads versions {VERSION} and "
+                f"{WITH_IDENTITIES}: update it"
             )
         entries = header.get("layers")
         if isinstance(entries, dict) and all(map(_is_entry, entries.values())):
@@ -258,7 +279,9 @@ def _entries(header: Any, path: str) -> State:
 
 
 def _is_entry(entry: Any) -> bool:
-    if not isinstance(entry, dict) or entry.keys() != {"rank", "conv_mode"}:
+    if not isinstance(entry, dict) or entry.keys() - {"form"} != {"rank", "conv_mode"}:
+        return False
+    if entry.get("form", "identity") != "identity":
         return False
     return type(entry["rank"]) is int and entry["rank"] > 0 and entry["conv_mode"] in (None, *CONV_MODES)
 
@@ -275,10 +298,14 @@ def _parameters(expected: Mapping[str, Tensor]) -> set[str]:
 
 
 def _with_pairs(
-    module: nn.Module, state: Mapping[str, Tensor], pairs: Mapping[str, tuple[View, int]]
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    pairs: Mapping[str, tuple[View, int]],
+    identities: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """The state dict of a dense model as it would be with pairs of these ranks in it; new tensors are on meta.
 
+    Layers whose names are in ``identities`` have an identity inside in the place of a pair.
     The same tensor stands under each name of what is shared.
     """
     names: dict[str, Tensor] = dict(state)
@@ -294,12 +321,18 @@ def _with_pairs(
                     split[key] = parts.setdefault(part, _empty_like(split[key]))
                 names = split
     for name, (view, rank) in pairs.items():
-        pair: dict[str, Any] = factored_pair(view, rank, bias=False).state_dict(keep_vars=True)
+        bias_key = "bias" if name in identities else "1.bias"
+        with torch.device("meta"):
+            inside = name in identities
+            made = (
+                IdentityLinear(view.inputs, view.outputs, rank, False) if inside else factored_pair(view, rank, False)
+            )
+        pair: dict[str, Any] = made.state_dict(keep_vars=True)
         for prefix in _names_of(module, name):
             del names[f"{prefix}weight"]
             names |= {f"{prefix}{key}": weight for key, weight in pair.items()}
             if f"{prefix}bias" in names:
-                names[f"{prefix}1.bias"] = names.pop(f"{prefix}bias")
+                names[f"{prefix}{bias_key}"] = names.pop(f"{prefix}bias")
     return names
 
 
@@ -320,9 +353,9 @@ def _names_of(module: nn.Module, name: str) -> list[str]:
     return [f"{prefix}{part}." for prefix in _prefixes(module, module.get_submodule(owner))]
 
 
-def _weight_in(tensors: Mapping[str, Tensor], module: nn.Module, name: str, half: int) -> Tensor:
-    """The weight of one half of a pair in a file, which holds it under one of its names."""
-    return next(tensors[key] for prefix in _names_of(module, name) if (key := f"{prefix}{half}.weight") in tensors)
+def _weight_in(tensors: Mapping[str, Tensor], module: nn.Module, name: str, own: str) -> Tensor:
+    """A tensor of a low-rank layer in a file, which holds it under one of its names."""
+    return next(tensors[key] for prefix in _names_of(module, name) if (key := f"{prefix}{own}") in tensors)
 
 
 def _dense_weight(layer: SVDLayer) -> Tensor:

@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 from lightning_svd.arguments import needs
 from lightning_svd.layers.compounds import evaluating
 from lightning_svd.model.counting import as_arguments, count_params
+from lightning_svd.model.folding import fold_norms
 from lightning_svd.model.surgery import svd_layers, to_factored
 from lightning_svd.writing import whole_file
 
@@ -27,7 +28,7 @@ _LARGEST = 1 << 30  # bytes of weights that are surely in the one file
 ROUNDS, SECONDS = 5, 0.2  # of a timing, in turns
 
 
-def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
+def to_onnx(module: nn.Module, path: str | Path, example_input: Any, fold: bool = False) -> float:
     """Write a model as ONNX, with any batch size, and check it in onnxruntime against eager PyTorch.
 
     Needs ``pip install 'lightning-svd[export]'``.
@@ -36,6 +37,8 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
         module: With factorized layers, which are written as pairs of plain ones, or without.
         path: File to write; the weights are in it.
         example_input: What ``module`` is called with, a tuple for several tensors, their first dimension the batch.
+        fold: Whether batch normalizations are merged into the layers before them first, as by
+            :func:`~lightning_svd.fold_norms`. ONNX Runtime does so by itself; other runtimes and quantizers may not.
 
     Returns:
         The largest difference to eager, relative to the largest output.
@@ -53,6 +56,9 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any) -> float:
         if parameter.is_floating_point() and bool(torch.isnan(parameter).any()):
             raise ValueError(f"`{name}` holds NaN: what it puts out cannot be checked")
     inputs = as_arguments(example_input)
+    if fold:
+        with evaluating(plain):
+            plain, _ = fold_norms(plain, inputs)
     dynamic: tuple[Any, ...] = tuple({0: torch.export.Dim.AUTO} for _ in inputs)
     kinds = [parameter.kind for parameter in inspect.signature(plain.forward).parameters.values()]
     if Parameter.VAR_POSITIONAL in kinds:  # the exporter wants what `*args` takes as one

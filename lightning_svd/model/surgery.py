@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_svd.arguments import check_count, check_share
+from lightning_svd.arguments import check_choice, check_count, check_share
 from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split
 from lightning_svd.layers.forms import DenseForm, SVDForm
+from lightning_svd.layers.identity import IdentityLinear, merged_linear
 from lightning_svd.layers.layer import (
     FactorizedModule,
     Replaced,
@@ -28,8 +29,8 @@ from lightning_svd.layers.layer import (
     release,
 )
 from lightning_svd.layers.matrices import Factors, check_finite
-from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged
-from lightning_svd.layers.parts import attributes_of
+from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged, rank_of, view_of
+from lightning_svd.layers.parts import InParts, attributes_of
 from lightning_svd.layers.views import View
 from lightning_svd.model.plan import LayerPlan, Targets, names_by_reason, plan
 from lightning_svd.ranks.allocation import keep_by_budget
@@ -218,10 +219,46 @@ def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
     return module
 
 
-def make_factored(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
-    """Each factorized layer becomes two plain torch layers in sequence, in place, or plain where those do not help."""
-    finish(module, _by_what_pays(module, cost, "pair"))
-    return module
+def make_factored(module: ModuleT, cost: ModelCost | None = None, forms: str | Mapping[str, str] = "pair") -> ModuleT:
+    """:func:`to_factored` in place."""
+    layers = {name: layer.view.layer_type for name, layer in called_layers(module).items()}
+    layers |= {name: view_of(pair).layer_type for name, pair in plain_pairs(module).items()}
+    if isinstance(forms, str):
+        check_choice("forms", forms, ("pair", "identity"))
+        every = {name for name, kind in layers.items() if kind is nn.Linear} if forms == "identity" else ()
+        forms = dict.fromkeys(every, forms)
+    for name, form in forms.items():
+        check_choice(f"forms[{name!r}]", form, ("dense", "pair", "identity"))
+        if name not in layers:
+            raise ValueError(f"`forms`: there is no low-rank layer `{name}`; there are {', '.join(layers) or 'none'}")
+        if form == "identity" and layers[name] is not nn.Linear:
+            raise ValueError(f'`forms`: `{name}` is {layers[name].__name__}, "identity" is for Linear')
+    factorized = svd_layers(module)
+    asked = {name: "pair" if form == "identity" else form for name, form in forms.items() if name in factorized}
+    finish(module, _by_what_pays(module, cost, "pair") | asked)
+    for name, pair in plain_pairs(module).items():
+        if forms.get(name) == "identity" and rank_of(pair) < min(view_of(pair).matrix_shape):
+            become(pair, IdentityLinear.of(pair))
+        elif forms.get(name) in ("identity", "dense"):  # of full rank an identity saves nothing
+            become(pair, merged(pair))
+    return settle(module)
+
+
+def plain_pairs(module: nn.Module) -> dict[str, nn.Sequential]:
+    """Pairs of plain layers by name, but for those that an attention or a recurrent module calls itself."""
+    owned = _owned(module)
+    return {name: pair for name, pair in low_rank_pairs(module).items() if id(pair) not in owned}
+
+
+def called_layers(module: nn.Module) -> dict[str, SVDLayer]:
+    """Factorized layers by name, but for those that an attention or a recurrent module calls itself."""
+    owned = _owned(module)
+    return {name: layer for name, layer in svd_layers(module).items() if id(layer) not in owned}
+
+
+def _owned(module: nn.Module) -> set[int]:
+    owners = (child for child in module.modules() if isinstance(child, InParts))
+    return {id(part) for owner in owners for part in owner.parts().values()}
 
 
 def _by_what_pays(module: nn.Module, cost: ModelCost | None, form: str) -> dict[str, str]:
@@ -241,6 +278,7 @@ def make_dense(module: ModuleT) -> ModuleT:
 def to_factored(
     module: ModuleT,
     cost: ModelCost | None = None,
+    forms: str | Mapping[str, str] = "pair",
     *,
     target_macs: float | None = None,
     target_params: float | None = None,
@@ -255,9 +293,13 @@ def to_factored(
     :func:`~lightning_svd.compress` for that.
 
     Args:
-        module: With factorized layers; with a budget, any module.
+        module: With factorized layers, or with the pairs of plain ones that a fit leaves; with a budget, any module.
         cost: Of the module with its layers factorized, from :func:`~lightning_svd.model.counting.count_costs`; without
             it a layer is dense again when its factors have no fewer parameters, and no budget of MACs can be met.
+        forms: "pair" for plain torch layers only; "identity" for an
+            :class:`~lightning_svd.layers.identity.IdentityLinear` in the place of each pair of linear layers, which
+            computes the same from fewer numbers; or the form of each layer by its name, "pair", "identity" or "dense",
+            as :func:`~lightning_svd.fastest_forms` finds it by measuring.
         target_macs: Share of the dense model's multiply-accumulates to keep, in (0, 1].
         target_params: Share of its parameters to keep instead.
         min_rank: The fewest ranks that a layer keeps under a budget.
@@ -269,14 +311,15 @@ def to_factored(
         The copy; ``module`` is as it was.
 
     Raises:
-        ValueError: If an argument is out of range, the budget is below what can be met, or ``cost`` is of other layers.
+        ValueError: If an argument is out of range, the budget is below what can be met, or ``cost`` is of other layers;
+            if a form is unknown, is of a layer that is not there, or "identity" of one that is no linear layer.
     """
     given = {"target_macs": target_macs, "target_params": target_params}
     asked = {name: share for name, share in given.items() if share is not None}
     if not asked:
         if layers:
             raise ValueError(f"`{next(iter(layers))}` is for a budget: give `target_macs` or `target_params` too")
-        return make_factored(factorized_copy(module), cost)
+        return make_factored(factorized_copy(module), cost, forms)
     if len(asked) > 1:
         raise ValueError("give one of `target_macs`, `target_params`, got both")
     ((name, share),) = asked.items()
@@ -305,17 +348,20 @@ def to_factored(
     ranks = keep_by_budget(energies, priced, priced.budget(share), min_rank, round_to)
     for of, one in found.items():
         one.keep(ranks[of])
-    return make_factored(twin, cost)
+    return make_factored(twin, cost, forms)
 
 
 def to_dense(module: ModuleT) -> ModuleT:
     """A copy of ``module`` in plain torch layers of the original shapes, with the original parameter names.
 
-    Factorized layers and pairs of low-rank layers become what they stand for.
+    Factorized layers, pairs of low-rank layers and linear layers with an identity inside become what they stand for.
     """
     dense = make_dense(copy.deepcopy(module))
     for pair in low_rank_pairs(dense).values():
         become(pair, merged(pair))
+    for child in [*dense.modules()]:
+        if isinstance(child, IdentityLinear):
+            become(child, merged_linear(child))
     join(dense)
     return settle(dense)
 
@@ -386,7 +432,10 @@ def settle(module: ModuleT) -> ModuleT:
     for parent in module.modules():
         for kind, (attribute, off) in _FAST_PATHS.items():
             if isinstance(parent, kind):
-                low_rank = any(isinstance(child, FactorizedModule) or is_pair(child) for child in parent.modules())
+                low_rank = any(
+                    isinstance(child, (FactorizedModule, IdentityLinear)) or is_pair(child)
+                    for child in parent.modules()
+                )
                 if low_rank and _USERS not in vars(parent):
                     vars(parent)[_USERS] = getattr(parent, attribute)
                     setattr(parent, attribute, off)
@@ -407,7 +456,7 @@ def become(module: nn.Module, twin: nn.Module) -> None:
 
     Here nn.Module's private containers are touched: torch has no public way to change a module's class.
     """
-    theirs = {"weight", "bias"}
+    theirs = {"weight", "bias"} | ({"columns", "mixing", "order"} if isinstance(module, IdentityLinear) else set())
     for container in ("_parameters", "_buffers", "_modules"):
         own = {key: value for key, value in vars(module)[container].items() if key not in theirs}
         own = {} if is_pair(module) and container == "_modules" else own

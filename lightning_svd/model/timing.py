@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.arguments import check_choice, check_count, check_positive
+from lightning_svd.layers.identity import IdentityLinear, is_linear_pair
 from lightning_svd.layers.layer import SVDLayer, plain_dense, plain_pair
 from lightning_svd.layers.matrices import Factors
-from lightning_svd.layers.pairs import bias_of, factored_pair, fill
-from lightning_svd.model.calls import Call, cut, inputs_of, mapped, without_fast_path
+from lightning_svd.layers.pairs import bias_of, factored_pair, fill, merged, rank_of, view_of
+from lightning_svd.model.calls import Call, cut, inputs_of, mapped, replay, without_fast_path
 from lightning_svd.model.checks import pairs_in_place, visible
 from lightning_svd.model.counting import as_arguments, count_calls
 from lightning_svd.model.export import onnx_session, to_onnx
 from lightning_svd.model.plan import LayerPlan, Targets, plan
-from lightning_svd.model.surgery import begin, frozen_copy, to_dense
+from lightning_svd.model.surgery import begin, called_layers, frozen_copy, plain_pairs, to_dense, to_factored
 from lightning_svd.ranks.costs import STEP, LayerCost, LayerLatency, ModelCost, ModelLatency
 from lightning_svd.ranks.latency import LatencyTable, TimedLayer
 
@@ -245,6 +246,68 @@ def time_layers(cost: ModelCost, layers: Mapping[str, SVDLayer]) -> ModelCost:
         layers: The factorized layers by name.
     """
     return replace(cost, layers={name: _timed(price, layers[name]) for name, price in cost.layers.items()})
+
+
+def fastest_forms(
+    module: nn.Module, example_input: Any, runtime: str = "eager", seconds: float = 10.0
+) -> dict[str, str]:
+    """Which form each low-rank layer is fastest in on this machine, for :func:`~lightning_svd.to_factored`.
+
+    Each is run alone, as two plain layers, as one dense layer and, if it is linear, as an
+    :class:`~lightning_svd.layers.identity.IdentityLinear`, on inputs of the shapes that it gets from the example. They
+    take turns, and the fastest turn of each counts. The other forms have to be faster than the pair by a twentieth.
+
+    Args:
+        module: With factorized layers, or with the pairs of plain ones that a fit leaves; it is left as it is.
+        example_input: What it is called with, a tuple for several arguments, a dict for arguments by keyword.
+        runtime: "eager", or "compiled" by ``torch.compile``.
+        seconds: About how long to measure, compilation apart.
+
+    Returns:
+        Name of each layer -> "pair", "dense" or "identity"; layers that the example does not use are left out.
+
+    Raises:
+        ValueError: If an argument is out of range, or the module cannot be copied.
+    """
+    check_choice("runtime", runtime, ("eager", "compiled"))
+    check_positive("seconds", seconds)
+    names = dict.fromkeys(called_layers(module), "pair")
+    twin = frozen_copy(to_factored(module, forms=names), "`fastest_forms` measures", "measure a copy of your own")
+    pairs, shapes = plain_pairs(twin), dict[str, list[Tensor]]()
+    handles = [
+        pair.register_forward_pre_hook(_inputs_into(shapes.setdefault(name, []))) for name, pair in pairs.items()
+    ]
+    keywords = isinstance(example_input, dict)
+    with _measuring():
+        replay(twin, [Call(twin, *(((), dict(example_input)) if keywords else (as_arguments(example_input), {})))])
+        for handle in handles:
+            handle.remove()
+        used = {name: inputs for name, inputs in shapes.items() if inputs}
+        return {name: _fastest_form(pairs[name], used[name], runtime, seconds / len(used)) for name in used}
+
+
+def _inputs_into(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        inputs.append(args[0].detach().clone(memory_format=torch.preserve_format))
+
+    return hook
+
+
+@torch.inference_mode()
+def _fastest_form(pair: nn.Sequential, inputs: Sequence[Tensor], runtime: str, seconds: float) -> str:
+    forms: dict[str, nn.Module] = {"pair": pair, "dense": merged(pair)}
+    if is_linear_pair(pair) and rank_of(pair) < min(view_of(pair).matrix_shape):
+        forms["identity"] = IdentityLinear.of(pair)
+    actions = {name: _on(inputs, form) for name, form in forms.items()}
+    if runtime == "compiled":
+        torch.compiler.reset()
+        compiled: dict[str, Any] = {name: torch.compile(form.eval()) for name, form in forms.items()}
+        actions = {name: _on(inputs, form) for name, form in compiled.items()}
+    taken = _fastest(actions, seconds)
+    if runtime == "compiled":
+        torch.compiler.reset()
+    best = min(taken, key=lambda name: taken[name])
+    return best if taken[best] < (1 - BEND) * taken["pair"] else "pair"
 
 
 def _timed(price: LayerCost, layer: SVDLayer) -> LayerCost:

@@ -698,7 +698,7 @@ class SVDTraining:
     def _nested(self) -> tuple[BudgetRanks, ...]:
         """The ranks of each budget of the ladder, by the model as it is now."""
         energies = self._trained.refactorize()
-        self._trained.refactorize_coarse([*self.layers])
+        self._trained.take_waiting([*self.layers])
         budgets, on_cpu, target, cost = len(self.ladder), _on_cpu(energies), self.recipe.target[1], self._known_cost
         shares = [target ** (1 - rung / budgets) for rung in range(budgets)]
         ladder = processes.decide(lambda: [self._choose_ranks(on_cpu, cost, share) for share in shares])

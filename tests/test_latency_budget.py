@@ -27,6 +27,7 @@ from lightning_svd import (
 )
 from lightning_svd.cli import main
 from lightning_svd.model import timing
+from lightning_svd.model.calls import Call
 from lightning_svd.model.counting import count_costs
 from lightning_svd.model.surgery import begin
 from lightning_svd.ranks.allocation import _curve, _hull, keep_by_budget, smallest_cost
@@ -316,6 +317,39 @@ def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatc
     monkeypatch.setattr(timing, "_fastest", slower)
     report, _ = fit(target_latency=0.7, latency_table=QUICK)
     assert report.latency.measured <= 0.72
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.0, 3), (1.0, 100)])
+def test_what_is_measured_runs_three_times_and_then_as_long_as_there_is_time(seconds, runs, monkeypatch):
+    now, done = [0.0], {"a": 0, "b": 0}
+
+    def action(name):
+        def run():
+            done[name] += 1
+            now[0] += 0.005
+
+        return run
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    taken = timing._fastest({name: action(name) for name in done}, seconds)
+    assert taken == pytest.approx({"a": 0.005, "b": 0.005})
+    assert all(runs - 5 <= count <= runs for count in done.values())
+
+
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 1), (1e6, timing.ROUNDS)])
+def test_a_large_model_is_timed_in_fewer_rounds(seconds, rounds, monkeypatch):
+    model, x, now, asked = SmallNet(), torch.randn(2, 1, 8, 8), [0.0], []
+
+    def fastest(actions, each, turns=1):
+        asked.append([*actions])
+        now[0] += 10.0
+        return dict.fromkeys(actions, 10.0)
+
+    monkeypatch.setattr(timing, "_fastest", fastest)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    whole = timing._Whole(model, plan(model), [Call(model, (x,), {})], Timing(seconds=seconds))
+    assert whole.seconds([{}, {"hidden": 4}]) == [10.0, 10.0]
+    assert len(asked) == 2 * rounds
 
 
 def test_a_time_that_no_ranks_have_is_refused_before_the_first_step(clock):

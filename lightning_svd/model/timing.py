@@ -46,7 +46,8 @@ class Timing:
         batch_size: Inputs at a time; None for those of the batch that is at hand.
         runtime: What the model is going to run in: "eager" PyTorch, "compiled" by ``torch.compile``, or ONNX Runtime,
             "onnx".
-        seconds: About how long to measure; large models take at least a few runs of each layer.
+        seconds: About how long to measure a table, and as long again to hold what was chosen by it against the whole
+            model; a large model takes at least two runs of each layer at each rank, and of the whole at each choice.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -369,14 +370,14 @@ def _staircase(price: LayerCost, layer: SVDLayer, seconds: float) -> LayerLatenc
     inputs = _inputs(price, layer)
     taken: dict[int, float] = {}
     actions = {0: _on(inputs, plain_dense(layer))}
-    asked = _coarse(price.break_even)
+    asked, start = _coarse(price.break_even), time.perf_counter()
     for _ in range(LEVELS):
         actions |= {rank: _on(inputs, _random_pair(layer, rank)) for rank in asked}
         mine = {rank: actions[rank] for rank in (0, *asked)}
         for rank, fastest in _fastest(mine, seconds / LEVELS).items():
             taken[rank] = min(fastest, taken.get(rank, fastest))
         asked = _bent({rank: taken[rank] for rank in sorted(taken) if rank})
-        if not asked:
+        if not asked or time.perf_counter() - start > seconds:
             break
     return LayerLatency(taken.pop(0), tuple(sorted(taken.items())))
 
@@ -437,7 +438,10 @@ class _Whole:
         rounds = ROUNDS if self._timing.runtime == "eager" else 1
         each = self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
         taken: list[list[float]] = [[] for _ in choices]
-        for _ in range(rounds):
+        start = time.perf_counter()
+        for done in range(rounds):
+            if done and (time.perf_counter() - start) * (done + 1) / done > each * rounds * len(choices):
+                break  # another round would take too long
             for ranks, mine in zip(choices, taken, strict=True):
                 with self._running(ranks) as run:
                     mine += _fastest({0: run}, each, ROUNDS // rounds).values()
@@ -542,7 +546,7 @@ def _fastest(actions: Mapping[Any, Callable[[], object]], seconds: float, rounds
 
     Args:
         actions: What to time, by any key.
-        seconds: About how long to take for all; each runs a few times whatever it takes.
+        seconds: About how long to take for all; each runs three times whatever it takes.
         rounds: How many turns each has, if there is time.
     """
     for action in actions.values():

@@ -7,6 +7,9 @@ Each net is cut by ``compress(..., target_latency=...)``, which measures how lon
 ranks. Then dense and low-rank take turns, in the runtime that was asked for; a row is the median of the ratios of the
 same round, with the middle half of them as its spread. The goal is to be within 5 % of what was asked for. Beside it
 stands what the same net takes at the same share of its multiply-accumulates.
+
+With ``--equal`` a budget of multiply-accumulates is searched for that takes as long as the net that was cut to the
+time: how far the outputs of either are from the dense net's says what it is worth to ask for time.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import nets
 import torch
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 
 from lightning_svd import Timing, compress, decompose, to_dense
 
+SEARCH = 6  # halvings of the interval in which a budget of MACs is searched
 WIDTH, BLOCKS = 512, 4  # of the encoder of BERT's kind, as its "small" one has them
 
 
@@ -79,6 +84,25 @@ def ratio(model: nn.Module, small: nn.Module, x: Tensor, runtime: str, rounds: i
     return against(seconds["small"], seconds["dense"])
 
 
+def equal_in_time(model: nn.Module, x: Tensor, runtime: str, rounds: int, asked: float) -> Row:
+    """The largest budget of multiply-accumulates that takes no longer: its share, time, and distance to dense."""
+    low, high, best = 0.0, 1.0, dict[str, Any]()
+    for _ in range(SEARCH):
+        share = (low + high) / 2
+        try:
+            small, report, _ = cut(model, x, {"target_macs": share})
+        except ValueError:  # fewer than any ranks have
+            low = share
+            continue
+        found = ratio(model, small, x, runtime, rounds)["ratio"]
+        if found <= asked:
+            low = share
+            best = {"equal_macs": share, "equal_ratio": found, "equal_distance": report.distance}
+        else:
+            high = share
+    return best
+
+
 def measure(
     net: str, batch_size: int, runtime: str, targets: Sequence[float], options: argparse.Namespace
 ) -> list[Row]:
@@ -103,6 +127,8 @@ def measure(
             row |= {f"macs_{key}": value for key, value in ratio(model, by_macs, x, runtime, rounds).items()}
         except ValueError:
             pass
+        if options.equal:
+            row |= equal_in_time(model, x, runtime, rounds, row["ratio"])
         rows.append(row)
     return rows
 
@@ -122,7 +148,21 @@ def tables(rows: list[Row]) -> list[Table]:
         line += [f"{row['promised']:.1%}", f"{row['ratio']:.1%}", middle_half(row)]
         line += [f"{row['ratio'] / row['target'] - 1:+.1%}", f"{row['macs']:.1%}", of_macs]
         lines.append([*line, f"{row['cutting_seconds']:.0f}"])
-    return [Table("Time as the budget", headings, lines)]
+    shown = [Table("Time as the budget", headings, lines)]
+    equal = [row for row in rows if "equal_ratio" in row]
+    if equal:
+        headings = ["net", "batch", "runtime", "budget", "measured", "MACs", "distance to dense outputs"]
+        lines = []
+        for row in equal:
+            about = [row["net"], str(row["batch"]), row["runtime"]]
+            by_time, by_macs = row["distance"], row["equal_distance"]
+            marks = [" *" if one < other else "" for one, other in ((by_time, by_macs), (by_macs, by_time))]
+            lines += [
+                [*about, "time", f"{row['ratio']:.1%}", f"{row['macs']:.1%}", f"{by_time:.2e}{marks[0]}"],
+                [*about, "MACs", f"{row['equal_ratio']:.1%}", f"{row['equal_macs']:.1%}", f"{by_macs:.2e}{marks[1]}"],
+            ]
+        shown.append(Table("The same time by either budget (* nearer to the dense net)", headings, lines))
+    return shown
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -137,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--targets", type=lambda text: [float(item) for item in text.split(",")], default=[0.7, 0.5, 0.35]
     )
     parser.add_argument("--seconds", type=float, default=20.0, help="to measure a table in")
+    parser.add_argument("--equal", action="store_true", help="search the budget of MACs that takes as long, too")
     options = parser.parse_args(argv)
     if options.quick:
         options.seconds, options.rounds, options.targets, options.batches = 2.0, 3, [0.5], [8]
@@ -147,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for batch_size in options.batches:
                 rows += measure(net, batch_size, runtime, options.targets, options)
                 save("time_budget", argv, options, rows)
-    tables(rows)[0].print()
+    for table in tables(rows):
+        table.print()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The performance benchmarks run, count what they say they count, and their page is what their results say."""
 
+import argparse
 import itertools
 import json
 import logging
@@ -176,6 +177,23 @@ def test_a_budget_of_time_has_a_row_for_each_share_or_says_what_can_be_reached(t
     assert [row["target"] for row in rows] == [0.9, 0.01] and "at least" in rows[1]["refused"]
     assert rows[0].keys() >= {"promised", "ratio", "macs", "macs_ratio"} or "refused" in rows[0]
     assert len(time_budget.tables(rows)[0].rows) == 2
+
+
+def test_a_budget_of_macs_that_takes_as_long_is_searched_for(monkeypatch):
+    # Time made up: half of it is not the layers'.
+    taken = {0.5: 0.75, 0.75: 0.875, 0.625: 0.8125, 0.6875: 0.84375, 0.65625: 0.828, 0.640625: 0.8203}
+
+    def cut(model, x, budget):
+        return budget["target_macs"], argparse.Namespace(distance=1 - budget["target_macs"]), 0.0
+
+    monkeypatch.setattr(time_budget, "cut", cut)
+    monkeypatch.setattr(time_budget, "ratio", lambda model, small, *rest: {"ratio": taken[small]})
+    found = time_budget.equal_in_time(None, None, "eager", 1, 0.825)
+    assert found == {"equal_macs": 0.640625, "equal_ratio": 0.8203, "equal_distance": 1 - 0.640625}
+    row = {"net": "small", "batch": 1, "runtime": "eager", "target": 0.8, "ratio": 0.82, "macs": 0.6}
+    row |= {"promised": 0.8, "cutting_seconds": 1.0, "low": 0.8, "high": 0.9, "distance": 0.1}
+    (_, equal) = time_budget.tables([row | found])
+    assert [line[-1] for line in equal.rows] == ["1.00e-01 *", "3.59e-01"]
 
 
 @pytest.mark.parametrize("mode", [mode for mode in latency.MODES if "compiled" not in mode])

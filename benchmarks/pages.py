@@ -24,6 +24,7 @@ import casts
 import compress_cost
 import inputs
 import latency
+import nested
 import pretrained
 import quality
 import real_models
@@ -50,6 +51,7 @@ SCRIPTS = {
         pretrained,
         inputs,
         time_budget,
+        nested,
     )
 }
 # By the benchmark; the others are on the first page.
@@ -60,6 +62,7 @@ PAGES = {
     "pretrained": "trained.md",
     "inputs": "trained.md",
     "time_budget": "latency.md",
+    "nested": "schedules.md",
 }
 
 

@@ -13,6 +13,7 @@ import compress_cost
 import harness
 import inputs
 import latency
+import nested
 import nets
 import pages
 import pretrained
@@ -665,3 +666,15 @@ def test_the_cost_of_compression_is_that_of_its_passes_svds_and_the_rest(tmp_pat
         "Time",
         "Inside the call, one of them",
     ]
+
+
+# -------------------------------------------------------------------------------------------------------------- nested
+
+
+def test_one_nested_run_is_held_against_a_run_for_each_budget(tmp_path):
+    rows = rows_written(nested.main, tmp_path / "r.json", "--quick", "--nested", '{"budgets": 2}')["rows"]
+    at_budgets = {(row["way"], round(row["budget"], 2)) for row in rows}
+    assert at_budgets == {*itertools.product(nested.WAYS, (0.15, 0.39)), ("nested", 1.0), ("dense", 1.0)}
+    assert all(0 < row["accuracy"] < 1 for row in rows)
+    (table,) = nested.tables(rows)
+    assert [row[0] for row in table.rows] == ["0.15", "0.39", "1.00"] and table.rows[2][1] == ""

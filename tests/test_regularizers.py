@@ -5,14 +5,23 @@ import pickle
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, svd_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_svd import SVDTraining
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.model.surgery import decompose, svd_layers
-from lightning_svd.training.regularizers import COLUMNS, SPARSITY, Regularizer, add_gradients, hoyer, orthogonality
+from lightning_svd.training.regularizers import (
+    COLUMNS,
+    SPARSITY,
+    Regularizer,
+    add_gradients,
+    centralize,
+    hoyer,
+    orthogonality,
+)
 
 FORMULAS = {
     "l1": lambda s: s.abs().sum(),
@@ -314,3 +323,54 @@ def test_a_regularizer_says_what_it_is_in_a_copy_and_a_pickle_too():
     for same in (regularizer, copy.deepcopy(regularizer), pickle.loads(pickle.dumps(regularizer))):
         assert repr(same) == "Regularizer(sparsity='l1', sparsity_weight=0.0005, orthogonality_weight=3.0)"
         assert same == regularizer
+
+
+# ----------------------------------------------------------------------------------------------- centralized gradients
+
+
+def centered(gradient):
+    """Of the gradient of a weight, as the paper has it: over all but the outputs."""
+    return gradient - gradient.mean(tuple(range(1, gradient.ndim)), keepdim=True)
+
+
+@pytest.mark.parametrize("form", ["svd", "pair", "dense"])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [(lambda: nn.Linear(7, 5), (6, 7)), (lambda: nn.Conv2d(6, 8, 3, groups=2), (2, 6, 5, 5))],
+    ids=["linear", "grouped conv"],
+)
+def test_centered_factors_get_what_the_centered_gradient_of_the_weight_gives_them(build, shape, form):
+    torch.manual_seed(0)
+    dense = build().double()
+    layer = svd_of(copy.deepcopy(dense), form="dense" if form == "dense" else "svd")
+    if form == "pair":
+        layer.to_pair()
+    x = torch.randn(shape, dtype=torch.float64)
+    for module in (dense, layer):
+        module(x).sin().sum().backward()
+    G = layer.view.unfold(centered(dense.weight.grad))
+    before = [p.grad.clone() for p in layer.form.trained]
+    centralize([layer])
+    if form == "dense":
+        expected = [centered(dense.weight.grad)]
+    elif form == "svd":
+        U, s, _ = (p.detach() for p in layer.form.trained)
+        expected = [*before[:2], G.mT @ U * s.unsqueeze(-2)]
+    else:
+        expected = [before[0], G.mT @ layer.form.trained[0].detach()]
+    for p, value in zip(layer.form.trained, expected, strict=True):
+        assert_same(p.grad, value, layer.matrix_shape)
+    assert not torch.allclose(before[-1], expected[-1])
+
+
+def test_a_run_that_centralizes_moves_no_mean_over_the_inputs_but_of_the_penalties():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    regularizer = Regularizer(None, orthogonality_weight=0.0, centralize=True)
+    run = SVDTraining(model, torch.optim.SGD(model.parameters(), 0.1), 5, target_params=0.9, regularizer=regularizer)
+    V = run.layers["0"].form.parameters["V"]
+    means, before = V.detach().mean(0), V.detach().clone()
+    model(torch.randn(9, 6, dtype=torch.float64) + 1).square().sum().backward()
+    run.step()
+    assert_same(V.detach().mean(0), means, (6, 5))
+    assert not torch.allclose(V, before)

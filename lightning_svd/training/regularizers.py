@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import check_choice, check_weight
-from lightning_svd.layers.forms import SVDForm
+from lightning_svd.arguments import check_choice, check_flag, check_weight
+from lightning_svd.layers.forms import DenseForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import exact_products, gram_defect
 
@@ -102,6 +102,7 @@ class Regularizer:
         sparsity: The penalty of s, "hoyer", "hoyer_square" or "l1"; None for none.
         sparsity_weight: Its full weight; None for 0.002, 0.0002 and 0.0005 respectively.
         orthogonality_weight: Weight of the orthogonality penalty of U and V.
+        centralize: Whether the loss's gradient is centered over each layer's inputs, see :func:`centralize`.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -110,8 +111,10 @@ class Regularizer:
     sparsity: str | None = "hoyer"
     sparsity_weight: float | None = None
     orthogonality_weight: float = 1.0
+    centralize: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("centralize", self.centralize)
         check_choice("sparsity", self.sparsity, (*SPARSITY, None))
         check_weight("orthogonality_weight", self.orthogonality_weight)
         if self.sparsity_weight is None:
@@ -189,6 +192,32 @@ def add_gradients(
         torch.stack(sparsities).sum() if sparsities else torch.zeros_like(orthogonalities[0]),
         (torch.stack(defects).sum() / max(1, ranks)).sqrt(),
     )
+
+
+@torch.no_grad()
+def centralize(layers: Iterable[SVDLayer], only: Collection[nn.Parameter] | None = None) -> None:
+    """Center the gradient of each layer's weight over its inputs (gradient centralization), in ``.grad``.
+
+    After Yong et al. 2020 (arXiv 2004.01461): of the gradient G (m, n) of a weight each row loses its mean. Of factors,
+    each column of dL/dV (n, r) does, which is what V gets of the centered G, since ``dL/dV = G^T U diag(s)``; so is the
+    gradient of B in a pair ``A B^T``. U, s and A keep theirs. Call it before penalties are added.
+
+    Args:
+        layers: Factorized layers, in any form. The rows of an embedding are no inputs: it is left alone.
+        only: Those parameters whose gradient is centered; None for all.
+    """
+    for layer in layers:
+        form = layer.form
+        parameter = form.trained[-1]  # V, B, or the weight
+        gradient = parameter.grad
+        if gradient is None or layer.view.layer_type is nn.Embedding or not (only is None or parameter in only):
+            continue
+        if isinstance(form, DenseForm):
+            mine = gradient if form.rows is None else gradient[form.rows]
+            matrix = layer.view.unfold(mine)
+            mine.copy_(layer.view.fold(matrix - matrix.mean(-1, keepdim=True)))
+        else:
+            gradient.sub_(gradient.mean(-2, keepdim=True))
 
 
 class _Part(NamedTuple):

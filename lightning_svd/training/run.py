@@ -43,7 +43,7 @@ from lightning_svd.training.observation import Observer, observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
 from lightning_svd.training.recipe import Recipe
-from lightning_svd.training.regularizers import Penalties, add_gradients
+from lightning_svd.training.regularizers import Penalties, add_gradients, centralize
 from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
 
@@ -408,6 +408,8 @@ class SVDTraining:
         off = self.paused or not self.regularized
         self._note_strength(step, 0.0 if off else asked.sparsity_weight * self.policy.strength(self.clock(step)))
         layers = optimizer.regularized
+        if asked.centralize:
+            centralize(optimizer.layers, optimizer.held())
         if layers and scale:
             self.penalties = add_gradients(
                 layers, asked.orthogonality_weight, asked.sparsity, self.strength, scale, optimizer.held(), step

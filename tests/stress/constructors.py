@@ -272,6 +272,7 @@ CONSTRUCTORS = {
             "sparsity": choice("hoyer", "hoyer_square", "l1", optional=True),
             "sparsity_weight": weight(optional=True),
             "orthogonality_weight": weight(),
+            "centralize": flag(),
         },
         [],
     ),

@@ -44,7 +44,7 @@ class Nested(RankPolicy):
     start: float = 0.1
     cuts: int = 5
     distill: bool | Distillation = False
-    ramp: str | None = "linear"
+    ramp: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

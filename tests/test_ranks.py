@@ -11,7 +11,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_svd.ranks.allocation import interpolate, keep_by_budget, keep_by_energy, share_above, smallest_cost
+from lightning_svd.ranks.allocation import (
+    cheapest,
+    interpolate,
+    keep_by_budget,
+    keep_by_energy,
+    share_above,
+    smallest_cost,
+)
 from lightning_svd.ranks.costs import Cost, LayerCost, LayerLatency, ModelCost
 from lightning_svd.ranks.importance import Importance, Spectrum
 
@@ -362,3 +369,12 @@ def test_layers_alike_have_their_exact_factors_in_a_stack(kind, form):
 def test_importance_is_what_a_class_of_ones_own_may_say():
     with pytest.raises(TypeError, match="abstract"):
         Importance()
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(0, set()), (9, set()), (10, {"a"}), (29, {"a"}), (30, {"a", "c"}), (1000, {"a", "b", "c"})]
+)
+def test_the_cheapest_layers_are_as_many_as_do_not_cost_more_together(most, expected):
+    cost = ModelCost({name: LayerCost(price, price) for name, price in {"a": 10, "b": 40, "c": 20}.items()}, 100)
+    full = dict.fromkeys("abc", 1)
+    assert cheapest(cost.by("params"), full, most) == expected

@@ -177,3 +177,20 @@ def interpolate(full: Mapping[str, int], final: Mapping[str, int], removed: floa
     cost would tear all of those ranks off at once.
     """
     return {name: rank - round((rank - final[name]) * removed) for name, rank in full.items()}
+
+
+def cheapest(cost: Cost, ranks: Mapping[str, int], most: float) -> frozenset[str]:
+    """The layers that cost least, as many as do not cost more than ``most`` together.
+
+    Args:
+        cost: Of the model.
+        ranks: At which they cost that.
+        most: In the unit of the cost.
+    """
+    found, total = set(), 0.0
+    for price, name in sorted((cost.at(name, rank), name) for name, rank in ranks.items()):
+        total += price
+        if total > most:
+            break
+        found.add(name)
+    return frozenset(found)

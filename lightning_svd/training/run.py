@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any
@@ -17,26 +17,26 @@ from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.layers.matrices import check_finite
-from lightning_svd.model.calls import Call, CallRecorder, cut, replay
-from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_layers
-from lightning_svd.model.counting import count_calls, count_params
+from lightning_svd.model.calls import CallRecorder
+from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
 from lightning_svd.model.surgery import (
     begin,
     check_dense,
     check_in_place,
     finish,
-    showing_factors,
     trained_weights,
     undo,
 )
-from lightning_svd.model.timing import corrected, share_of_dense, time_layers
+from lightning_svd.model.timing import time_layers
+from lightning_svd.ranks.allocation import cheapest
 from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.report.data import BudgetRanks, LatencyReport, Pause, RankChange, SVDReport, report_on
 from lightning_svd.training import processes
+from lightning_svd.training.costs import CostsOfRun
 from lightning_svd.training.distillation import distiller_of
+from lightning_svd.training.finite import check_trained, warnings_of
 from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.judging import Verdict
 from lightning_svd.training.observation import Observer, observer_of
@@ -47,7 +47,9 @@ from lightning_svd.training.regularizers import Penalties, add_gradients, centra
 from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
 
-SLIGHT = 0.02  # of a budget: layers that come to less together train their dense weights while they keep all ranks
+# Of a budget: layers that come to less together train their dense weights once ranks fall, while they keep all of their
+# own. Whether one of them loses ranks hardly matters, and U, s and V of full rank take several times as long.
+SLIGHT = 0.02
 
 
 class SVDTraining:
@@ -127,8 +129,7 @@ class SVDTraining:
         self.backwards = self.last_cut = self._steps = 0
         self._waits = self._observes = False
         self._refused: dict[str, str] = {}
-        self._timed: list[Call] = []  # for the final model to be timed as the dense one was
-        self._not_finite: list[str] = []  # what ranks wait for
+        self._costs = CostsOfRun(model, self.recipe)
         self._choose_ranks = choose_ranks or self._by_recipe
         self.policy.check(self.importance, self._choose_ranks)
         self.ladder: tuple[dict[str, int], ...] = ()
@@ -331,31 +332,7 @@ class SVDTraining:
         if not seen or (every_layer and not seen >= self.layers.keys()):
             return None
         self.recorder.stop()  # what follows are replays
-        with self.observer.resting() if self.observer is not None else nullcontext():
-            try:
-                few, inputs = cut(self.model, calls, FEW)
-                if not has_finite(replay(self.model, few)):
-                    self._not_finite = ["the model's outputs"]
-                    return None  # of NaN everything is the same: the next batch will show what layers do
-                self._not_finite = []
-                cost = count_calls(self.model, self.layers, few, inputs)
-                refused = whole_layers(self.model, few, self.layers) if self.recipe.final == "factored" else {}
-            except NotTheSameError:
-                raise
-            except Exception as error:
-                raise ValueError(
-                    "the model was run once more in evaluation, to count what it costs and to see which layers can "
-                    f"become two, and failed: {type(error).__name__}: {error}"
-                ) from error
-            cost = self.recipe.timed(cost, self.model, self.layers, self.plan, calls)
-        if self.recipe.timing:
-            self._timed = list(calls)
-        if self.observer is not None:
-            self.observer.check(few)
-        cost = cost.without(refused)
-        left = {name: rank for name, rank in self.full_ranks.items() if name not in refused}
-        self.recipe.check_reachable(cost, left, self.bounds, with_reasons(self.plan, refused))
-        return cost, refused
+        return self._costs.learn(self.layers, self.plan, self.bounds, calls, self.observer)
 
     def _release_refused(self) -> None:
         """Train the layers that cannot become two as the dense ones that they stay."""
@@ -542,9 +519,9 @@ class SVDTraining:
         if self._waits:
             due = not self.paused and observer.batches >= self.importance.steps
         if due:
-            self._not_finite = processes.decide(observer.not_finite)
-            if self._not_finite:
-                processes.agree(self._check_finite)
+            self._costs.not_finite = processes.decide(observer.not_finite)
+            if self._costs.not_finite:
+                processes.agree(partial(check_trained, self.layers))
                 observer.forget()
                 due = False
             self._waits = not due
@@ -560,7 +537,7 @@ class SVDTraining:
         """
         before, clock = self.ranks(), self.clock(step)
         processes.meet(self._device)
-        processes.agree(self._check_finite)
+        processes.agree(partial(check_trained, self.layers))
         judges, verdict, energies = self.policy.judges(clock), None, dict[str, Tensor]()
         if judges:
             verdict = self._verdict() if self.observer is not None else None
@@ -593,7 +570,7 @@ class SVDTraining:
         self, clock: int, before: Mapping[str, int], energies: Mapping[str, Tensor]
     ) -> tuple[Change, ModelCost]:
         """What the policy says, and the cost: what it is in time is measured once more ahead of the last cut."""
-        cost, pending, timing = self._known_cost, self.policy.pending, self.recipe.timing
+        cost, pending = self._known_cost, self.policy.pending
         on_cpu = cache(partial(_on_cpu, energies))
 
         def choose(relief: float = 0.0) -> dict[str, int]:
@@ -601,50 +578,23 @@ class SVDTraining:
             by_cost = partial(self._choose_ranks, on_cpu())
             if relief:
                 return by_cost(cost, self.recipe.target[1] ** (1 - relief))
-            if timing and self._timed and pending is not None and clock >= pending:
-                cost = corrected(self.model, self.plan, self._timed, timing, cost, by_cost)
+            if pending is not None and clock >= pending:
+                cost = self._costs.corrected(cost, self.plan, by_cost)
             return by_cost(cost)
 
         return self.policy.change(clock, self.full_ranks, before, choose), cost
 
-    def _slight(self) -> set[str]:
-        """The layers that come to next to nothing of the budget together.
-
-        Whether one of them loses ranks hardly matters, but U, s and V of all of its ranks take several times as long to
-        train as the weight itself. Where the sparsity penalty decides how many ranks are left there are none.
-        """
+    def _slight(self) -> frozenset[str]:
+        """The layers that come to next to nothing of the budget; where sparsity decides how many ranks stay, none."""
         kind, share = self.recipe.target
         if kind == "energy":
-            return set()
-        cost, sum_, slight = self._known_cost.by(kind), 0.0, set()
-        for price, name in sorted((cost.at(name, rank), name) for name, rank in self.full_ranks.items()):
-            sum_ += price
-            if sum_ > SLIGHT * cost.budget(share):
-                break
-            slight.add(name)
-        return slight
+            return frozenset()
+        cost = self._known_cost.by(kind)
+        return cheapest(cost, self.full_ranks, SLIGHT * cost.budget(share))
 
     @property
     def _device(self) -> torch.device:
         return next((layer.form.trained[0].device for layer in self.layers.values()), torch.device("cpu"))
-
-    def _check_finite(self) -> None:
-        """Refuse to go on with weights that are not finite, in whichever process, before anything is decided by them.
-
-        Raises:
-            ValueError: Naming the layer.
-        """
-        sums = [parameter.detach().sum() for layer in self.layers.values() for parameter in layer.form.trained]
-        if sums and not torch.isfinite(torch.stack([each.float() for each in sums])).all():  # or too large a sum
-            for name, layer in self.layers.items():
-                for parameter in layer.form.trained:
-                    try:
-                        check_finite(parameter.detach(), name)
-                    except ValueError as error:
-                        raise ValueError(
-                            f"{error}: training has diverged, and no ranks are chosen by such weights: see the loss "
-                            "and its gradients, and go on from a checkpoint from before"
-                        ) from None
 
     @property
     def _known_cost(self) -> ModelCost:
@@ -682,7 +632,7 @@ class SVDTraining:
         cost = self.cost or count_params(self.model)
         if self.recipe.measure_latency and cost.latency is None:
             cost = self._with_latency(cost)
-        self._warn_of_what_is_not_finite()
+        self.warnings += warnings_of(self.model, self.layers)
         report = replace(
             report_on(self.plan, self.layers, cost, self.spectra_before, all_dense=self.recipe.final == "dense"),
             **self.history(),
@@ -711,29 +661,9 @@ class SVDTraining:
 
     def _measured(self, promised: LatencyReport) -> LatencyReport:
         """How long the final model takes too, where the dense one was timed in this run."""
-        timing, calls = self.recipe.timing, self._timed
-        if timing is None or self.recipe.final != "factored":
+        if self.recipe.timing is None or self.recipe.final != "factored":
             return promised
-        share = processes.decide(lambda: share_of_dense(self.model, calls, timing) if calls else None)
-        return replace(promised, measured=share)
-
-    def _warn_of_what_is_not_finite(self) -> None:
-        broken = [
-            name
-            for name, layer in self.layers.items()
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.form.trained)
-        ]
-        if broken:
-            self.warnings.append(f"{len(broken)} layers hold NaN or infinity: {', '.join(broken[:8])}")
-        of_layers = {id(parameter) for layer in self.layers.values() for parameter in layer.form.trained}
-        with showing_factors(self.model):
-            others = {name: tensor for name, tensor in self.model.named_parameters() if id(tensor) not in of_layers}
-        others = {name: tensor for name, tensor in others.items() if tensor.is_floating_point() and tensor.numel()}
-        # Infinity may be meant in a buffer, NaN nowhere.
-        bad = [name for name, tensor in others.items() if not bool(torch.isfinite(tensor).all())]
-        bad += [name for name, tensor in self.model.named_buffers() if bool(torch.isnan(tensor).any())]
-        if bad:
-            self.warnings.append(f"{len(bad)} tensors beside the layers' hold NaN: {', '.join(bad[:8])}")
+        return replace(promised, measured=processes.decide(self._costs.share_of_dense))
 
     def _with_latency(self, cost: ModelCost) -> ModelCost:
         # One decision for all processes, whose clocks differ.
@@ -754,8 +684,9 @@ class SVDTraining:
             return None
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
-        if self._not_finite:
-            return f"ranks waited for data without NaN and infinity, met in {', '.join(self._not_finite[:8])}: {missed}"
+        if self._costs.not_finite:
+            where = ", ".join(self._costs.not_finite[:8])
+            return f"ranks waited for data without NaN and infinity, met in {where}: {missed}"
         if self.cost is None and done:
             return f"no step used a layer that is factorized, so that no rank was cut: {missed}"
         if self.guard and self.guard.pauses:

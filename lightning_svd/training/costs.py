@@ -1,0 +1,102 @@
+"""What a run's model costs: counted from calls that were recorded, and timed where time is the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import nn
+
+from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.model.calls import Call, cut, replay
+from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_layers
+from lightning_svd.model.counting import count_calls
+from lightning_svd.model.plan import LayerPlan, with_reasons
+from lightning_svd.model.timing import corrected, share_of_dense
+from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.training.observation import Observer
+from lightning_svd.training.recipe import Recipe
+
+
+class CostsOfRun:
+    """Counts and times a model by running calls of it again, in evaluation; nothing of the run is decided here.
+
+    Args:
+        model: What is trained.
+        recipe: What is asked for.
+
+    Attributes:
+        not_finite: Where NaN or infinity was met instead of numbers to go by.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model, self.recipe = model, recipe
+        self.not_finite: list[str] = []
+        self._timed: list[Call] = []  # for the final model to be timed as the dense one was
+
+    def learn(
+        self,
+        layers: Mapping[str, SVDLayer],
+        plans: Sequence[LayerPlan],
+        bounds: Mapping[str, Any],
+        calls: Sequence[Call],
+        observer: Observer | None,
+    ) -> tuple[ModelCost, dict[str, str]] | None:
+        """The cost, and why layers cannot become two; None if outputs are NaN, of which everything is the same.
+
+        Args:
+            layers: The factorized ones.
+            plans: Of all layers.
+            bounds: What ranks they may have.
+            calls: Of modules in the model, in one batch.
+            observer: What collects statistics; it notes nothing here, and is asked whether it could.
+
+        Raises:
+            ValueError: If the model cannot be run again, or the budget not be met.
+        """
+        with observer.resting() if observer is not None else nullcontext():
+            try:
+                few, inputs = cut(self.model, calls, FEW)
+                if not has_finite(replay(self.model, few)):
+                    self.not_finite = ["the model's outputs"]
+                    return None  # the next batch will show what layers do
+                self.not_finite = []
+                cost = count_calls(self.model, layers, few, inputs)
+                refused = whole_layers(self.model, few, layers) if self.recipe.final == "factored" else {}
+            except NotTheSameError:
+                raise
+            except Exception as error:
+                raise ValueError(
+                    "the model was run once more in evaluation, to count what it costs and to see which layers can "
+                    f"become two, and failed: {type(error).__name__}: {error}"
+                ) from error
+            cost = self.recipe.timed(cost, self.model, layers, plans, calls)
+        if self.recipe.timing:
+            self._timed = list(calls)
+        if observer is not None:
+            observer.check(few)
+        cost = cost.without(refused)
+        left = {name: layer.full_rank for name, layer in layers.items() if name not in refused}
+        self.recipe.check_reachable(cost, left, bounds, with_reasons(plans, refused))
+        return cost, refused
+
+    def corrected(
+        self, cost: ModelCost, plans: Sequence[LayerPlan], choose: Callable[[ModelCost], Mapping[str, int]]
+    ) -> ModelCost:
+        """The cost with the time of the whole at the very ranks that are chosen by it, where this run times its model.
+
+        Args:
+            cost: By which they are chosen.
+            plans: Of all layers.
+            choose: Gives them.
+        """
+        timing = self.recipe.timing
+        if timing is None or not self._timed:
+            return cost
+        return corrected(self.model, plans, self._timed, timing, cost, choose)
+
+    def share_of_dense(self) -> float | None:
+        """How long the model takes by now, as a share of the dense one; None where this run did not time that."""
+        timing = self.recipe.timing
+        return share_of_dense(self.model, self._timed, timing) if timing and self._timed else None

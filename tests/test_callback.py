@@ -595,6 +595,7 @@ def test_the_report_shows_objects_by_their_class_and_their_own_arguments():
         "sparsity": "l1",
         "sparsity_weight": 0.0005,
         "orthogonality_weight": 1.0,
+        "centralize": False,
     }
     assert shown["importance"] == {"class": "Spectrum"}
     assert shown == json.loads(json.dumps(callback.arguments))

@@ -321,7 +321,8 @@ def test_each_penalty_has_a_weight_of_its_own_unless_one_is_given(name, weight):
 def test_a_regularizer_says_what_it_is_in_a_copy_and_a_pickle_too():
     regularizer = Regularizer("l1", orthogonality_weight=3.0)
     for same in (regularizer, copy.deepcopy(regularizer), pickle.loads(pickle.dumps(regularizer))):
-        assert repr(same) == "Regularizer(sparsity='l1', sparsity_weight=0.0005, orthogonality_weight=3.0)"
+        shown = "sparsity='l1', sparsity_weight=0.0005, orthogonality_weight=3.0, centralize=False"
+        assert repr(same) == f"Regularizer({shown})"
         assert same == regularizer
 
 

@@ -102,7 +102,8 @@ class Regularizer:
         sparsity: The penalty of s, "hoyer", "hoyer_square" or "l1"; None for none.
         sparsity_weight: Its full weight; None for 0.002, 0.0002 and 0.0005 respectively.
         orthogonality_weight: Weight of the orthogonality penalty of U and V.
-        centralize: Whether the loss's gradient is centered over each layer's inputs, see :func:`centralize`.
+        centralize: Whether the loss's gradient is centered over each layer's inputs, see
+            :func:`~lightning_svd.training.regularizers.centralize`.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.

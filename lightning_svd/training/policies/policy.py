@@ -34,7 +34,8 @@ class Change:
         final: Whether ranks are final, so that layers can train as what they are going to be.
         may_return: Whether ranks that are not used now may be used again, so that their vectors stay stored. Ranks
             that return have the vectors that they had, s = 0, so that the model computes what it did, and no momentum.
-        ladder: Ranks that single steps may use from now on, see :meth:`RankPolicy.rung`.
+        ladder: Ranks that single steps may use from now on, see
+            :meth:`~lightning_svd.RankPolicy.rung`.
     """
 
     ranks: Mapping[str, int]

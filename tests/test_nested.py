@@ -305,6 +305,10 @@ def test_any_budget_has_the_ranks_that_the_report_says_and_costs_what_it_says(tr
             assert_same(small(x), cut_to(model, budget.ranks)(x), (12, 10), 256)
     assert SVDReport.from_json(report.to_json()) == report
     assert "trained for 4 budgets from 40.0% up" in str(report)
+    rows = [line.replace("|", " ").split() for line in report.to_markdown().split("**Budgets**")[1].splitlines()]
+    for budget in report.nested:
+        shares = [f"{share:.1%}" for share in (budget.share, budget.macs_ratio, budget.params_ratio)]
+        assert [*shares, str(sum(budget.ranks.values()))] in rows
 
 
 def test_a_budget_of_parameters_needs_no_cost(trained):

@@ -25,6 +25,7 @@ LAYER_HEADINGS = ("layer", "kind", "matrix", "full rank", "break-even", "rank", 
 PLAN_HEADINGS = ("layer", "kind", "weight", "matrix", "full rank", "break-even", "skipped, because")
 SKIPPED_HEADINGS = ("layer", "kind", "because")
 ARGUMENT_HEADINGS = ("argument", "value")
+BUDGET_HEADINGS = ("budget", "MACs", "parameters", "ranks")
 TIME_HEADING = "time"  # only where it was measured
 TEXT_HEADINGS = ("layer", "kind", "form", "skipped, because", "because", "argument", "value")
 WIDE_ONLY = ("kind", "weight", "break-even")
@@ -69,6 +70,11 @@ class BudgetRanks:
     ranks: Mapping[str, int]
     macs_ratio: float
     params_ratio: float
+
+    def cells(self) -> tuple[str, ...]:
+        """A row of a table under ``BUDGET_HEADINGS``."""
+        shares = (percentage(share) for share in (self.share, self.macs_ratio, self.params_ratio))
+        return (*shares, str(sum(self.ranks.values())))
 
 
 @dataclass(frozen=True)
@@ -310,6 +316,7 @@ class SVDReport:
         parts += [f"Left alone are {markdown_text(self.left_alone)}."] if self.left_alone else []
         for title, headings, rows in (
             ("Layers", self.headings, layers),
+            ("Budgets", BUDGET_HEADINGS, [budget.cells() for budget in self.nested]),
             ("Left alone", SKIPPED_HEADINGS, skipped),
             ("Asked for", ARGUMENT_HEADINGS, arguments),
         ):

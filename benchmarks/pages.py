@@ -22,6 +22,9 @@ from typing import Any
 
 import casts
 import compress_cost
+import deployment
+import forms
+import heads
 import inputs
 import latency
 import pretrained
@@ -50,6 +53,9 @@ SCRIPTS = {
         pretrained,
         inputs,
         time_budget,
+        deployment,
+        forms,
+        heads,
     )
 }
 # By the benchmark; the others are on the first page.
@@ -60,6 +66,9 @@ PAGES = {
     "pretrained": "trained.md",
     "inputs": "trained.md",
     "time_budget": "latency.md",
+    "deployment": "deployment.md",
+    "forms": "deployment.md",
+    "heads": "deployment.md",
 }
 
 

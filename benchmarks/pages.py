@@ -22,6 +22,9 @@ from typing import Any
 
 import casts
 import compress_cost
+import deployment
+import forms
+import heads
 import inputs
 import latency
 import nested
@@ -52,6 +55,9 @@ SCRIPTS = {
         inputs,
         time_budget,
         nested,
+        deployment,
+        forms,
+        heads,
     )
 }
 # By the benchmark; the others are on the first page.
@@ -63,6 +69,9 @@ PAGES = {
     "inputs": "trained.md",
     "time_budget": "latency.md",
     "nested": "schedules.md",
+    "deployment": "deployment.md",
+    "forms": "deployment.md",
+    "heads": "deployment.md",
 }
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import casts
 import compress_cost
+import deployment
+import forms
 import harness
+import heads
 import inputs
 import latency
 import nested
@@ -678,3 +681,44 @@ def test_one_nested_run_is_held_against_a_run_for_each_budget(tmp_path):
     assert all(0 < row["accuracy"] < 1 for row in rows)
     (table,) = nested.tables(rows)
     assert [row[0] for row in table.rows] == ["0.15", "0.39", "1.00"] and table.rows[2][1] == ""
+
+
+# ---------------------------------------------------------------------------------------------------------- deployment
+
+
+def test_forms_of_a_layer_are_timed_in_turns(tmp_path):
+    rows = rows_written(forms.main, tmp_path / "out.json", "--quick")["rows"]
+    assert [row["rank"] for row in rows] == [96, 144] and all(row["identity"] > 0 for row in rows)
+    assert rows[0]["macs_pair"] == pytest.approx(96 * 1920 / (384 * 1536))
+    assert rows[0]["macs_identity"] == pytest.approx(96 * (1920 - 96) / (384 * 1536))
+    forms_of_conv = forms.conv_forms(32, 8)
+    x = torch.randn(2, 32, 3, 3)
+    assert {form(x).shape for form in forms_of_conv.values()} == {x.shape}
+    assert [table.title for table in forms.tables(rows)] == ["eager fp32, time / dense"]
+
+
+def test_what_is_deployed_is_smaller_and_computes_nearly_the_same(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(deployment.NETS, "small", (lambda: nets.vgg(3, 10, width=16), (3, 8, 8)))
+    encoder = torch.nn.TransformerEncoderLayer(32, 2, 64, 0.0, batch_first=True)
+    monkeypatch.setitem(deployment.NETS, "encoder", (lambda: encoder, (4, 32)))
+    few = ("--nets", "small,encoder", "--batches", "2", "--rounds", "1", "--share", "0.5")
+    rows = rows_written(deployment.main, tmp_path / "out.json", *few)["rows"]
+    by = {(row["net"], row["form"], row["kind"]): row for row in rows}
+    assert {form for net, form, _ in by if net == "small"} == {"dense", "pairs"}
+    assert {form for net, form, _ in by if net == "encoder"} == {"dense", "pairs", "identity"}
+    assert by["small", "pairs", "fp32, folded"]["distance"] < 1e-5
+    for net, form in {key[:2] for key in by}:
+        size = {kind: by[net, form, kind]["bytes"] for kind in ("fp32", "bf16", "ONNX fp32", "ONNX int8")}
+        assert size["bf16"] < size["fp32"] and size["ONNX int8"] < size["ONNX fp32"]
+        assert by[net, form, "ONNX fp32"]["distance"] < 1e-4 and by[net, form, "ONNX int8"]["distance"] < 0.2
+    assert len(deployment.tables(rows)) == 2
+
+
+def test_queries_and_keys_lose_less_together(tmp_path):
+    rows = rows_written(heads.main, tmp_path / "out.json", "--quick")["rows"]
+    assert len(rows) == 9 and all(0 <= row["together"] < row["apart"] for row in rows)
+    torch.manual_seed(0)
+    matrix = torch.randn(8, 8)
+    assert torch.linalg.matrix_rank(heads.cut(matrix, 3)) == 3
+    assert heads.lost(16, 2, 0.5, 1.0)["together"] < 1e-10

@@ -240,7 +240,7 @@ def nested(path):
         (rewritten(layers={"head": {"rank": 1e30, "conv_mode": None}}), "header is damaged"),
         (rewritten(layers={"head": {"rank": 10**30, "conv_mode": None}}), "`head` has rank 10+.* there, at most 16"),
         (rewritten(layers={"head": {"rank": True, "conv_mode": None}}), "header is damaged"),
-        (rewritten(version={"a": 1}), "has format version {'a': 1}, this lightning-svd reads version 1"),
+        (rewritten(version={"a": 1}), "has format version {'a': 1}, this lightning-svd reads versions 1 and 2"),
         (with_tensor("head.0.weight", torch.Tensor.int), "`head.0.weight` holds whole numbers there, floating-point"),
         (with_tensor("norm.num_batches_tracked", torch.Tensor.float), "holds floating-point numbers there, whole"),
         (with_tensor("head.1.weight", lambda t: t * torch.nan), "`head.1.weight` holds NaN or infinity"),
@@ -257,7 +257,7 @@ def nested(path):
         (header_of_another_kind, "header is damaged"),
         (rewritten(layers={"head": {"rank": "3"}}), "header is damaged"),
         (rewritten(layers={"head": {"rank": 3}}), "header is damaged"),
-        (rewritten(version=2), "format version 2, this lightning-svd reads version 1: update it"),
+        (rewritten(version=3), "format version 3, this lightning-svd reads versions 1 and 2: update it"),
         (rewritten(layers={"tail": {"rank": 3, "conv_mode": None}}), "low-rank layer `tail`, which Net does not have"),
         (
             rewritten(layers={"norm": {"rank": 3, "conv_mode": None}}),

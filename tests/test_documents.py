@@ -23,10 +23,7 @@ def layer_rows(text):
 @pytest.mark.filterwarnings("ignore:The number of training batches")
 def test_the_readmes_first_block_prints_the_report_that_follows_it(capsys):
     torch.manual_seed(0)
-    block = blocks(ROOT / "README.md")[0]
-    assert "max_epochs=10" in block
-    # What is compared below does not depend on how long it trains.
-    exec(compile(block.replace("max_epochs=10", "max_epochs=3"), "README.md", "exec"), {})
+    exec(compile(blocks(ROOT / "README.md")[0], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     shown = blocks(ROOT / "README.md", "text")[0]
     # Ranks depend on the random start; which layers there are, their shapes and the budget do not.

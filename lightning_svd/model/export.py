@@ -32,7 +32,8 @@ ROUNDS, SECONDS = 5, 0.2  # of a timing, in turns
 def to_onnx(module: nn.Module, path: str | Path, example_input: Any, fold: bool = False) -> float:
     """Write a model as ONNX, with any batch size, and check it in onnxruntime against eager PyTorch.
 
-    Needs ``pip install 'lightning-svd[export]'``.
+    Whether it is right for a batch of twice the size is checked too, and warned of if not. Needs ``pip install
+    'lightning-svd[export]'``.
 
     Args:
         module: With factorized layers, which are written as pairs of plain ones, or without.
@@ -70,10 +71,35 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any, fold: bool 
         assert program is not None
         expected = plain(*inputs)
         _save(program, plain, path)
-    difference = largest_difference([torch.from_numpy(output) for output in onnx_session(path)(inputs)], expected)
+    session = onnx_session(path)
+    difference = largest_difference([torch.from_numpy(output) for output in session(inputs)], expected)
     if not difference <= TOLERANCE:
         raise RuntimeError(f"{path} differs from the model by {difference:.1e} of its largest output in onnxruntime")
+    if not _takes_more(session, plain, inputs):
+        warnings.warn(
+            f"{path} is right for batches of {len(inputs[0])} only: {type(module).__name__} takes the size of a batch "
+            "as a number, as by `len(x)`, which the exporter takes for a constant; `x.shape[0]` goes with the batch",
+            stacklevel=2,
+        )
     return difference
+
+
+def _takes_more(session: Callable[[Sequence[Tensor]], Any], module: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a file computes a batch of twice the size as the model does, if that can."""
+    size = len(inputs[0]) if inputs[0].ndim else 0
+    twice = [torch.cat([x, x]) if x.ndim and len(x) == size else x for x in inputs]
+    with evaluating(module), torch.no_grad():
+        try:
+            expected = module(*twice)
+        except Exception:
+            return True  # the model's own limit
+    try:
+        actual = [torch.from_numpy(output) for output in session(twice)]
+        return [one.shape for one in actual] == [one.shape for one in _outputs(expected)] and (
+            largest_difference(actual, expected) <= TOLERANCE
+        )
+    except Exception:
+        return False
 
 
 def _save(program: torch.onnx.ONNXProgram, module: nn.Module, path: str | Path) -> None:
@@ -103,6 +129,7 @@ def onnx_session(path: str | Path) -> Callable[[Sequence[Tensor]], Any]:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 4  # what it says of an error, the exception says too
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
     return lambda inputs: session.run(None, dict(zip(names, (each.numpy() for each in inputs), strict=True)))

@@ -320,6 +320,15 @@ def test_a_budget_of_parameters_needs_no_cost(trained):
     assert [type(module) for module in to_factored(model, target_params=0.7, exclude_modules=["2"])][2] is nn.Linear
 
 
+def test_the_page_shows_the_budgets_to_choose_from(trained, tmp_path):
+    _, report = trained
+    report.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    section = page[page.index("<h2>Budgets to choose from</h2>") :].split("</section>")[0].replace("<wbr>", "")
+    assert section.count("<tr>") == 1 + len(report.nested) and "No rank was changed" not in page
+    assert all(f"<span>{cell}</span>" in section for budget in report.nested for cell in budget.cells())
+
+
 def test_compress_takes_a_nested_model_too(trained):
     model, _ = trained
     small, report = compress(model, [x for x, _ in batches(2)], target_macs=0.5, progress=False)

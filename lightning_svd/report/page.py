@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from lightning_svd.report.charts import SIZE, Axis, Band, Chart, EndLabel, Line, Mark, curve, percent, spread, staircase
 from lightning_svd.report.data import (
     ARGUMENT_HEADINGS,
+    BUDGET_HEADINGS,
     SKIPPED_HEADINGS,
     TEXT_HEADINGS,
     LayerReport,
@@ -117,6 +118,8 @@ def render_page(
         text_headings=TEXT_HEADINGS,
         skipped_headings=SKIPPED_HEADINGS,
         skipped=[(label(name), kind, reason) for name, kind, reason in report.skipped],
+        budget_headings=BUDGET_HEADINGS,
+        budgets=[budget.cells() for budget in report.nested],
         change_headings=CHANGE_HEADINGS,
         changes=list(map(_change_cells, report.timeline)),
         argument_headings=ARGUMENT_HEADINGS,

@@ -80,7 +80,7 @@ class Recipe:
         check_choice("conv_mode", self.conv_mode, (*CONV_MODES, "auto"))
         check_rank_pattern(self.rank_pattern)
         check_count("min_rank", self.min_rank)
-        if self.round_to != "auto":
+        if not (isinstance(self.round_to, str) and self.round_to == "auto"):
             check_count("round_to", self.round_to, other='"auto"')
         check_path("plan_file", self.plan_file)
         chosen = (self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern)

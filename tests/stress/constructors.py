@@ -24,6 +24,7 @@ from lightning_svd import (
     FallToBudget,
     Finetune,
     Fisher,
+    Nested,
     Outputs,
     Regularizer,
     SVDTrainingCallback,
@@ -215,6 +216,23 @@ OF_SCHEDULE = {
     "cuts": count(most=10**6),
     "ramp": choice("constant", "linear", "cosine", "cubic", optional=True),
 }
+RAMP = OF_SCHEDULE["ramp"]
+OF_ALTERNATING = {
+    "start": Kind([0.0, 0.1], share(zero=True).junk),
+    "end": Kind([0.85, 1.0], share().junk),
+    "last_full": Kind([0.05, 0.3], share().junk),
+    "cycles": count(most=10**6),
+    "ramp": RAMP,
+}
+OF_NESTED = {
+    "budgets": count(most=1000),
+    "share": share(zero=True),
+    "start": share(zero=True),
+    "cuts": count(most=10**6),
+    "distill": OF_CALLBACK["distill"],
+    "ramp": RAMP,
+    "seed": count(least=0),
+}
 OF_COMPRESS = {name: kind for name, kind in LAYERS.items() if name not in ("min_rank", "round_to")} | {
     "min_rank": Kind([1], count().junk),
     "round_to": Kind([1, 2], count().junk),
@@ -266,6 +284,8 @@ CONSTRUCTORS = {
     ),
     "FallToBudget": (FallToBudget, OF_SCHEDULE, [({"start": 0.8, "end": 0.3}, "start"), ({"end": 0.4}, "start")]),
     "Finetune": (Finetune, OF_SCHEDULE, [({"start": 0.8, "end": 0.3}, "start"), ({"start": 0.5}, "start")]),
+    "Alternating": (Alternating, OF_ALTERNATING, [({"start": 0.8, "end": 0.85}, "start")]),
+    "Nested": (Nested, OF_NESTED, []),
     "Regularizer": (
         Regularizer,
         {
@@ -330,7 +350,7 @@ def valid_arguments(name, rng):
         drawn = {argument: value for argument, value in drawn.items() if argument not in OF_PLANS}
     if any(drawn.get(argument) is not None for argument in OF_METRICS):
         drawn |= {"monitor": "val_loss", "mode": rng.choice(["min", "max"])}
-    if "start" in kinds:
+    if "end" in kinds:
         low, high = sorted((drawn.get("start", 0.0), drawn.get("end", 0.9)))
         drawn |= {"start": low, "end": high or 0.1}
     if drawn.get("rank_pattern"):

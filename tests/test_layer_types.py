@@ -8,11 +8,13 @@ from helpers import assert_same
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import quiet_trainer, same_state
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_svd import (
     FallToBudget,
+    SVDTraining,
     SVDTrainingCallback,
     add_gradients,
     decompose,
@@ -85,6 +87,26 @@ def fit(net, conv_mode, *callbacks, precision="32-true", final="factored", **opt
     loader = DataLoader(TensorDataset(x), len(x) // BATCHES)
     trainer = quiet_trainer(max_epochs=EPOCHS, callbacks=[svd, *callbacks], precision=precision, **options)
     return trainer, svd, loader
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("conv_mode", MODES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_weight_lies_in_memory_as_a_dense_one_does(kind, conv_mode, last, tmp_path):
+    """Who views it as another shape, or writes it as bytes, does what the dense weight lets them."""
+    dense, net = Net(kind), Net(kind)
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d} if last else {}
+    for model in (dense, net):
+        model.to(memory_format=layouts.get(model.layer.weight.ndim, torch.preserve_format))
+    optimizer = net.configure_optimizers()
+    training = SVDTraining(net, optimizer, 10, target_params=0.9, conv_mode=conv_mode)
+    assert training.layers["layer"].form.name == "svd"
+    for weight in (net.state_dict()["layer.weight"], net.layer.weight.detach(), copy.deepcopy(net).layer.weight):
+        assert weight.stride() == dense.layer.weight.stride()
+    if not last:
+        assert net.layer.weight.view(-1).shape == (dense.layer.weight.numel(),)
+        save_file(net.state_dict(), tmp_path / "net.safetensors")
+        torch.testing.assert_close(load_file(tmp_path / "net.safetensors")["layer.weight"], dense.layer.weight.detach())
 
 
 @pytest.mark.parametrize("precision", DTYPES)

@@ -185,6 +185,9 @@ class SVDLayer(FactorizedModule):
     def rebuilt(self) -> Tensor:
         """The dense weight these parameters stand for, differentiable; one that was just loaded, as it was."""
         weight, loaded = self.view.fold(self.form.matrix()), self.just_loaded()
+        if not isinstance(self.form, DenseForm):
+            # In memory as the dense weight is: `view`, and files of bytes, need that.
+            weight = weight.contiguous(memory_format=self.layout)
         if loaded is None:
             return weight
         return loaded + (weight - weight.detach()) if weight.requires_grad else loaded  # 0, with a gradient

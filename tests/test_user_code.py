@@ -9,6 +9,7 @@ by itself holds in all four. The page docs/user-code.md lists the patterns; ``us
 import copy
 import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -2774,7 +2775,8 @@ def save_pretrained_in_the_fit(fit):
 def resized_embeddings(fit):
     """transformers: `model.resize_token_embeddings(12)` before the fit"""
     model = Language()
-    model.net.resize_token_embeddings(12, mean_resizing=False)
+    resize = model.net.resize_token_embeddings
+    resize(12, **({"mean_resizing": False} if "mean_resizing" in inspect.signature(resize).parameters else {}))
     fit(model)
     return Seen([len(model.net.lm_head.weight), len(model.losses)], None)
 

@@ -49,7 +49,7 @@ from lightning_svd.model.counting import count_costs
 from lightning_svd.ranks.allocation import keep_by_budget
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.training.optimizers import OptimizerOfFactors
-from lightning_svd.training.policies import Change, RankPolicy
+from lightning_svd.training.policies import Change, Choose, PlannedPolicy
 from lightning_svd.training.regularizers import COLUMNS
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -269,43 +269,27 @@ class Variants:
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
 
-class Cuts(RankPolicy):
+class Cuts(PlannedPolicy):
     """Cuts after the steps of a plan, each to a share of every layer's ranks, or for None to the budget.
 
     Args:
-        plan: Step -> share.
-        final: The step of the plan with which ranks are final; None if they never are.
+        shares: Step -> share.
+        final: The step with which ranks are final; None if they never are.
     """
 
-    def __init__(self, plan: Mapping[int, float | None], final: int | None = None) -> None:
-        self.plan, self.final, self.left = dict(plan), final, sorted(plan)
+    def __init__(self, shares: Mapping[int, float | None], final: int | None = None) -> None:
+        self.shares, self.final = dict(shares), final
 
-    def begin(self, total_steps: int) -> None:
-        pass
+    def plan(self, total_steps: int) -> list[int]:
+        return sorted(self.shares)
 
-    def resume(self, last_change: int) -> None:
-        self.left = [step for step in sorted(self.plan) if step > last_change]
-
-    def is_due(self, step: int) -> bool:
-        return bool(self.left) and step >= self.left[0]
-
-    def change(
-        self,
-        step: int,
-        full: Mapping[str, int],
-        now: Mapping[str, int],
-        choose: Callable[[], Mapping[str, int]],
-    ) -> Change:
-        share = self.plan[step]
+    def change(self, step: int, full: Mapping[str, int], now: Mapping[str, int], choose: Choose) -> Change:
+        share = self.shares[step]
         ranks = choose() if share is None else {name: max(1, round(share * rank)) for name, rank in full.items()}
         return Change({name: min(rank, now[name]) for name, rank in ranks.items()}, step == self.final)
 
     def strength(self, step: int) -> float:
         return 1.0
-
-    @property
-    def pending(self) -> int | None:
-        return self.left[-1] if self.left else None
 
 
 class Run:

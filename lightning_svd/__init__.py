@@ -7,13 +7,14 @@ if TYPE_CHECKING:
     from lightning_svd.compression.compress import compress
     from lightning_svd.compression.report import CompressionReport
     from lightning_svd.files.low_rank import load_low_rank, save_low_rank
+    from lightning_svd.layers.compounds import svd_layers
     from lightning_svd.layers.layer import SVDLayer
     from lightning_svd.lightning.callback import SVDTrainingCallback
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
     from lightning_svd.model.export import to_onnx
     from lightning_svd.model.folding import Folding, fold_norms
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
-    from lightning_svd.model.surgery import compact, decompose, svd_layers, to_dense, to_factored
+    from lightning_svd.model.surgery import compact, decompose, to_dense, to_factored
     from lightning_svd.model.timing import Timing, fastest_forms, profile
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
     from lightning_svd.ranks.latency import LatencyTable
@@ -87,7 +88,8 @@ _HOMES = {
     **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
-    **dict.fromkeys(("compact", "decompose", "svd_layers", "to_dense", "to_factored"), "model.surgery"),
+    **dict.fromkeys(("compact", "decompose", "to_dense", "to_factored"), "model.surgery"),
+    "svd_layers": "layers.compounds",
     **dict.fromkeys(("Timing", "fastest_forms", "profile"), "model.timing"),
     "LatencyTable": "ranks.latency",
     **dict.fromkeys(("BudgetRanks", "LatencyReport", "LayerReport"), "report.data"),

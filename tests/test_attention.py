@@ -12,14 +12,14 @@ from torch import nn
 from torch.func import functional_call
 
 from lightning_svd.layers.attention import SplitAttention
-from lightning_svd.layers.compounds import join, linears_of, named_layers, open_up, owners_of, split
+from lightning_svd.layers.compounds import join, linears_of, named_layers, open_up, owners_of, split, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, factorize, plain_pair, release
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.layers.parts import TakenApart
 from lightning_svd.layers.views import View
 from lightning_svd.model.plan import plan
-from lightning_svd.model.surgery import become_pair, begin, decompose, svd_layers, to_dense, undo
+from lightning_svd.model.surgery import become_pair, begin, decompose, to_dense, undo
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj")
 MASKS = {

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from test_calls import Forces, Net, factorized, no_hooks, recorded
 from torch import nn
 
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.pairs import is_pair
 from lightning_svd.model import checks
 from lightning_svd.model.calls import Call, replay
@@ -21,7 +22,6 @@ from lightning_svd.model.checks import (
     tolerance,
     whole_layers,
 )
-from lightning_svd.model.surgery import svd_layers
 
 torch.set_num_threads(1)
 

@@ -10,11 +10,12 @@ from models import quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.layer import plain_dense, plain_pair
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import plan
-from lightning_svd.model.surgery import decompose, svd_layers, to_dense, to_factored
+from lightning_svd.model.surgery import decompose, to_dense, to_factored
 from lightning_svd.report.inspection import inspect_model
 
 ENTRIES, FEATURES = 40, 12

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.model.plan import plan
-from lightning_svd.model.surgery import begin, decompose, svd_layers
+from lightning_svd.model.surgery import begin, decompose
 from lightning_svd.training.optimizers import OptimizerOfFactors
 
 DECAY = 0.1

@@ -13,14 +13,14 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_svd import FallToBudget, SVDTraining, compress
-from lightning_svd.layers.compounds import join, linears_of, named_layers, open_up, owners_of, split
+from lightning_svd.layers.compounds import join, linears_of, named_layers, open_up, owners_of, split, svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import FactorizedModule, factorize, plain_pair, release
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.layers.recurrent import SplitCell, SplitRecurrent
 from lightning_svd.layers.views import View
 from lightning_svd.model.plan import plan
-from lightning_svd.model.surgery import become_pair, begin, decompose, svd_layers, to_dense, undo
+from lightning_svd.model.surgery import become_pair, begin, decompose, to_dense, undo
 
 # torch's own, said once in a process, by whichever test comes first.
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_svd import SVDTraining
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.matrices import roundoff
-from lightning_svd.model.surgery import decompose, svd_layers
+from lightning_svd.model.surgery import decompose
 from lightning_svd.training.regularizers import (
     COLUMNS,
     SPARSITY,

@@ -10,12 +10,13 @@ from helpers import assert_same, counted_macs, svd_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import SVDLayer, own_class
 from lightning_svd.layers.views import View
 from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import plan
-from lightning_svd.model.surgery import begin, compact, decompose, finish, svd_layers, to_dense, undo
+from lightning_svd.model.surgery import begin, compact, decompose, finish, to_dense, undo
 from lightning_svd.model.surgery import to_factored as to_factored_by
 
 

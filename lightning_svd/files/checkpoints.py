@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_svd.layers.compounds import join, join_states, split_everywhere, split_prefixes, split_states
+from lightning_svd.layers.compounds import join, join_states, split_everywhere, split_prefixes, split_states, svd_layers
 from lightning_svd.layers.forms import FORMS, DenseForm, balanced
 from lightning_svd.layers.layer import FactorizedModule, release
 from lightning_svd.layers.matrices import Factors, exact_products, roundoff, truncate, wide
@@ -31,7 +31,7 @@ from lightning_svd.layers.pairs import (
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.plan import LayerPlan, layers_of
-from lightning_svd.model.surgery import become, settle, svd_layers
+from lightning_svd.model.surgery import become, settle
 from lightning_svd.plain_data import (
     Fits,
     by_name,

@@ -27,7 +27,7 @@ from lightning_svd.files.checkpoints import (
     saved_state,
 )
 from lightning_svd.files.foreign import first_line, is_checkpoint, read_pickled
-from lightning_svd.layers.compounds import KINDS, owner_of, split_everywhere
+from lightning_svd.layers.compounds import KINDS, owner_of, split_everywhere, svd_layers
 from lightning_svd.layers.forms import DenseForm
 from lightning_svd.layers.identity import IdentityLinear
 from lightning_svd.layers.layer import SVDLayer
@@ -36,7 +36,7 @@ from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, View
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan
-from lightning_svd.model.surgery import begin, finish, make_factored, svd_layers, to_factored, undo
+from lightning_svd.model.surgery import begin, finish, make_factored, to_factored, undo
 from lightning_svd.writing import whole_file
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_svd.layers.attention import SplitAttention
-from lightning_svd.layers.layer import Replaced
+from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.pairs import is_pair
 from lightning_svd.layers.parts import InParts, State, TakenApart, prefix_of, take_apart
 from lightning_svd.layers.recurrent import SplitCell, SplitRecurrent
@@ -96,6 +96,11 @@ def named_layers(module: nn.Module, remove_duplicate: bool = True) -> Iterator[t
             for part, layer in child.parts().items():
                 if part not in children:
                     yield prefix_of(name) + part, layer
+
+
+def svd_layers(module: nn.Module) -> dict[str, SVDLayer]:
+    """The factorized layers in ``module`` by name, parts of attention and recurrent modules among them."""
+    return {name: layer for name, layer in named_layers(module) if isinstance(layer, SVDLayer)}
 
 
 def owners_of(module: nn.Module) -> list[TakenApart]:

@@ -30,9 +30,9 @@ from lightning_svd.files.checkpoints import (
     take_form,
     to_dense_state,
 )
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.lightning import trainers
-from lightning_svd.model.surgery import svd_layers
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.writing import whole_file
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import DenseForm
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer
@@ -27,13 +28,19 @@ from lightning_svd.layers.matrices import exact_products
 from lightning_svd.layers.parts import InParts, TakenApart
 from lightning_svd.layers.recurrent import SplitRecurrent
 from lightning_svd.model.calls import Call, inputs_of, mapped, replay
-from lightning_svd.model.surgery import svd_layers
 from lightning_svd.ranks.costs import LayerCost, ModelCost
 
 
 def as_arguments(example_input: Any) -> tuple[Any, ...]:
     """What a module is called with: a tuple holds several arguments, anything else is one."""
     return example_input if isinstance(example_input, tuple) else (example_input,)
+
+
+def example_call(module: nn.Module, example_input: Any) -> Call:
+    """The call of a module with an example: a tuple holds several arguments, a dict arguments by keyword if it can."""
+    if isinstance(example_input, dict) and _takes(module, example_input):
+        return Call(module, (), example_input)
+    return Call(module, as_arguments(example_input), {})
 
 
 def count_params(module: nn.Module) -> ModelCost:
@@ -63,10 +70,7 @@ def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
         example_input: What it is called with: a tuple for several arguments, a dict for arguments by keyword. The
             first tensor's first dimension is the batch.
     """
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] = (as_arguments(example_input), {})
-    if isinstance(example_input, dict) and _takes(module, example_input):
-        arguments = ((), example_input)
-    return count_calls(module, svd_layers(module), [Call(module, *arguments)])
+    return count_calls(module, svd_layers(module), [example_call(module, example_input)])
 
 
 def _takes(module: nn.Module, keywords: dict[Any, Any]) -> bool:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.model.calls import Call, leaves, replay
 from lightning_svd.model.checks import difference, differing
-from lightning_svd.model.counting import as_arguments, count_params
-from lightning_svd.model.surgery import frozen_copy, svd_layers, to_factored
+from lightning_svd.model.counting import count_params, example_call
+from lightning_svd.model.surgery import frozen_copy, to_factored
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -78,8 +79,7 @@ def fold_norms(module: ModuleT, example_input: Any) -> tuple[ModuleT, Folding]:
     trained = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     for name, parameter in twin.named_parameters():
         parameter.requires_grad_(trained[name])
-    keywords = isinstance(example_input, dict)
-    call = Call(twin, *(((), dict(example_input)) if keywords else (as_arguments(example_input), {})))
+    call = example_call(twin, example_input)
     try:
         watched = _Watched(twin)
         (before,) = watched.replay(call)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_svd.arguments import check_choice, check_count, check_share
-from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split
+from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split, svd_layers
 from lightning_svd.layers.forms import DenseForm, SVDForm
 from lightning_svd.layers.identity import IdentityLinear, merged_linear
 from lightning_svd.layers.layer import (
@@ -32,16 +31,12 @@ from lightning_svd.layers.matrices import Factors, check_finite
 from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged, rank_of, view_of
 from lightning_svd.layers.parts import InParts, attributes_of
 from lightning_svd.layers.views import View
+from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan, Targets, names_by_reason, plan
 from lightning_svd.ranks.allocation import keep_by_budget
-from lightning_svd.ranks.costs import LayerCost, ModelCost
+from lightning_svd.ranks.costs import ModelCost
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-def svd_layers(module: nn.Module) -> dict[str, SVDLayer]:
-    """The factorized layers in ``module`` by name, parts of attention and recurrent modules among them."""
-    return {name: layer for name, layer in named_layers(module) if isinstance(layer, SVDLayer)}
 
 
 def decompose(
@@ -337,10 +332,7 @@ def to_factored(
     if cost is not None and cost.layers.keys() != found.keys():
         differ = sorted(cost.layers.keys() ^ found.keys())
         raise ValueError(f"`cost` is of other layers than those that are factorized, see {', '.join(differ[:5])}")
-    price = cost or ModelCost({of: LayerCost(one.dense_params, one.params_per_rank) for of, one in found.items()}, 0)
-    if cost is None:
-        others = sum(p.numel() for p in to_dense(twin).parameters()) - price.dense("params")
-        price = replace(price, other_params=others)
+    price = cost or count_params(twin)
     for one in found.values():
         one.to_svd()  # exact, the strongest first
     priced = price.by("macs" if target_macs is not None else "params")

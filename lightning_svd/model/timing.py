@@ -21,7 +21,7 @@ from lightning_svd.layers.matrices import Factors
 from lightning_svd.layers.pairs import bias_of, factored_pair, fill, merged, rank_of, view_of
 from lightning_svd.model.calls import Call, cut, inputs_of, mapped, replay, without_fast_path
 from lightning_svd.model.checks import pairs_in_place, visible
-from lightning_svd.model.counting import as_arguments, count_calls
+from lightning_svd.model.counting import count_calls, example_call
 from lightning_svd.model.export import onnx_session, to_onnx
 from lightning_svd.model.plan import LayerPlan, Targets, plan
 from lightning_svd.model.surgery import begin, called_layers, frozen_copy, plain_pairs, to_dense, to_factored
@@ -91,9 +91,7 @@ def profile(
         ValueError: If the model cannot be copied or run, or has nothing to factorize.
     """
     plans = plan(model, target_modules, exclude_modules, conv_mode, include_frozen=True)
-    keywords = isinstance(example_input, dict)
-    arguments = ((), dict(example_input)) if keywords else (as_arguments(example_input), {})
-    return profile_calls(model, plans, [Call(model, *arguments)], timing)
+    return profile_calls(model, plans, [example_call(model, example_input)], timing)
 
 
 def profile_calls(model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Call], timing: Timing) -> LatencyTable:
@@ -278,9 +276,8 @@ def fastest_forms(
     handles = [
         pair.register_forward_pre_hook(_inputs_into(shapes.setdefault(name, []))) for name, pair in pairs.items()
     ]
-    keywords = isinstance(example_input, dict)
     with _measuring():
-        replay(twin, [Call(twin, *(((), dict(example_input)) if keywords else (as_arguments(example_input), {})))])
+        replay(twin, [example_call(twin, example_input)])
         for handle in handles:
             handle.remove()
         used = {name: inputs for name, inputs in shapes.items() if inputs}

@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from lightning_svd.arguments import needs
+from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import LayerPlan, large_left_alone
-from lightning_svd.model.surgery import svd_layers
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.tables import is_wide, markdown_code, markdown_table, markdown_text, screen_table
 from lightning_svd.writing import write_whole

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.layers.compounds import split_everywhere
+from lightning_svd.layers.compounds import split_everywhere, svd_layers
 from lightning_svd.layers.matrices import effective_rank, energy_rank, singular_values, stable_rank
 from lightning_svd.layers.pairs import low_rank_pairs, rank_of, view_of
 from lightning_svd.layers.views import CONV_MODES
 from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import LayerPlan, default_targets, large_left_alone, layers_of, plan
-from lightning_svd.model.surgery import decompose, svd_layers, to_dense
+from lightning_svd.model.surgery import decompose, to_dense
 from lightning_svd.ranks.allocation import keep_by_budget
 from lightning_svd.ranks.costs import LayerCost, ModelCost, Unit
 from lightning_svd.report.data import SVDReport, summarize_planned

@@ -538,10 +538,10 @@ class SVDTraining:
         before, clock = self.ranks(), self.clock(step)
         processes.meet(self._device)
         processes.agree(partial(check_trained, self.layers))
-        judges, verdict, energies = self.policy.judges(clock), None, dict[str, Tensor]()
+        judges, verdict, energies, slight = self.policy.judges(clock), None, dict[str, Tensor](), self._slight()
         if judges:
             verdict = self._verdict() if self.observer is not None else None
-            energies = verdict.values if verdict else self._trained.refactorize(may_stay=self._slight())
+            energies = verdict.values if verdict else self._trained.refactorize(may_stay=slight)
         change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
         self.policy.resume(clock)
         self.last_cut = clock
@@ -555,7 +555,7 @@ class SVDTraining:
         self._trained.keep(change.ranks, change.may_return)
         if change.ranks != self.full_ranks and not change.may_return:
             whole = [name for name, rank in change.ranks.items() if rank == self.layers[name].full_rank]
-            self._trained.train_dense(self._slight() & {*whole})
+            self._trained.train_dense(slight & {*whole})
         self._climb(change.ladder)
         if change.final:
             self._trained.train_as_final(lambda name, rank: self._known_cost.layers[name].pays(rank))
@@ -577,12 +577,16 @@ class SVDTraining:
             nonlocal cost
             by_cost = partial(self._choose_ranks, on_cpu())
             if relief:
-                return by_cost(cost, self.recipe.target[1] ** (1 - relief))
+                return by_cost(cost, self._share(relief))
             if pending is not None and clock >= pending:
                 cost = self._costs.corrected(cost, self.plan, by_cost)
             return by_cost(cost)
 
         return self.policy.change(clock, self.full_ranks, before, choose), cost
+
+    def _share(self, relief: float) -> float:
+        """The budget that far from the target to the whole, see :class:`~lightning_svd.training.policies.Choose`."""
+        return float(self.recipe.target[1] ** (1 - relief))
 
     def _slight(self) -> frozenset[str]:
         """The layers that come to next to nothing of the budget; where sparsity decides how many ranks stay, none."""
@@ -651,8 +655,8 @@ class SVDTraining:
         """The ranks of each budget of the ladder, by the model as it is now."""
         energies = self._trained.refactorize()
         self._trained.take_waiting([*self.layers])
-        budgets, on_cpu, target, cost = len(self.ladder), _on_cpu(energies), self.recipe.target[1], self._known_cost
-        shares = [target ** (1 - rung / budgets) for rung in range(budgets)]
+        budgets, on_cpu, cost = len(self.ladder), _on_cpu(energies), self._known_cost
+        shares = [self._share(rung / budgets) for rung in range(budgets)]
         ladder = processes.decide(lambda: [self._choose_ranks(on_cpu, cost, share) for share in shares])
         return tuple(
             BudgetRanks(share, ranks, cost.ratio(ranks, "macs"), cost.ratio(ranks, "params"))

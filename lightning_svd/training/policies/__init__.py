@@ -3,7 +3,7 @@
 from lightning_svd.training.policies.alternating import Alternating
 from lightning_svd.training.policies.fall import FallToBudget, Finetune
 from lightning_svd.training.policies.nested import Nested
-from lightning_svd.training.policies.policy import Change, Choose, ChooseRanks, RankPolicy
+from lightning_svd.training.policies.policy import Change, Choose, ChooseRanks, PlannedPolicy, RankPolicy
 
 SCHEDULES: dict[str, type[RankPolicy]] = {
     "fall": FallToBudget,
@@ -21,5 +21,6 @@ __all__ = [
     "FallToBudget",
     "Finetune",
     "Nested",
+    "PlannedPolicy",
     "RankPolicy",
 ]

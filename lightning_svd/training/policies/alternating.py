@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from lightning_svd.arguments import check_choice, check_count, check_share
-from lightning_svd.training.policies.policy import Change, RankPolicy
-from lightning_svd.training.schedules import SHAPES, strength
+from lightning_svd.training.policies.policy import Change, Choose, PlannedPolicy
+from lightning_svd.training.schedules import SHAPES
 
 
 @dataclass(kw_only=True)
-class Alternating(RankPolicy):
+class Alternating(PlannedPolicy):
     """Ranks are cut to the budget and come back, again and again; at the end they are cut for good.
 
     AC/DC of Peste et al. 2021 (arXiv 2106.12379), for ranks in the place of single weights: after a warm-up at full
@@ -52,43 +52,29 @@ class Alternating(RankPolicy):
         self.begin(1)
 
     def begin(self, total_steps: int) -> None:
-        self.total_steps = total_steps
         phases = 2 * self.cycles - 1
         length = (self.end - self.last_full - self.start) / phases
         shares = [*(self.start + length * phase for phase in range(phases + 1)), self.end]
         steps = [min(total_steps, max(1, round(share * total_steps))) for share in shares]
         # Of phases that begin after the same step in a short run, the last one is left.
         self._compressed_from = {step: phase % 2 == 0 for phase, step in enumerate(steps)}
-        self.resume(0)
+        super().begin(total_steps)
 
-    def resume(self, last_change: int) -> None:
-        self._left = [step for step in self._compressed_from if step > last_change]
-
-    def is_due(self, step: int) -> bool:
-        return bool(self._left) and step >= self._left[0]
+    def plan(self, total_steps: int) -> Iterable[int]:
+        return self._compressed_from
 
     def judges(self, step: int) -> bool:
         phases = [compressed for begins, compressed in self._compressed_from.items() if begins <= step]
         return bool(phases) and phases[-1]
 
-    def change(
-        self,
-        step: int,
-        full: Mapping[str, int],
-        now: Mapping[str, int],
-        choose: Callable[[], Mapping[str, int]],
-    ) -> Change:
-        self._left = [begins for begins in self._left if begins > step]
-        final = not self._left
+    def change(self, step: int, full: Mapping[str, int], now: Mapping[str, int], choose: Choose) -> Change:
+        self.resume(step)
+        final = not self.left
         return Change(choose() if self.judges(step) else full, final, may_return=not final)
 
     def strength(self, step: int) -> float:
-        return strength(step / self.total_steps, self.start, self.end, self.ramp) if self.ramp else 0.0
-
-    @property
-    def pending(self) -> int | None:
-        return self._left[-1] if self._left else None
+        return self.ramped(step, self.start, self.end, self.ramp)
 
     def may_pause(self, step: int) -> bool:
         # In a full phase, which then lasts longer; what a cut costs is no reason to keep ranks cut.
-        return bool(self._left) and self._left[0] > min(self._compressed_from) and self._compressed_from[self._left[0]]
+        return bool(self.left) and self.left[0] > min(self._compressed_from) and self._compressed_from[self.left[0]]

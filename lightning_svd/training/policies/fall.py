@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_svd.arguments import check_choice, check_count, check_share
 from lightning_svd.ranks.allocation import interpolate
-from lightning_svd.training.policies.policy import Change, RankPolicy
-from lightning_svd.training.schedules import SHAPES, cut_steps, removal, strength
+from lightning_svd.training.policies.policy import Change, Choose, PlannedPolicy
+from lightning_svd.training.schedules import SHAPES, cut_steps, removal
 
 
 @dataclass(kw_only=True)
-class FallToBudget(RankPolicy):
+class FallToBudget(PlannedPolicy):
     """Ranks are full, then fall to the budget in cuts along a curve, then stay.
 
     Args:
@@ -40,40 +40,22 @@ class FallToBudget(RankPolicy):
         check_choice("shape", self.shape, SHAPES)
         check_count("cuts", self.cuts, most=1_000_000)
         check_choice("ramp", self.ramp, (*SHAPES, None))
-        self.total_steps, self._steps = 1, [1]
+        self.begin(1)
 
-    def begin(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self._steps = cut_steps(total_steps, self.start, self.end, self.cuts)
+    def plan(self, total_steps: int) -> list[int]:
+        return cut_steps(total_steps, self.start, self.end, self.cuts)
 
-    def resume(self, last_change: int) -> None:
-        planned = cut_steps(self.total_steps, self.start, self.end, self.cuts)
-        self._steps = [step for step in planned if step > last_change]
-
-    def is_due(self, step: int) -> bool:
-        return bool(self._steps) and step >= self._steps[0]
-
-    def change(
-        self,
-        step: int,
-        full: Mapping[str, int],
-        now: Mapping[str, int],
-        choose: Callable[[], Mapping[str, int]],
-    ) -> Change:
-        final = step >= self._steps[-1]
+    def change(self, step: int, full: Mapping[str, int], now: Mapping[str, int], choose: Choose) -> Change:
+        final = step >= self.left[-1]
         progress = step / self.total_steps
         removed = 1.0 if final else removal(progress, self.start, self.end, self.shape)
         wanted = interpolate(full, choose(), removed)
-        self._steps = [later for later in self._steps if later > step]
+        self.resume(step)
         # Ranks only fall: what was cut has been let go of.
         return Change({name: min(rank, now[name]) for name, rank in wanted.items()}, final)
 
     def strength(self, step: int) -> float:
-        return strength(step / self.total_steps, self.start, self.end, self.ramp) if self.ramp else 0.0
-
-    @property
-    def pending(self) -> int | None:
-        return self._steps[-1] if self._steps else None
+        return self.ramped(step, self.start, self.end, self.ramp)
 
     def may_pause(self, step: int) -> bool:
         return super().may_pause(step) and step >= self.start * self.total_steps

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from lightning_svd.arguments import check_choice, check_count, check_share, shown
 from lightning_svd.ranks.importance import Importance, OnData
 from lightning_svd.training.distillation import Distillation
-from lightning_svd.training.policies.policy import Change, Choose, ChooseRanks, RankPolicy
-from lightning_svd.training.schedules import SHAPES, cut_steps, strength
+from lightning_svd.training.policies.policy import Change, Choose, ChooseRanks, PlannedPolicy
+from lightning_svd.training.schedules import SHAPES, cut_steps
 
 
 @dataclass(kw_only=True)
-class Nested(RankPolicy):
+class Nested(PlannedPolicy):
     """Layers keep every rank, and are trained so that their strongest ones alone are a good model at any budget.
 
     After Maestro (Horvath et al. 2023, arXiv 2308.14929) and FlexRank (arXiv 2602.02680): now and then factors are made
@@ -76,20 +76,11 @@ class Nested(RankPolicy):
                 "be kept, or None for the target's"
             ) from None
 
-    def begin(self, total_steps: int) -> None:
-        self.total_steps = total_steps
-        self.resume(0)
-
-    def resume(self, last_change: int) -> None:
-        first = max(1, round(self.start * self.total_steps))
-        planned = {first, *cut_steps(self.total_steps, self.start, 1.0, self.cuts)}
-        self._steps = sorted(step for step in planned if step > last_change)
-
-    def is_due(self, step: int) -> bool:
-        return bool(self._steps) and step >= self._steps[0]
+    def plan(self, total_steps: int) -> list[int]:
+        return sorted({max(1, round(self.start * total_steps)), *cut_steps(total_steps, self.start, 1.0, self.cuts)})
 
     def change(self, step: int, full: Mapping[str, int], now: Mapping[str, int], choose: Choose) -> Change:
-        self._steps = [later for later in self._steps if later > step]
+        self.resume(step)
         return Change(full, False, ladder=tuple(choose(rung / self.budgets) for rung in range(self.budgets)))
 
     def rung(self, step: int) -> int | None:
@@ -98,11 +89,7 @@ class Nested(RankPolicy):
         return drawn.randrange(self.budgets) if drawn.random() < self.share else None
 
     def strength(self, step: int) -> float:
-        return strength(step / self.total_steps, self.start, 1.0, self.ramp) if self.ramp else 0.0
-
-    @property
-    def pending(self) -> int | None:
-        return self._steps[-1] if self._steps else None
+        return self.ramped(step, self.start, 1.0, self.ramp)
 
     def may_pause(self, step: int) -> bool:
         return step >= self.start * self.total_steps

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from lightning_svd.ranks.importance import Importance
 from lightning_svd.training.distillation import Distillation
+from lightning_svd.training.schedules import strength
 
 ChooseRanks = Callable[..., dict[str, int]]  # (what each rank carries, the cost, another share of it) -> ranks
 
@@ -122,3 +123,34 @@ class RankPolicy(ABC):
     def may_pause(self, step: int) -> bool:
         """Whether a metric that has fallen by this step may halt the policy until it has recovered."""
         return self.pending is not None
+
+
+class PlannedPolicy(RankPolicy):
+    """A policy that knows when a run begins after which steps it is going to change something.
+
+    Attributes:
+        total_steps: Of the run.
+        left: The steps after which changes are to come, ascending.
+    """
+
+    @abstractmethod
+    def plan(self, total_steps: int) -> Iterable[int]:
+        """After which optimizer steps of a run of this many something changes, ascending."""
+
+    def begin(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.resume(0)
+
+    def resume(self, last_change: int) -> None:
+        self.left = [step for step in self.plan(self.total_steps) if step > last_change]
+
+    def is_due(self, step: int) -> bool:
+        return bool(self.left) and step >= self.left[0]
+
+    @property
+    def pending(self) -> int | None:
+        return self.left[-1] if self.left else None
+
+    def ramped(self, step: int, start: float, end: float, ramp: str | None) -> float:
+        """A :func:`~lightning_svd.training.schedules.strength` over shares of the run; 0 without a ramp."""
+        return strength(step / self.total_steps, start, end, ramp) if ramp else 0.0

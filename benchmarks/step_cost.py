@@ -166,8 +166,11 @@ def cost_of(model: nn.Module, shape: tuple[int, ...]) -> ModelCost:
 
 
 def regularizer_products(m_plus_n: int, rank: int) -> int:
-    """Products of the closed form on U (m, r) and V (n, r): a block of Gram columns, and one product with it."""
-    return 2 * m_plus_n * rank * min(rank, COLUMNS)
+    """Products of the closed form on U (m, r) and V (n, r): Gram columns and one product with them.
+
+    All of both, or a block of U's in one step and of V's in the next.
+    """
+    return 2 * m_plus_n * rank * rank if rank <= COLUMNS else m_plus_n * rank * COLUMNS
 
 
 def arithmetic(cost: ModelCost, ranks: Mapping[str, int], always: str = "") -> float:

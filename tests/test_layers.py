@@ -432,9 +432,25 @@ def test_the_cheaper_way_is_taken(rank, positions, by_weight, monkeypatch):
     layer = svd_of(nn.Linear(6, 4))
     layer.keep(rank)
     monkeypatch.setattr(View, "apply_matrix", lambda *_: "rebuilt")
-    monkeypatch.setattr(View, "apply_factors", lambda *_: "factored")
+    monkeypatch.setattr(View, "apply_second", lambda *_: "factored")
     assert layer.rebuilding_is_cheaper((positions, 6)) == by_weight
     assert layer(torch.empty(positions, 6)) == ("rebuilt" if by_weight else "factored")
+
+
+@pytest.mark.parametrize("positions", [3, 6])
+def test_few_features_are_scaled_in_the_place_of_u(positions):
+    layer = svd_of(nn.Linear(10, 5).double())
+    layer.keep(2)
+    x = torch.randn(positions, 10, dtype=torch.float64)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        out = layer.computed(x, layer.bias)
+    assert saved.count((positions, 2)) == (2 if positions < 5 else 1)  # before and after, to differentiate by s and U
+    upstream = torch.randn_like(out)
+    actual = torch.autograd.grad(out, layer.form.trained, upstream)
+    expected = torch.autograd.grad(x @ layer.form.matrix().mT, layer.form.trained, upstream)
+    for one, other in zip(actual, expected, strict=True):
+        assert_same(one, other, (10, 5))
 
 
 def assert_counted(layer, x):
@@ -528,10 +544,14 @@ class ByMask(nn.Module):
         self.mask, self.bias = mask, nn.Parameter(bias.detach().clone())
 
     def forward(self, x):
-        U, s, V = (factor[..., self.mask] for factor in (self.U, self.s, self.V))
+        beyond, used = int((~self.mask).sum()), int(self.mask.sum())
+        # As far apart in memory as in the layer: products depend on that, in the last digit.
+        U, s, V = (
+            nn.functional.pad(factor[..., self.mask], (0, beyond))[..., :used] for factor in (self.U, self.s, self.V)
+        )
         if self.by_weight:
             return nn.functional.linear(x, (U * s) @ V.mT, self.bias)
-        return nn.functional.linear(nn.functional.linear(x, V.mT), U * s, self.bias)
+        return nn.functional.linear(nn.functional.linear(x, V.mT) * s, U, self.bias)
 
 
 OPTIMIZERS = {

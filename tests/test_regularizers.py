@@ -230,7 +230,7 @@ def test_over_its_turns_every_column_is_pulled_as_by_the_whole_gram_matrix(ranks
             layer.V.add_(0.1 * torch.randn_like(layer.V))
             if pruned:
                 layer.keep(ranks - ranks // 5)
-    whole, turns = copy.deepcopy(net), -(-net[0].rank // COLUMNS)
+    whole, turns = copy.deepcopy(net), 2 * -(-net[0].rank // COLUMNS) if net[0].rank > COLUMNS else 1
     expected = add_gradients(whole, 0.7, None)
     penalties = [add_gradients(net, 0.7, None, step=3 + step) for step in range(turns)]
     for p, q in zip(net.parameters(), whole.parameters(), strict=True):
@@ -244,9 +244,14 @@ def test_a_step_touches_only_the_columns_whose_turn_it_is():
     layer = nn.Sequential(nn.Linear(2 * COLUMNS, 2 * COLUMNS))
     decompose(layer)
     with torch.no_grad():
-        layer[0].U.mul_(1.1)
-    add_gradients(layer, sparsity=None, step=1)
-    assert not layer[0].U.grad[:, :COLUMNS].any() and layer[0].U.grad[:, COLUMNS:].any()
+        for factor in (layer[0].U, layer[0].V):
+            factor.mul_(1.1)
+    for step, (turned, other) in enumerate([("U", "V"), ("V", "U")], start=2):
+        layer.zero_grad()
+        add_gradients(svd_layers(layer).values(), sparsity=None, step=step)
+        gradient = getattr(layer[0], turned).grad
+        assert not gradient[:, :COLUMNS].any() and gradient[:, COLUMNS:].any()
+        assert getattr(layer[0], other).grad is None
 
 
 @pytest.mark.parametrize("form", ["pair", "dense"])

@@ -171,7 +171,16 @@ class SVDLayer(FactorizedModule):
         """:meth:`output_with` without anybody being told of it."""
         if self.form.name == "dense" or self.rebuilding_is_cheaper(x.shape):
             return self.view.apply_matrix(x, self.form.matrix(), bias)
+        if isinstance(self.form, SVDForm) and self.view.layer_type is nn.Linear:
+            return self._scaled(x, *self.form.factors(), bias)
         return self.view.apply_factors(x, *self.form.left_right(), bias)
+
+    def _scaled(self, x: Tensor, U: Tensor, s: Tensor, V: Tensor, bias: Tensor | None) -> Tensor:
+        """``x V diag(s) U^T``, the smaller of the features and U scaled by s."""
+        between = self.view.apply_first(x, V)
+        if between.numel() < U.numel() and between.dtype == s.dtype:  # in half precision s would lose digits
+            return self.view.apply_second(between * s, U, bias)
+        return self.view.apply_second(between, U * s, bias)
 
     def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
         """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k."""

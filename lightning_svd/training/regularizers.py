@@ -22,9 +22,9 @@ from lightning_svd.layers.matrices import exact_products, gram_defect
 ValueAndGradient = tuple[Tensor, Tensor]
 LARGE = 1 << 16  # entries of a factor from which copying it beside its like costs more than a kernel's launch
 ALL = slice(None)
-COLUMNS = 32  # of a Gram matrix that are computed in one step, where a step's number is given
-# Columns of a product that a processor's kernels compute at once: fewer cost as much, and often more.
-TOGETHER = 16
+# Of a Gram matrix that are computed in one step, where a step's number is given: as many as a processor's kernels
+# compute at once. Fewer cost as much, and often more.
+COLUMNS = 16
 
 
 def orthogonality(factor: Tensor, columns: slice = ALL) -> ValueAndGradient:
@@ -53,7 +53,7 @@ def _with_some_before(columns: slice, rank: int) -> slice:
     if columns == ALL:
         return columns
     stop = min(columns.stop, rank)
-    more = -(stop - columns.start) % TOGETHER
+    more = -(stop - columns.start) % COLUMNS
     return slice(columns.start - more, stop) if 0 < more <= columns.start else columns
 
 
@@ -160,9 +160,9 @@ def add_gradients(
         sparsity_weight: Factor of the sparsity penalty.
         scale: Of the gradients that are there, a loss scaler's for instance.
         only: Those factors that get a gradient, where an optimizer holds some of them; None for all.
-        step: Number of the training step. Given, each step computes up to ``COLUMNS`` columns of each Gram matrix, the
-            next ones each time and weighted up, so that all are pulled as strongly over a few steps while the
-            products of a wide layer stay a small share of its own. None: all columns.
+        step: Number of the training step. Given, each step computes up to ``COLUMNS`` columns of the Gram matrix of U
+            or, in the next step, of V, the next ones each time and weighted up, so that all are pulled as strongly
+            over a few steps while the products of a wide layer stay a small share of its own. None: all columns.
 
     Returns:
         The penalties, each without its weight; estimated from the columns whose turn it is.
@@ -172,19 +172,20 @@ def add_gradients(
     for layer in layers:
         if isinstance(layer.form, SVDForm):
             (U, s, V), kept = layer.form.stored(), layer.form.factors()
-            factors += [_Part(U, kept.U), _Part(V, kept.V)]  # type: ignore[arg-type]
+            both = [_Part(U, kept.U), _Part(V, kept.V)]  # type: ignore[arg-type]
+            factors += both if _turns(layer.rank, step) == 1 else [both[step % 2]]  # type: ignore[operator]
             values.append(_Part(s, kept.s))  # type: ignore[arg-type]
     if not values:
         return Penalties(*(torch.zeros(()) for _ in range(3)))
     defects, ranks, orthogonalities, sparsities = [], 0, [], []
     for group in _alike(factors):
         rank = group[0].value.shape[-1]
-        columns, turns = _turn(rank, step)
+        columns, turns = _turn(rank, step), _turns(rank, step)
         penalty = functools.partial(orthogonality, columns=columns)
         penalties = turns * _add(group, penalty, turns * scale * orthogonality_weight, only, columns)
         orthogonalities.append(penalties.sum())
         defects.append(penalties.sum() * rank**2)
-        ranks += rank * penalties.numel()
+        ranks += rank * penalties.numel() * (1 if turns == 1 else 2)
     if sparsity is not None:
         for group in _alike(values):
             sparsities.append(_add(group, SPARSITY[sparsity], scale * sparsity_weight, only).sum())
@@ -228,15 +229,18 @@ class _Part(NamedTuple):
     value: Tensor
 
 
-def _turn(rank: int, step: int | None) -> tuple[slice, int]:
-    """The columns whose turn it is in this step, and in how many steps each has its turn."""
-    turns = 1 if step is None else max(1, -(-rank // COLUMNS))
-    if step is None or turns == 1:
-        return ALL, 1
-    width = -(-rank // turns)
-    width += -width % TOGETHER
-    start = step % turns * width
-    return slice(start, start + width), turns
+def _turns(rank: int, step: int | None) -> int:
+    """In how many steps each column of U and of V has its turn: those of U in the even ones, of V in the odd ones."""
+    return 1 if step is None or rank <= COLUMNS else 2 * -(-rank // COLUMNS)
+
+
+def _turn(rank: int, step: int | None) -> slice:
+    """The columns whose turn it is in this step."""
+    turns = _turns(rank, step) // 2
+    if step is None or turns == 0:
+        return ALL
+    start = step // 2 % turns * COLUMNS
+    return slice(start, start + COLUMNS)
 
 
 def _alike(parts: Iterable[_Part]) -> Iterable[list[_Part]]:

@@ -32,6 +32,8 @@ def test_the_readmes_first_block_prints_the_report_that_follows_it(capsys):
         assert 34.6 <= float(re.search(r"Low-rank model: ([\d.]+)% of the MACs", text).group(1)) <= 35.0
 
 
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
 @pytest.mark.parametrize(
     ("name", "block"),
     [("README.md", block) for block in blocks(ROOT / "README.md")[1:]]

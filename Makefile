@@ -68,7 +68,7 @@ docs: install
 
 unit: install
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest --doctest-modules $(PYTEST_FLAGS) tests lightning_svd
+	@$(BIN)/python -m pytest --doctest-modules -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_FLAGS) tests lightning_svd
 
 test-oldest:
 	@$(MAKE) unit VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTEST_FLAGS="$(OLD_WARNINGS) $(PYTEST_FLAGS)"

@@ -10,6 +10,8 @@ from lightning_svd.ranks.allocation import interpolate
 from lightning_svd.training.policies.policy import Change, Choose, PlannedPolicy
 from lightning_svd.training.schedules import SHAPES, cut_steps, removal
 
+SMALL = 0.2  # share of the dense model from which down ranks judged by the loss end better than those by the spectrum
+
 
 @dataclass(kw_only=True)
 class FallToBudget(PlannedPolicy):
@@ -41,6 +43,9 @@ class FallToBudget(PlannedPolicy):
         check_count("cuts", self.cuts, most=1_000_000)
         check_choice("ramp", self.ramp, (*SHAPES, None))
         self.begin(1)
+
+    def judged_by(self, share: float) -> str:
+        return "fisher" if share <= SMALL and self.importance == "spectrum" else self.importance
 
     def plan(self, total_steps: int) -> list[int]:
         return cut_steps(total_steps, self.start, self.end, self.cuts)

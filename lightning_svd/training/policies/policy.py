@@ -49,12 +49,16 @@ class RankPolicy(ABC):
     """When ranks change in a run, and to what.
 
     Attributes:
-        importance: What ranks are judged by where the user does not say it.
+        importance: What ranks are judged by where the user does not say it; :meth:`judged_by` may look at the budget too.
         full_rank_as: What layers are trained as before the first change where the user does not say it.
     """
 
     importance: ClassVar[str] = "spectrum"
     full_rank_as: ClassVar[str] = "svd"
+
+    def judged_by(self, share: float) -> str:
+        """What ranks are judged by where the user does not say it, for a budget of this share of the dense model."""
+        return self.importance
 
     @abstractmethod
     def begin(self, total_steps: int) -> None:

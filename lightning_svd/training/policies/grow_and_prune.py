@@ -43,7 +43,7 @@ class GrowAndPrune(PlannedPolicy):
     cuts: int = 10
     groups: int = 3
     rounds: int = 2
-    ramp: str | None = "linear"
+    ramp: str | None = None
 
     def __post_init__(self) -> None:
         check_share("start", self.start, zero=True)

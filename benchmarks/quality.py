@@ -723,7 +723,9 @@ def main() -> None:
     parser.add_argument("--from-trained", nargs="*", default=[], help="the same of ours_from_trained")
     parser.add_argument("--conv-mode", default="channel")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
-    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="in which models are timed; 0: no times")
+    parser.add_argument(
+        "--rounds", type=int, default=Setting.rounds, help="how often timed models take turns; 0: never"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--json", type=Path, help="file for the rows; those it holds are not computed again")

@@ -98,7 +98,7 @@ class Setting:
     optimizer: str = "sgd"
     weight_decay: float = 5e-4
     rounds: int = 101
-    """In which models that are timed take their turn."""
+    """In which models that are timed take their turn; 0 for no times."""
 
     @property
     def images(self) -> image_data.Images:
@@ -522,7 +522,9 @@ def timed_batch(setting: Setting) -> Tensor:
 
 
 def time_of(model: nn.Module, setting: Setting, clock: Clock) -> Row:
-    """The part of a row that tells how long a model takes, as a share of the dense net's time."""
+    """The part of a row that tells how long a model takes, as a share of the dense net's time; none in no rounds."""
+    if not setting.rounds:
+        return {}
     seconds = clock.seconds({"dense": setting.build(), "model": model}, timed_batch(setting), setting.rounds)
     found = against(seconds["model"], seconds["dense"])
     return {"time": found["ratio"], "time_low": found["low"], "time_high": found["high"]}
@@ -721,7 +723,9 @@ def main() -> None:
     parser.add_argument("--from-trained", nargs="*", default=[], help="the same of ours_from_trained")
     parser.add_argument("--conv-mode", default="channel")
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"])
-    parser.add_argument("--rounds", type=int, default=Setting.rounds, help="how often models that are timed take turns")
+    parser.add_argument(
+        "--rounds", type=int, default=Setting.rounds, help="how often timed models take turns; 0: never"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--json", type=Path, help="file for the rows; those it holds are not computed again")

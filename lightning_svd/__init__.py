@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_svd.ranks.latency import LatencyTable
     from lightning_svd.report.data import BudgetRanks, LatencyReport, LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
-    from lightning_svd.training.policies import Alternating, FallToBudget, Finetune, Nested, RankPolicy
+    from lightning_svd.training.policies import Alternating, FallToBudget, Finetune, GrowAndPrune, Nested, RankPolicy
     from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
 
@@ -35,6 +35,7 @@ __all__ = [
     "Finetune",
     "Fisher",
     "Folding",
+    "GrowAndPrune",
     "Importance",
     "LatencyReport",
     "LatencyTable",
@@ -84,7 +85,8 @@ _HOMES = {
     **dict.fromkeys(("Folding", "fold_norms"), "model.folding"),
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
-    **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "Nested", "RankPolicy"), "training.policies"),
+    **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "GrowAndPrune"), "training.policies"),
+    **dict.fromkeys(("Nested", "RankPolicy"), "training.policies"),
     **dict.fromkeys(("Regularizer", "add_gradients"), "training.regularizers"),
     **dict.fromkeys(("Fisher", "Importance", "Outputs", "Spectrum"), "ranks.importance"),
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),

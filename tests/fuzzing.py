@@ -26,7 +26,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_svd import Alternating, Distillation, FallToBudget, Nested, RankPolicy, SVDLayer, SVDTraining, svd_layers
+from lightning_svd import (
+    Alternating,
+    Distillation,
+    FallToBudget,
+    GrowAndPrune,
+    Nested,
+    RankPolicy,
+    SVDLayer,
+    SVDTraining,
+    svd_layers,
+)
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import FactorizedModule, own_class
 from lightning_svd.layers.matrices import roundoff
@@ -42,7 +52,13 @@ COUNTS: Counter[tuple[str, str]] = Counter()
 EVENTS: Counter[str] = Counter()
 
 
-POLICIES: dict[str, type[RankPolicy]] = {"fall": FallToBudget, "alternating": Alternating, "nested": Nested}
+POLICIES: dict[str, type[RankPolicy]] = {
+    "fall": FallToBudget,
+    "alternating": Alternating,
+    "grow_and_prune": GrowAndPrune,
+    "nested": Nested,
+}
+RANKS_RETURN = ("alternating", "grow_and_prune")
 
 
 class RefusedError(Exception):
@@ -115,7 +131,7 @@ class Case:
         network: The network.
         optimizers: How its optimizers are made.
         schedule: Arguments of the schedule.
-        policy: Which schedule: "fall", "alternating" or "nested".
+        policy: Which schedule, a key of ``POLICIES``.
         arguments: Of the run, beside the schedule.
         steps: Of the whole run.
         watched: Whether a metric is watched, so that ranks may pause.
@@ -166,7 +182,7 @@ def cases(draw: Any, simple: bool = False) -> Case:
         "cuts": draw(st.integers(1, 4)),
         "ramp": draw(st.sampled_from(["linear", "constant", None])),
     }
-    policy = draw(st.sampled_from(["fall", "fall", "alternating", "nested"]))
+    policy = draw(st.sampled_from(["fall", *POLICIES]))
     if policy == "alternating":
         schedule = {
             "start": draw(st.sampled_from([0.0, 0.2, 0.4])),
@@ -174,6 +190,13 @@ def cases(draw: Any, simple: bool = False) -> Case:
             "last_full": draw(st.sampled_from([0.1, 0.3])),
             "cycles": draw(st.integers(1, 3)),
             "ramp": schedule["ramp"],
+        }
+    elif policy == "grow_and_prune":
+        schedule |= {
+            "grow": draw(st.sampled_from([0.5, 0.6])),
+            "end": draw(st.sampled_from([0.6, 0.8, 1.0])),
+            "groups": draw(st.integers(1, 3)),
+            "rounds": draw(st.integers(1, 2)),
         }
     elif policy == "nested":
         schedule = {
@@ -466,12 +489,16 @@ class Reference:
                 self._set((name, ""), p.detach().clone())
         schedule = dict(run.case.schedule)
         first, last = schedule["start"] * run.case.steps, schedule.get("end", 1.0) * run.case.steps
-        if run.case.policy != "alternating":
-            steps = [(first + (last - first) * (k + 1) / schedule["cuts"], True) for k in range(schedule["cuts"])]
-        else:
+        if run.case.policy == "alternating":
             between = (last - schedule["last_full"] * run.case.steps - first) / (2 * schedule["cycles"] - 1)
             steps = [*((first + between * k, k % 2 == 0) for k in range(2 * schedule["cycles"])), (last, True)]
-        if run.case.policy == "nested":
+        else:
+            met = schedule.get("grow", schedule.get("end", 1.0)) * run.case.steps
+            steps = [(first + (met - first) * (k + 1) / schedule["cuts"], True) for k in range(schedule["cuts"])]
+        if run.case.policy == "grow_and_prune":
+            turns = schedule["groups"] * schedule["rounds"]
+            steps += [(met + (last - met) * (k + 1) / turns, True) for k in range(turns)]
+        elif run.case.policy == "nested":
             steps.insert(0, (first, True))
         self.planned, self.ladder = run.case.planned, run.training.ladder
         self.is_cut = {min(run.case.steps, max(1, round(step))): is_cut for step, is_cut in steps}
@@ -638,19 +665,13 @@ class Reference:
                 continue
             self.ranks[layer] = rank
             if returns:
-                self._bring_back(layer, before)
+                self._empty(layer, before)
                 continue
             if form == "dense":
                 self._factorize(layer)
             else:
                 self._sort(layer, before)
-            for key in "UsV":
-                for name, remembered in self.memory[layer, key].items():
-                    if name != "step":
-                        remembered[..., rank:] = 0
-                grad = self.grads[layer, key]
-                if grad is not None:
-                    grad[..., rank:] = 0
+            self._empty(layer, min(before, rank))
             assert final or slight or trains_as == "svd", f"{layer} trains as {trains_as} before the last cut"
             if final and trains_as == "pair":
                 U, s, V = (self.values[layer, key].detach()[..., :rank] for key in "UsV")
@@ -661,8 +682,8 @@ class Reference:
             elif final or slight:
                 self._dense(layer, self.weight(layer).detach())
 
-    def _bring_back(self, layer: str, before: int) -> None:
-        """All ranks are used again; of those beyond ``before`` there is nothing but the vectors."""
+    def _empty(self, layer: str, before: int) -> None:
+        """Of the ranks beyond ``before`` nothing is left but the vectors."""
         if self.forms[layer] == "dense":
             return
         self.values[layer, "s"][..., before:] = 0
@@ -809,7 +830,7 @@ class Expected:
             # Who ends dense because its last ranks do not pay has room for all of them again.
             ends_dense = training.policy.pending is None and layer.form.name == "dense"
             falls = self.ranks is None or layer.rank <= self.ranks[name]
-            assert falls or ends_dense or run.case.policy == "alternating", f"the rank of {name} rises"
+            assert falls or ends_dense or run.case.policy in RANKS_RETURN, f"the rank of {name} rises"
             assert layer.rank == ranks[name] <= layer.form.room
         self.ranks = ranks
 

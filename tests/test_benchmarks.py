@@ -421,6 +421,10 @@ def test_the_time_is_shown_where_rows_have_it():
     assert [row[5:7] for row in table.rows] == [["", ""], ["0.60", "0.55 - 0.70"]]
 
 
+def test_without_rounds_no_time_is_taken():
+    assert quality.time_of(torch.nn.Identity(), setting(rounds=0), clock=None) == {}
+
+
 def test_accuracy_is_drawn_against_time_where_rows_have_it(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lightning_svd import Alternating, Nested, SVDTraining
+from lightning_svd import Alternating, GrowAndPrune, Nested, SVDTraining
 from lightning_svd.layers.layer import factorize, release
 from lightning_svd.layers.views import View
 
@@ -73,7 +73,11 @@ def test_a_weight_that_is_read_in_a_compiled_function_is_computed():
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("schedule", [Alternating(cycles=3), Nested(cuts=3, share=0.8)], ids=["alternating", "nested"])
+@pytest.mark.parametrize(
+    "schedule",
+    [Alternating(cycles=3), GrowAndPrune(), Nested(cuts=3, share=0.8)],
+    ids=["alternating", "grow_and_prune", "nested"],
+)
 def test_a_compiled_run_whose_ranks_go_up_and_down_is_the_run_that_is_not_compiled(schedule):
     losses, ranks = [[], []], set()
     for compiles in (False, True):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_svd
-from lightning_svd import Alternating, FallToBudget, Nested, Regularizer, SVDTrainingCallback
+from lightning_svd import Alternating, FallToBudget, GrowAndPrune, Nested, Regularizer, SVDTrainingCallback
 
 ROOT = Path(__file__).parents[1]
 MODULE = re.compile(r"`(\w+\.py)`")
@@ -35,6 +35,7 @@ def test_every_argument_is_on_its_page_with_its_default():
         (FallToBudget, "arguments.md", "of `FallToBudget`"),
         (Regularizer, "arguments.md", "of `Regularizer`"),
         (Alternating, "schedules.md", "## Alternating"),
+        (GrowAndPrune, "schedules.md", "## Grow and prune"),
         (Nested, "schedules.md", "## Nested"),
     ],
 )

@@ -19,7 +19,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from models import EMAWeightAveraging, ValidatedNet, data, quiet_trainer
 from torch import nn
 
-from lightning_svd import Alternating, Distillation, FallToBudget, Fisher, Nested, SVDTrainingCallback, svd_layers
+from lightning_svd import (
+    Alternating,
+    Distillation,
+    FallToBudget,
+    Fisher,
+    GrowAndPrune,
+    Nested,
+    SVDTrainingCallback,
+    svd_layers,
+)
 
 STEPS, BATCHES = 24, list(data())
 SGD = {"optimizer": "SGD", "momentum": 0.9, "weight_decay": 0.01}
@@ -161,6 +170,7 @@ def test_resuming_at_any_step_ends_the_same_where_ranks_are_judged_by_data(full_
 
 SCHEDULES = {
     "alternating": Alternating(start=0.2, end=0.9, last_full=0.2, cycles=2),
+    "grow_and_prune": GrowAndPrune(start=0.1, grow=0.2, end=0.9, cuts=2, groups=2),
     "nested": Nested(budgets=3, share=0.6, cuts=4, distill=Distillation(kind="logits")),
 }
 

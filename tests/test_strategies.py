@@ -25,6 +25,7 @@ from lightning_svd import (
     Alternating,
     FallToBudget,
     Fisher,
+    GrowAndPrune,
     Nested,
     Regularizer,
     SVDLayer,
@@ -124,11 +125,12 @@ class WithUnused(SmallNet):
         (SmallNet, {}, [Unseeded()], {"full_rank_as": "dense"}),
         (SmallNet, {}, [Unseeded()], {"importance": "fisher"}),
         (SmallNet, {}, [Unseeded()], {"schedule": Alternating(start=0.2, last_full=0.2, cycles=2)}),
+        (SmallNet, {}, [Unseeded()], {"schedule": GrowAndPrune(start=0.1, grow=0.2, end=0.8, groups=2)}),
         (SmallNet, {}, [Unseeded()], {"schedule": Nested(cuts=3)}),
     ],
     ids=[
         *("seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first", "by-data"),
-        *("alternating", "nested"),
+        *("alternating", "grow-and-prune", "nested"),
     ],
 )
 @pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")

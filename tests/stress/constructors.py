@@ -24,6 +24,7 @@ from lightning_svd import (
     FallToBudget,
     Finetune,
     Fisher,
+    GrowAndPrune,
     Nested,
     Outputs,
     Regularizer,
@@ -195,7 +196,8 @@ OF_CALLBACK = LAYERS | {
     "latency_table": Kind([*PATH.valid, Timing(batch_size=1)], [junk for junk in PATH.junk if junk is not None]),
     "energy_threshold": share(optional=True),
     "schedule": choice(
-        "fall", "finetune", "alternating", "nested", others=[FallToBudget(cuts=3), Finetune(), Alternating()]
+        *("fall", "finetune", "alternating", "grow_and_prune", "nested"),
+        others=[FallToBudget(cuts=3), Finetune(), Alternating()],
     ),
     "full_rank_as": choice("auto", "svd", "dense"),
     "importance": choice("auto", "spectrum", "outputs", "fisher", others=[Fisher(), Outputs(3)]),
@@ -223,6 +225,13 @@ OF_ALTERNATING = {
     "last_full": Kind([0.05, 0.3], share().junk),
     "cycles": count(most=10**6),
     "ramp": RAMP,
+}
+OF_GROW_AND_PRUNE = OF_SCHEDULE | {
+    "start": Kind([0.0, 0.3], share(zero=True).junk),
+    "grow": Kind([0.3, 0.5], share().junk),
+    "end": Kind([0.5, 1.0], share().junk),
+    "groups": count(most=1000),
+    "rounds": count(most=1000),
 }
 OF_NESTED = {
     "budgets": count(most=1000),
@@ -285,6 +294,11 @@ CONSTRUCTORS = {
     "FallToBudget": (FallToBudget, OF_SCHEDULE, [({"start": 0.8, "end": 0.3}, "start"), ({"end": 0.4}, "start")]),
     "Finetune": (Finetune, OF_SCHEDULE, [({"start": 0.8, "end": 0.3}, "start"), ({"start": 0.5}, "start")]),
     "Alternating": (Alternating, OF_ALTERNATING, [({"start": 0.8, "end": 0.85}, "start")]),
+    "GrowAndPrune": (
+        GrowAndPrune,
+        OF_GROW_AND_PRUNE,
+        [({"start": 0.5}, "grow"), ({"grow": 0.8}, "grow"), ({"grow": 0.5, "end": 0.45}, "grow")],
+    ),
     "Nested": (Nested, OF_NESTED, []),
     "Regularizer": (
         Regularizer,

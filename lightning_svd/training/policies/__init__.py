@@ -2,6 +2,7 @@
 
 from lightning_svd.training.policies.alternating import Alternating
 from lightning_svd.training.policies.fall import FallToBudget, Finetune
+from lightning_svd.training.policies.grow_and_prune import GrowAndPrune
 from lightning_svd.training.policies.nested import Nested
 from lightning_svd.training.policies.policy import Change, Choose, ChooseRanks, PlannedPolicy, RankPolicy
 
@@ -9,6 +10,7 @@ SCHEDULES: dict[str, type[RankPolicy]] = {
     "fall": FallToBudget,
     "finetune": Finetune,
     "alternating": Alternating,
+    "grow_and_prune": GrowAndPrune,
     "nested": Nested,
 }
 
@@ -20,6 +22,7 @@ __all__ = [
     "ChooseRanks",
     "FallToBudget",
     "Finetune",
+    "GrowAndPrune",
     "Nested",
     "PlannedPolicy",
     "RankPolicy",

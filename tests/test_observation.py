@@ -9,7 +9,7 @@ from models import SmallNet, data, quiet_trainer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_svd import Fisher, Outputs, SVDTraining, SVDTrainingCallback
+from lightning_svd import Fisher, Outputs, Spectrum, SVDTraining, SVDTrainingCallback
 from lightning_svd.compression.calibration import collect
 from lightning_svd.compression.data import CalibrationData
 from lightning_svd.layers.matrices import truncate
@@ -330,6 +330,23 @@ def test_finetuning_has_no_sparsity_and_ranks_fall_by_what_the_loss_feels():
     assert callback.report.timeline[-1].step <= 0.3 * 24 and callback.report.macs_ratio <= 0.4
     by_weights = SVDTrainingCallback(target_macs=0.4, schedule="finetune", importance="spectrum")
     assert not isinstance(by_weights.recipe.measure(), Fisher)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "judged_by"),
+    [
+        ({"target_macs": 0.2}, Fisher),
+        ({"target_macs": 0.21}, Spectrum),
+        ({"target_params": 0.1}, Fisher),
+        ({"energy_threshold": 0.1}, Spectrum),
+        ({"target_macs": 0.1, "importance": "spectrum"}, Spectrum),
+        ({"target_macs": 0.1, "schedule": "alternating"}, Spectrum),
+        ({"target_macs": 0.1, "schedule": "grow_and_prune"}, Fisher),
+        ({"target_macs": 0.9, "schedule": "finetune"}, Fisher),
+    ],
+)
+def test_a_small_budget_is_judged_by_the_loss_unless_something_else_is_said(arguments, judged_by):
+    assert type(SVDTrainingCallback(**arguments).recipe.measure()) is judged_by
 
 
 # Dynamo's own, as in `test_compile.py`.

@@ -10,9 +10,6 @@ from lightning_svd.ranks.allocation import interpolate
 from lightning_svd.training.policies.policy import Change, Choose, PlannedPolicy
 from lightning_svd.training.schedules import SHAPES, cut_steps, removal
 
-SMALL = 0.2  # share of the dense model from which down ranks judged by the loss end better than those by the spectrum
-
-
 @dataclass(kw_only=True)
 class FallToBudget(PlannedPolicy):
     """Ranks are full, then fall to the budget in cuts along a curve, then stay.
@@ -27,6 +24,8 @@ class FallToBudget(PlannedPolicy):
     Raises:
         ValueError: If an argument is out of range; the message names it.
     """
+
+    importance_if_small = "fisher"
 
     start: float = 0.5
     end: float = 0.7
@@ -43,9 +42,6 @@ class FallToBudget(PlannedPolicy):
         check_count("cuts", self.cuts, most=1_000_000)
         check_choice("ramp", self.ramp, (*SHAPES, None))
         self.begin(1)
-
-    def judged_by(self, share: float) -> str:
-        return "fisher" if share <= SMALL and self.importance == "spectrum" else self.importance
 
     def plan(self, total_steps: int) -> list[int]:
         return cut_steps(total_steps, self.start, self.end, self.cuts)

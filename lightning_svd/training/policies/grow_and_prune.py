@@ -36,6 +36,8 @@ class GrowAndPrune(PlannedPolicy):
         ValueError: If an argument is out of range; the message names it.
     """
 
+    importance_if_small = "fisher"
+
     start: float = 0.3
     grow: float = 0.4
     end: float = 0.7

@@ -10,6 +10,7 @@ from lightning_svd.ranks.allocation import interpolate
 from lightning_svd.training.policies.policy import Change, Choose, PlannedPolicy
 from lightning_svd.training.schedules import SHAPES, cut_steps, removal
 
+
 @dataclass(kw_only=True)
 class FallToBudget(PlannedPolicy):
     """Ranks are full, then fall to the budget in cuts along a curve, then stay.

@@ -20,6 +20,7 @@ from lightning_svd.training import processes
 from lightning_svd.training.guard import guard_on
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
+from lightning_svd.training.sharded import ShardedTraining, check_recipe
 
 
 @with_recipe_arguments
@@ -78,11 +79,14 @@ class SVDTrainingCallback(CallbackWithRun):
     # ------------------------------------------------------------------------------------- before the first batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        SVDCheckpointIO.install(trainer)
+        if not trainers.shards(trainer):  # which reads files by itself, and whose layers stay factorized
+            SVDCheckpointIO.install(trainer)
         if stage == "fit":
             self._to_resume, self._interrupted = None, {}
             if not self._is_finished(pl_module):
                 trainers.check_trainer(self, trainer)
+                if trainers.shards(trainer):
+                    check_recipe(self.recipe)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the model is on its device, its optimizers are made and a checkpoint's weights are loaded; what the
@@ -92,7 +96,8 @@ class SVDTrainingCallback(CallbackWithRun):
             return
         if trainers.is_trial(trainer):
             self._before_trial = copy.deepcopy(pl_module.state_dict())
-        run = SVDTraining(
+        kind = ShardedTraining if trainers.shards(trainer) else SVDTraining
+        run = kind(
             pl_module,
             trainer.optimizers,
             trainers.total_steps(trainer),
@@ -104,9 +109,11 @@ class SVDTrainingCallback(CallbackWithRun):
             state=self._to_resume,
         )
         self._begin(run)
+        if trainers.shards(trainer):
+            trainers.load_beside_factors(trainer, run)
         trainers.connect(trainer, run)
         rank_zero_info(plan_table(self.plan))
-        if pl_module.example_input_array is not None:
+        if pl_module.example_input_array is not None and run.cost is None:
             run.recorder.start()
             with trainer.precision_plugin.forward_context():
                 trainers.forward_example(pl_module)
@@ -201,6 +208,8 @@ class SVDTrainingCallback(CallbackWithRun):
             rank_zero_info(f"SVD training: `{self.monitor}`: pruning {change}")
 
     def _draw_spectra(self, trainer: Trainer, epoch: int, last: bool = False) -> None:
+        if self._run is not None:
+            self._run.look()
         if self._run is not None and self._spectra is not None and trainer.is_global_zero:
             self._spectra.draw(trainer.loggers, self._run.spectra, epoch, trainer.global_step, last)
 

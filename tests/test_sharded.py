@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from models import data, quiet_trainer
 from torch import nn
 from torch.multiprocessing import start_processes
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_svd import (
@@ -42,9 +43,16 @@ pytestmark = [
 ]
 
 
+class Recomputed(nn.Sequential):
+    """Computes again in the backward pass."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 def net():
     """Layers whose rows two processes cannot share evenly, nor four."""
-    inner = nn.Sequential(nn.Linear(47, 41), nn.ReLU())
+    inner = Recomputed(nn.Linear(47, 41), nn.ReLU())
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 47), nn.ReLU(), inner, nn.LayerNorm(41), nn.Linear(41, 5)).double()
 
 
@@ -145,6 +153,20 @@ class Compiled(Sharded):
     def configure_model(self):
         super().configure_model()
         self.net[3].compile()
+
+
+class InBFloat16(Sharded):
+    """Computes in half precision with parameters in float32."""
+
+    def configure_model(self):
+        self.net.float()
+        decompose(self.net)
+        mixed = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"], mp_policy=mixed)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x.float()).float(), y)
 
 
 class Manual(Sharded):
@@ -321,6 +343,10 @@ def many_things(folder):
         found["refused"][what] = refusal(case, folder)
     found["dependent"] = with_dependent_columns()
     found["misused"] = misused()
+    mixed, ours = InBFloat16(lr=3e-3), svd_callback()
+    fit(mixed, ours)
+    small = gather_factored(mixed.net, net().float())
+    found["mixed"] = ours.report.params_ratio, small
     return found
 
 
@@ -458,6 +484,16 @@ def test_what_does_not_work_on_shards_is_refused_by_name(what, message, results)
         got, ranks = each["refused"][what]
         assert re.search(message, got), got
         assert not ranks
+
+
+@pytest.mark.combination("Strategies", "ModelParallelStrategy with a MixedPrecisionPolicy of bfloat16")
+def test_layers_train_in_mixed_precision(results):
+    (share, small), (other, _) = (each["mixed"] for each in results[0])
+    assert share == other <= 0.5
+    with torch.no_grad():
+        right = [small(x.float()).argmax(1) == y for x, y in data(dtype=torch.float64)]
+    assert torch.cat(right).double().mean() > 0.9
+    assert all(p.dtype == torch.float32 for p in small.parameters())
 
 
 def test_functions_for_whole_parameters_refuse_sharded_ones(results):

@@ -6,16 +6,26 @@ elsewhere.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, of which each process holds a part."""
     return hasattr(tensor, "full_tensor")
+
+
+def reshard(module: nn.Module) -> None:
+    """Have parameters be sharded that ``fully_shard`` left whole after a forward pass, in whichever precision."""
+    # Imported here, for it takes most of a second. Only torch from 2.6 on has the class.
+    kind = getattr(import_module("torch.distributed.fsdp"), "FSDPModule", ())
+    for child in module.modules():
+        if isinstance(child, kind):
+            child.reshard()
 
 
 def why_not_by_rows(tensor: Any) -> str | None:

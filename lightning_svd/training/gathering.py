@@ -12,7 +12,7 @@ from lightning_svd.layers.forms import PairForm, balanced
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors, exact_products, wide
 from lightning_svd.layers.pairs import empty_dense, factored_pair, fill
-from lightning_svd.layers.shards import whole
+from lightning_svd.layers.shards import reshard, whole
 from lightning_svd.model.surgery import become, settle
 from lightning_svd.training import processes
 
@@ -37,6 +37,7 @@ def gather_factored(sharded: nn.Module, plain: ModuleT) -> ModuleT | None:
     Raises:
         ValueError: If ``plain`` is not of the same layers and parameters; in process 0.
     """
+    reshard(sharded)
     keeps, layers = processes.rank() == 0, svd_layers(sharded)
     small: dict[str, nn.Module] = {}
     gathered: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors, roundoff, svd, wide
-from lightning_svd.layers.shards import range_of, rows_of, whole, why_not_by_rows
+from lightning_svd.layers.shards import range_of, reshard, rows_of, whole, why_not_by_rows
 from lightning_svd.model.calls import is_compiled
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan
@@ -36,7 +36,9 @@ from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.trained_layers import TrainedLayers
 
-TOGETHER = 1 << 24  # entries of the Gram matrices of layers that are refactorized together: 128 MB
+# Entries of Gram matrices and of rows here of layers that are refactorized together: 1 GB in float64, and a few times
+# that while it is done. The more of them, the more processes have an SVD to compute.
+TOGETHER = 1 << 27
 NEARLY_DEPENDENT = 0.1  # how far from the identity the second Gram matrix of CholeskyQR2 may be
 
 
@@ -250,7 +252,8 @@ class ShardedLayers(TrainedLayers):
         """These layers in as few groups as the memory for their Gram matrices allows."""
         group, entries = list[str](), 0
         for name in names:
-            mine = 2 * self.by_name[name].rank ** 2
+            rank, (m, n) = self.by_name[name].rank, self.by_name[name].matrix_shape
+            mine = rank * (2 * rank + (m + n) // processes.size())
             if group and entries + mine > TOGETHER:
                 yield group
                 group, entries = [], 0
@@ -290,11 +293,7 @@ class ShardedLayers(TrainedLayers):
         """Train exact factors from now on, with the signs of the columns that each takes the place of."""
         orders = {name: of.energies.argsort(descending=True, stable=True) for name, of in exact.items()}
         used = {name: self._used(name) for name in exact}
-        likeness = [
-            (of.factors[side] * used[name][side][:, orders[name]]).sum(0)
-            for name, of in exact.items()
-            for side in (0, 2)
-        ][::2]  # by U alone, as V goes with it
+        likeness = [(of.factors.U * used[name].U[:, orders[name]]).sum(0) for name, of in exact.items()]
         for (name, of), alike in zip(exact.items(), _summed(likeness), strict=True):
             signs = torch.where(alike < 0, -1.0, 1.0)
             U, s, V = of.factors
@@ -369,9 +368,9 @@ class ShardedLayers(TrainedLayers):
         states = {}
         for name, layer in self.by_name.items():
             rank, is_pair = layer.rank, isinstance(layer.form, PairForm)
-            factors = Factors(*(whole(parameter.detach()).cpu() for parameter in self._factors[name]))
+            factors = [whole(parameter.detach()) for parameter in self._factors[name]]
             if processes.rank() == 0:
-                of = Factors(*(factor[..., :rank].clone() for factor in factors))
+                of = Factors(*(factor[..., :rank].cpu().clone() for factor in factors))
                 tensors = {"A": of.U, "B": of.V} if is_pair else of._asdict()
                 states[name] = {"form": layer.form.name, "rank": rank, "conv_mode": layer.conv_mode, **tensors}
         return states
@@ -448,6 +447,7 @@ class ShardedTraining(SVDTraining):
 
     def _prepare(self, optimizers: Sequence[Optimizer], thaws: bool) -> None:
         check_recipe(self.recipe)
+        reshard(self.model)
         layers = svd_layers(self.model)
         check_layers(layers)
         if any(map(is_compiled, self.model.modules())):

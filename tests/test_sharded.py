@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from models import data, quiet_trainer
+from scaling import Group, cut_numbers, step_numbers
 from torch import nn
 from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -29,7 +32,7 @@ from lightning_svd import (
 )
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.ranks.importance import Spectrum
-from lightning_svd.training.sharded import ShardedLayers
+from lightning_svd.training.sharded import ShardedLayers, ShardedTraining
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
@@ -343,6 +346,7 @@ def many_things(folder):
         found["refused"][what] = refusal(case, folder)
     found["dependent"] = with_dependent_columns()
     found["misused"] = misused()
+    found["sent"] = sent()
     mixed, ours = InBFloat16(lr=3e-3), svd_callback()
     fit(mixed, ours)
     small = gather_factored(mixed.net, net().float())
@@ -384,6 +388,41 @@ def with_dependent_columns():
     U, V = whole(layer.U.detach()), whole(layer.V.detach())
     defects = [float((A.mT @ A - torch.eye(47)).abs().max()) for A in (U, V)]
     return float((whole(layer.rebuilt().detach()) - before).abs().max()), defects, whole(layer.s.detach())
+
+
+class Sent(TorchDispatchMode):
+    """Counts the numbers in float64 that go between processes, by the way in which they do."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name, tensors = func.__name__.partition(".")[0], args[1 if "reduce_scatter" in str(func) else 0]
+            for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                    self.numbers[name] += tensor.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def sent():
+    """What is sent in a step, and in one after which ranks are cut, by a loop without Lightning."""
+    torch.manual_seed(0)
+    model = net()
+    decompose(model)
+    fsdp.fully_shard(model[3])
+    fsdp.fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {"target_params": 0.5, "final": "decomposed", "schedule": FallToBudget(start=0.25, end=0.75, cuts=2)}
+    training, found = ShardedTraining(model, optimizer, total_steps=4, **arguments), []
+    for _ in range(2):
+        with Sent() as counted:
+            model(INPUTS).square().mean().backward()
+            change = training.step()
+            optimizer.zero_grad()
+        found.append((dict(counted.numbers), change is not None))
+    return found
 
 
 def misused():
@@ -494,6 +533,27 @@ def test_layers_train_in_mixed_precision(results):
         right = [small(x.float()).argmax(1) == y for x, y in data(dtype=torch.float64)]
     assert torch.cat(right).double().mean() > 0.9
     assert all(p.dtype == torch.float32 for p in small.parameters())
+
+
+def test_as_many_bytes_are_sent_as_the_formulas_say(results):
+    groups = [
+        Group(((41, 47),), ((41,),)),
+        Group(((47, 64), (5, 41)), ((47,), (41,), (41,), (5,)), gathers=1),
+    ]
+    expected, cut = step_numbers(groups, 2), cut_numbers([41, 47, 5])
+    for each in results[0]:
+        (step, was_cut), (step_with_cut, is_cut) = each["sent"]
+        assert (was_cut, is_cut) == (False, True)
+        assert step == {
+            "_allgather_base_": expected["gathered"],
+            "_reduce_scatter_base_": expected["scattered"],
+            "allreduce_": expected["penalties"],
+        }
+        assert step_with_cut == {
+            **step,
+            "allreduce_": expected["penalties"] + cut["added up"],
+            "broadcast_": cut["sent"],
+        }
 
 
 def test_functions_for_whole_parameters_refuse_sharded_ones(results):

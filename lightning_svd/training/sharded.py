@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -36,8 +36,8 @@ from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.trained_layers import TrainedLayers
 
-# Entries of Gram matrices and of rows here of layers that are refactorized together: 1 GB in float64, and a few times
-# that while it is done. The more of them, the more processes have an SVD to compute.
+# Entries of Gram matrices and of rows here of layers whose columns are made orthonormal together: 1 GB in float64, and
+# a few times that while it is done.
 TOGETHER = 1 << 27
 NEARLY_DEPENDENT = 0.1  # how far from the identity the second Gram matrix of CholeskyQR2 may be
 
@@ -161,13 +161,12 @@ class ShardedLayers(TrainedLayers):
     @torch.no_grad()
     def look(self) -> None:
         """Take note of the singular values that there are now; all processes must ask."""
-        bad, pairs = self.not_finite(), self._pairs()
-        svds = [name for name in self.by_name if name not in pairs]
+        bad, svds = self.not_finite(), self._svds()
+        pairs = [name for name in self.by_name if name not in svds]
         parts = [(U.square().sum(0), s, V.square().sum(0)) for U, s, V in map(self._used, svds)]
         sums = iter(_summed([part for of in parts for part in of]))
         found = {name: next(sums) * next(sums).square() * next(sums) for name in svds}
-        for group in self._together([name for name in pairs if name not in bad]):
-            found |= {name: of.factors.s.square() for name, of in self._exact_here(group).items()}
+        found |= {name: of.s.square() for name, of, _ in self._exact_here([name for name in pairs if name not in bad])}
         found |= {name: torch.full((self.by_name[name].rank,), math.nan) for name in bad}
         self.spectra = {name: found[name].sqrt().sort(descending=True).values.tolist() for name in self.by_name}
 
@@ -236,17 +235,18 @@ class ShardedLayers(TrainedLayers):
     @torch.no_grad()
     def refactorize(self, may_stay: Collection[str] = ()) -> dict[str, Tensor]:
         energies = {}
-        for group in self._together([name for name in self.by_name if name not in self._pairs()]):
-            exact = self._exact_here(group)
-            self._take_here(exact)
-            energies.update({name: of.factors.s.square() for name, of in exact.items()})
+        for name, factors, order in self._exact_here(self._svds()):
+            self._write(name, factors)
+            energies[name] = factors.s.square()
+            if not torch.equal(order, torch.arange(len(order), device=order.device)):
+                self._move_here(name, partial(_reordered, order=order), partial(_reordered_rows, order=order))
         return energies
 
     def take_waiting(self, names: Sequence[str]) -> None:
         """Nothing waits: all are float32 or wider."""
 
-    def _pairs(self) -> list[str]:
-        return [name for name, layer in self.by_name.items() if isinstance(layer.form, PairForm)]
+    def _svds(self) -> list[str]:
+        return [name for name, layer in self.by_name.items() if isinstance(layer.form, SVDForm)]
 
     def _together(self, names: Sequence[str]) -> Iterator[list[str]]:
         """These layers in as few groups as the memory for their Gram matrices allows."""
@@ -261,47 +261,57 @@ class ShardedLayers(TrainedLayers):
         if group:
             yield group
 
-    def _exact_here(self, names: Sequence[str]) -> dict[str, _Exact]:
-        """The exact factors of layers, by CholeskyQR2 of U and V and an SVD of k x k in one process for each layer."""
+    def _exact_here(self, names: Sequence[str]) -> Iterator[tuple[str, Factors, Tensor]]:
+        """Exact factors of layers, by CholeskyQR2 of U and V and an SVD of k x k in one process for each layer.
+
+        Yields:
+            Name; the rows here of U and V, and s, in float64, with the signs of the columns that they take the place
+            of; and which columns these are.
+        """
+        bases: dict[str, tuple[_Basis, _Basis]] = {}
+        inner: dict[str, tuple[Tensor, Tensor]] = {}  # of the layers whose SVD is computed here
+        orders: dict[str, Tensor] = {}
+        owners = {name: number % processes.size() for number, name in enumerate(names)}
+        for group in self._together(names):
+            for name, left, s, right in self._orthonormal(group):
+                energies = left.lengths * s.square() * right.lengths
+                orders[name] = energies.argsort(descending=True, stable=True)
+                if owners[name] == processes.rank():
+                    before = left.upper[:, orders[name]]
+                    inner[name] = (left.upper * s) @ right.upper.mT, before
+                left.upper = right.upper = torch.empty(0)
+                bases[name] = left, right
+
+        def compute(name: str) -> list[Tensor]:
+            product, before = inner.pop(name)
+            U, s, V = svd(product, name)
+            signs = torch.where((U * before).sum(0) < 0, -1.0, 1.0)
+            return [U * signs, s, V * signs]
+
+        def empty(name: str) -> list[Tensor]:
+            rank = len(orders[name])
+            return [
+                orders[name].new_empty(shape, dtype=torch.float64) for shape in ((rank, rank), (rank,), (rank, rank))
+            ]
+
+        for name, (U, s, V) in processes.shared_out(names, compute, empty):
+            left, right = bases.pop(name)
+            yield name, Factors(left.rows @ U, s, right.rows @ V), orders[name]
+
+    def _orthonormal(self, names: Sequence[str]) -> Iterator[tuple[str, _Basis, Tensor, _Basis]]:
+        """U, s and V of layers, U and V as orthonormal columns and what to multiply them by."""
         used = [self._used(name) for name in names]
         parameters = [parameter for name in names for parameter in self._factors[name][::2]]
         bases = [_Basis(rows) for factors in used for rows in factors[::2]]
         for _ in range(2):
             for basis, gram in zip(bases, _summed([basis.rows.mT @ basis.rows for basis in bases]), strict=True):
                 basis.orthonormalize(gram)
-        failed, *values = _summed(
-            [torch.tensor([float(basis.failed) for basis in bases]).to(used[0].s), *(of.s for of in used)]
-        )
+        fails = torch.tensor([float(basis.failed) for basis in bases]).to(used[0].s)
+        failed, *values = _summed([fails, *(factors.s for factors in used)])
         for basis, parameter, has_failed in zip(bases, parameters, failed.tolist(), strict=True):
             if has_failed:  # in any process, so that all of them do it
                 basis.take_whole(parameter)
-        inner = {
-            name: (left.upper * s) @ right.upper.mT
-            for name, left, s, right in zip(names, bases[::2], values, bases[1::2], strict=True)
-        }
-
-        def empty(name: str) -> list[Tensor]:
-            return [torch.empty_like(inner[name]), torch.empty_like(inner[name][0]), torch.empty_like(inner[name])]
-
-        found = processes.shared_out(names, lambda name: [*svd(inner[name], name)], empty)
-        return {
-            name: _Exact(Factors(left.rows @ U, s, right.rows @ V), left.lengths * before.square() * right.lengths)
-            for (name, (U, s, V)), left, before, right in zip(found, bases[::2], values, bases[1::2], strict=True)
-        }
-
-    def _take_here(self, exact: Mapping[str, _Exact]) -> None:
-        """Train exact factors from now on, with the signs of the columns that each takes the place of."""
-        orders = {name: of.energies.argsort(descending=True, stable=True) for name, of in exact.items()}
-        used = {name: self._used(name) for name in exact}
-        likeness = [(of.factors.U * used[name].U[:, orders[name]]).sum(0) for name, of in exact.items()]
-        for (name, of), alike in zip(exact.items(), _summed(likeness), strict=True):
-            signs = torch.where(alike < 0, -1.0, 1.0)
-            U, s, V = of.factors
-            self._write(name, Factors(U * signs, s, V * signs))
-            if not torch.equal(orders[name], torch.arange(len(s), device=s.device)):
-                self._move_here(
-                    name, partial(_reordered, order=orders[name]), partial(_reordered_rows, order=orders[name])
-                )
+        yield from zip(names, bases[::2], values, bases[1::2], strict=True)
 
     def _write(self, name: str, factors: Factors) -> None:
         """Have these rows of U and V and all of s in the rank's columns, and zeros beyond."""
@@ -348,7 +358,7 @@ class ShardedLayers(TrainedLayers):
     @torch.no_grad()
     def train_as_final(self, pays: Callable[[str, int], bool]) -> None:
         """Train all layers as pairs without s and penalties, also those that are better dense in the end."""
-        svds = [name for name in self.by_name if name not in self._pairs()]
+        svds = self._svds()
         used = [self._used(name) for name in svds]
         for name, here, s in zip(svds, used, _summed([of.s for of in used]), strict=True):
             root, layer = s.abs().sqrt(), self.by_name[name]
@@ -392,14 +402,6 @@ class ShardedLayers(TrainedLayers):
                 self._as_pair(layer)
         for optimizer in self.optimizers:
             optimizer.know(self.by_name.values())  # in which form they are: pairs decay
-
-
-@dataclass
-class _Exact:
-    """Exact factors, of U and V the rows here, in float64; and what the columns before them carried."""
-
-    factors: Factors
-    energies: Tensor
 
 
 class _Basis:

@@ -327,8 +327,10 @@ def trained(folder, ways):
     return found
 
 
-def trained_in_one_way(folder):
-    return trained(folder, {"few steps": WAYS["few steps"]})
+def few_steps_and_more(folder):
+    witness = Witness()
+    fit(Sharded(), svd_callback(), witness, ckpt_path=folder / "of two processes.ckpt")
+    return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": witness.weights}
 
 
 def many_things(folder):
@@ -487,9 +489,16 @@ def test_two_processes_train_what_one_does(way, results):
     check_as_in_one_process([each["trained"] for each in results[0]], way)
 
 
-@pytest.mark.combination("Strategies", "ModelParallelStrategy, 4 processes, of which one has no row of a factor")
-def test_four_processes_train_what_one_does(tmp_path):
-    check_as_in_one_process(in_processes(4, trained_in_one_way, tmp_path), "few steps")
+@pytest.mark.combination(
+    "Strategies", "ModelParallelStrategy, 4 processes, one without a row of a factor; resuming what 2 wrote"
+)
+def test_four_processes_train_what_one_does_and_resume_what_two_wrote(tmp_path, results):
+    found, folder = results
+    (tmp_path / "of two processes.ckpt").write_bytes((folder / "AdamW" / "epoch=1.ckpt").read_bytes())
+    four = in_processes(4, few_steps_and_more, tmp_path)
+    check_as_in_one_process([each["trained"] for each in four], "few steps")
+    for weights, expected in zip(four[0]["resumed"], found[0]["trained"]["AdamW"]["weights"][8:], strict=True):
+        assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)

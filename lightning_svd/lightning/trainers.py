@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -54,7 +53,7 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
 
 def shards(trainer: Trainer) -> bool:
     """Whether the strategy is the one whose models the user shards, by ``fully_shard`` in ``configure_model``."""
-    return isinstance(trainer.strategy, ModelParallelStrategy)
+    return _is_a(trainer.strategy, "ModelParallelStrategy")
 
 
 def _check_sharding(us: str, trainer: Trainer) -> None:
@@ -166,9 +165,9 @@ def wrap_again(trainer: Trainer) -> None:
         strategy.configure_ddp()  # type: ignore[attr-defined]  # of the strategies that wrap so
 
 
-def _is_a(callback: Callback, *names: str) -> bool:
-    """Whether a callback is of a class of one of these names, of `lightning` or of `pytorch_lightning`."""
-    return any(kind.__name__ in names for kind in type(callback).__mro__)
+def _is_a(given: object, *names: str) -> bool:
+    """Whether an object is of a class of one of these names, of `lightning` or of `pytorch_lightning`."""
+    return any(kind.__name__ in names for kind in type(given).__mro__)
 
 
 # Attributes that Trainer's constructor sets without an annotation.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lightning_svd.ranks.latency import LatencyTable
     from lightning_svd.report.data import BudgetRanks, LatencyReport, LayerReport, RankChange, SVDReport, summarize
     from lightning_svd.training.distillation import Distillation
+    from lightning_svd.training.gathering import gather_factored
     from lightning_svd.training.policies import Alternating, FallToBudget, Finetune, GrowAndPrune, Nested, RankPolicy
     from lightning_svd.training.regularizers import Regularizer, add_gradients
     from lightning_svd.training.run import SVDTraining
@@ -59,6 +60,7 @@ __all__ = [
     "decompose",
     "fastest_forms",
     "fold_norms",
+    "gather_factored",
     "load_low_rank",
     "plan",
     "profile",
@@ -78,6 +80,7 @@ _HOMES = {
     "SpectrumMonitor": "lightning.spectrum_monitor",
     "SVDTraining": "training.run",
     "Distillation": "training.distillation",
+    "gather_factored": "training.gathering",
     "compress": "compression.compress",
     "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",

@@ -25,6 +25,7 @@ import quality
 import recurrent
 import rivals
 import scale
+import scaling
 import step_cost
 import time_budget
 import torch
@@ -53,6 +54,17 @@ def _one_small_net(monkeypatch):
 def rows_written(main, path, *arguments):
     main([*arguments, "--threads", "1", "--device", "cpu", "--json", str(path)])
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------- scaling
+
+
+def test_a_7_b_model_has_a_row_for_each_number_of_gpus(capsys, monkeypatch):
+    assert sum(group.numbers(1) for group in scaling.llama_7b(is_dense=True)) == 6_738_415_616
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--bandwidth", "1e11"])
+    scaling.main()
+    printed = capsys.readouterr().out
+    assert all(f"{count}, {name}" in printed for count in (8, 64) for name in ("dense", "U, s, V"))
 
 
 # ------------------------------------------------------------------------------------------------------------- harness

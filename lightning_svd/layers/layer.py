@@ -21,6 +21,7 @@ from lightning_svd.layers.dense_weight import DenseWeight, refuse_in_transforms
 from lightning_svd.layers.forms import FORMS, DenseForm, Form, PairForm, SVDForm, balanced, parameter_of
 from lightning_svd.layers.matrices import Factors, exact_products, roundoff, svd, wide
 from lightning_svd.layers.pairs import bias_of, empty_dense, factored_pair, fill, layout_of
+from lightning_svd.layers.shards import is_sharded
 from lightning_svd.layers.views import View, supported_type
 
 State = dict[str, Any]
@@ -361,7 +362,7 @@ class SVDLayer(FactorizedModule):
         """Take a dense weight: exactly where the rank in use is full, otherwise the nearest of that rank.
 
         Raises:
-            ValueError: If it has another shape, or holds NaN or infinity.
+            ValueError: If it has another shape, or holds NaN or infinity; if the factors are sharded.
         """
         if tuple(weight.shape) != self.view.weight_shape:
             expected, got = self.view.weight_shape, tuple(weight.shape)
@@ -369,6 +370,10 @@ class SVDLayer(FactorizedModule):
         if isinstance(self.form, DenseForm):
             self.form.weight().copy_(weight)
             return
+        if is_sharded(self._like()):
+            raise ValueError(
+                f"`{self.weight_name()}` cannot be loaded while U, s and V are sharded: load it before that"
+            )
         given, before, remembered = weight.to(self._like()), self.rebuilt(), self._remembered
         if torch.equal(given, before):
             return  # what it is: no rounding

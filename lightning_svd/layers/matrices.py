@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_svd.layers.shards import is_sharded
+
 
 class Factors(NamedTuple):
     """A factorized matrix, ``W = U @ diag(s) @ V.T``."""
@@ -124,7 +126,16 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def gram_defect(factor: Tensor, columns: slice = slice(None)) -> Tensor:
-    """``A^T A - I`` for A (..., n, r), zero where its columns are orthonormal; its b ``columns`` (..., r, b)."""
+    """``A^T A - I`` for A (..., n, r), zero where its columns are orthonormal; its b ``columns`` (..., r, b).
+
+    Raises:
+        ValueError: If rows of A lie in other processes: I would be subtracted in each of them.
+    """
+    if is_sharded(factor):
+        raise ValueError(
+            "expected a whole matrix, got rows of one that is sharded: the penalty of sharded factors is added by "
+            "SVDTrainingCallback, or take `factor.full_tensor()`"
+        )
     defect = factor.mT @ factor[..., columns]
     defect.diagonal(-(columns.start or 0), -2, -1).sub_(1.0)
     return defect

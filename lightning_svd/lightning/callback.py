@@ -78,21 +78,21 @@ class SVDTrainingCallback(CallbackWithRun):
     # ------------------------------------------------------------------------------------- before the first batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        SVDCheckpointIO.install(trainer)
+        if not trainers.shards(trainer):  # whose layers stay factorized
+            SVDCheckpointIO.install(trainer)
         if stage == "fit":
             self._to_resume, self._interrupted = None, {}
             if not self._is_finished(pl_module):
-                trainers.check_trainer(self, trainer)
+                trainers.check_trainer(self, trainer, self.recipe)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here the model is on its device, its optimizers are made and a checkpoint's weights are loaded; what the
         # optimizers remember comes next, and finds the parameters that it was written for.
         if self._is_finished(pl_module):
-            rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
-            return
+            return rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
         if trainers.is_trial(trainer):
             self._before_trial = copy.deepcopy(pl_module.state_dict())
-        run = SVDTraining(
+        run = trainers.kind_of_run(trainer)(
             pl_module,
             trainer.optimizers,
             trainers.total_steps(trainer),
@@ -106,7 +106,7 @@ class SVDTrainingCallback(CallbackWithRun):
         self._begin(run)
         trainers.connect(trainer, run)
         rank_zero_info(plan_table(self.plan))
-        if pl_module.example_input_array is not None:
+        if pl_module.example_input_array is not None and run.cost is None:
             run.recorder.start()
             with trainer.precision_plugin.forward_context():
                 trainers.forward_example(pl_module)
@@ -201,8 +201,10 @@ class SVDTrainingCallback(CallbackWithRun):
             rank_zero_info(f"SVD training: `{self.monitor}`: pruning {change}")
 
     def _draw_spectra(self, trainer: Trainer, epoch: int, last: bool = False) -> None:
-        if self._run is not None and self._spectra is not None and trainer.is_global_zero:
-            self._spectra.draw(trainer.loggers, self._run.spectra, epoch, trainer.global_step, last)
+        if (run := self._run) is not None:
+            run.look()
+            if self._spectra is not None and trainer.is_global_zero:
+                self._spectra.draw(trainer.loggers, run.spectra, epoch, trainer.global_step, last)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:

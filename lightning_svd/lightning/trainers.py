@@ -6,6 +6,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +16,30 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
+from lightning_svd.files.checkpoints import saved_state
 from lightning_svd.layers.compounds import evaluating
 from lightning_svd.model.counting import as_arguments
+from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
+from lightning_svd.training.sharded import ShardedTraining, check_recipe
 
 PRECISIONS_WITH_LAYERS = ("TransformerEnginePrecision", "BitsandbytesPrecision")
 
 
-def check_trainer(callback: Callback, trainer: Trainer) -> None:
+def check_trainer(callback: Callback, trainer: Trainer, recipe: Recipe) -> None:
     """Refuse what would train wrongly and silently.
 
     Raises:
         ValueError: Naming the strategy, plugin or callback, and what to do.
     """
     us, strategy = type(callback).__name__, trainer.strategy
-    if strategy.restore_checkpoint_after_setup or strategy.handles_gradient_accumulation:
+    if shards(trainer):
+        _check_sharding(us, trainer)
+        check_recipe(recipe)
+    elif strategy.restore_checkpoint_after_setup or strategy.handles_gradient_accumulation:
         raise ValueError(
             f"{us} does not work with {type(strategy).__name__}, which shards parameters or owns the optimizer's step: "
-            "use one device or DDP"
+            "use one device, DDP, or ModelParallelStrategy with data parallelism"
         )
     precision = type(trainer.precision_plugin).__name__
     if precision in PRECISIONS_WITH_LAYERS:
@@ -47,6 +54,66 @@ def check_trainer(callback: Callback, trainer: Trainer) -> None:
             )
 
 
+def shards(trainer: Trainer) -> bool:
+    """Whether the strategy is the one whose models the user shards, by ``fully_shard`` in ``configure_model``."""
+    return _is_a(trainer.strategy, "ModelParallelStrategy")
+
+
+def kind_of_run(trainer: Trainer) -> type[SVDTraining]:
+    """What trains the layers of a model that this trainer fits."""
+    return ShardedTraining if shards(trainer) else SVDTraining
+
+
+def _check_sharding(us: str, trainer: Trainer) -> None:
+    """Refuse what does not work with parameters that are sharded.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    if trainer.strategy.device_mesh["tensor_parallel"].size() > 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{us} does not work with tensor parallelism: give ModelParallelStrategy(tensor_parallel_size=1)"
+        )
+    if is_trial(trainer):
+        raise ValueError(f"{us} does not work with `fast_dev_run` where parameters are sharded: give `max_steps`")
+    if not trainer.lightning_module.automatic_optimization:
+        raise ValueError(f"{us} does not work with manual optimization where parameters are sharded")
+    for other in callbacks_of(trainer):
+        if _is_a(other, "WeightAveraging", "StochasticWeightAveraging", "BaseFinetuning"):
+            raise ValueError(f"{us} does not work with {type(other).__name__} where parameters are sharded")
+
+
+def _load_beside_factors(trainer: Trainer, run: SVDTraining) -> None:
+    """Have the strategy load, of a file to resume from, what is beside sharded factors, until a run is over.
+
+    It asks a file for each parameter by its own name, and there are dense weights; U, s and V come with the callback's
+    state.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
+    read = strategy.load_checkpoint
+
+    def load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        needs = (
+            f"{path}: SVD training of sharded parameters resumes only from a file that it wrote itself in the middle"
+        )
+        if Path(path).is_dir():
+            raise ValueError(f"{needs}, with ModelParallelStrategy(save_distributed_checkpoint=False)")
+        is_strict, module.strict_loading = module.strict_loading, False
+        try:
+            checkpoint = read(path, *args, **kwargs)
+        except KeyError as error:
+            raise ValueError(f"{needs}: it has no {error}") from error
+        finally:
+            module.strict_loading = is_strict
+        state = saved_state(checkpoint)
+        if state is None or "layers" not in state:
+            raise ValueError(f"{needs}: load other weights in `configure_model`, before `decompose`")
+        return checkpoint
+
+    vars(strategy)["load_checkpoint"] = load_checkpoint
+    run.until_closed.callback(vars(strategy).pop, "load_checkpoint")
+
+
 def thaws_layers(trainer: Trainer) -> bool:
     """Whether a callback is going to train layers that are frozen now."""
     return any(_is_a(other, "BaseFinetuning") for other in callbacks_of(trainer))
@@ -54,6 +121,8 @@ def thaws_layers(trainer: Trainer) -> bool:
 
 def connect(trainer: Trainer, run: SVDTraining) -> None:
     """Have the Trainer's callbacks and precision fit a run that has begun, until it is over."""
+    if shards(trainer):
+        _load_beside_factors(trainer, run)
     _show_weights_to_finetuning(trainer, run)
     run.loss_scale = functools.partial(_loss_scale, trainer)
     if run.distiller is not None:
@@ -106,9 +175,9 @@ def wrap_again(trainer: Trainer) -> None:
         strategy.configure_ddp()  # type: ignore[attr-defined]  # of the strategies that wrap so
 
 
-def _is_a(callback: Callback, *names: str) -> bool:
-    """Whether a callback is of a class of one of these names, of `lightning` or of `pytorch_lightning`."""
-    return any(kind.__name__ in names for kind in type(callback).__mro__)
+def _is_a(given: object, *names: str) -> bool:
+    """Whether an object is of a class of one of these names, of `lightning` or of `pytorch_lightning`."""
+    return any(kind.__name__ in names for kind in type(given).__mro__)
 
 
 # Attributes that Trainer's constructor sets without an annotation.

@@ -245,7 +245,7 @@ class CallRecorder(CallWatcher):
         names = {id(layer): name for name, layer in self.layers.items()}
         for child in holders(self.module, self.layers.values()):
             own = [child, *(child.parts().values() if isinstance(child, InParts) else ())]
-            own = [*_all_parts(child)] if _is_compiled(child) else own
+            own = [*_all_parts(child)] if is_compiled(child) else own
             self._names[child] = [names[id(part)] for part in own if id(part) in names]
         self.watch(self._names)
 
@@ -323,7 +323,8 @@ def _forward_on(module: nn.Module) -> Any:
     return None if getattr(own, "__func__", own) is getattr(type(module), "forward", None) else own
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has wrapped it, or its calls."""
     return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
 
 

@@ -231,6 +231,14 @@ class OptimizerOfFactors:
                     group["params"][:] = [new if p is old else p for p in group["params"]]
         self._forms += 1
 
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Remember nothing of parameters that are trained as something else from now on."""
+        self._forms += 1
+        for parameter in parameters:
+            for each in self._all:
+                if each.state.pop(parameter, None) and (initial := _initial_state(each, parameter)):
+                    each.state[parameter] = initial
+
     # A step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -334,7 +342,9 @@ def _is_moment(key: Any, value: Any) -> bool:
 def _is_understood(state: dict[Any, Any], parameter: nn.Parameter) -> bool:
     """Whether all that is remembered of a parameter is element by element, or numbers."""
     return all(
-        type(value) is Tensor and value.shape == parameter.shape if _is_moment(key, value) else _is_number(value)
+        type(value) in (Tensor, type(parameter.data)) and value.shape == parameter.shape
+        if _is_moment(key, value)
+        else _is_number(value)
         for key, value in state.items()
     )
 

@@ -173,14 +173,14 @@ def add_gradients(
         if isinstance(layer.form, SVDForm):
             (U, s, V), kept = layer.form.stored(), layer.form.factors()
             both = [_Part(U, kept.U), _Part(V, kept.V)]  # type: ignore[arg-type]
-            factors += both if _turns(layer.rank, step) == 1 else [both[step % 2]]  # type: ignore[operator]
+            factors += both if turns_of(layer.rank, step) == 1 else [both[step % 2]]  # type: ignore[operator]
             values.append(_Part(s, kept.s))  # type: ignore[arg-type]
     if not values:
         return Penalties(*(torch.zeros(()) for _ in range(3)))
     defects, ranks, orthogonalities, sparsities = [], 0, [], []
     for group in _alike(factors):
         rank = group[0].value.shape[-1]
-        columns, turns = _turn(rank, step), _turns(rank, step)
+        columns, turns = turn(rank, step), turns_of(rank, step)
         penalty = functools.partial(orthogonality, columns=columns)
         penalties = turns * _add(group, penalty, turns * scale * orthogonality_weight, only, columns)
         orthogonalities.append(penalties.sum())
@@ -229,14 +229,14 @@ class _Part(NamedTuple):
     value: Tensor
 
 
-def _turns(rank: int, step: int | None) -> int:
+def turns_of(rank: int, step: int | None) -> int:
     """In how many steps each column of U and of V has its turn: those of U in the even ones, of V in the odd ones."""
     return 1 if step is None or rank <= COLUMNS else 2 * -(-rank // COLUMNS)
 
 
-def _turn(rank: int, step: int | None) -> slice:
+def turn(rank: int, step: int | None) -> slice:
     """The columns whose turn it is in this step."""
-    turns = _turns(rank, step) // 2
+    turns = turns_of(rank, step) // 2
     if step is None or turns == 0:
         return ALL
     start = step // 2 % turns * COLUMNS

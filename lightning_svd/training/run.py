@@ -17,6 +17,7 @@ from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.shards import is_sharded
 from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
@@ -36,14 +37,14 @@ from lightning_svd.report.data import BudgetRanks, LatencyReport, Pause, RankCha
 from lightning_svd.training import processes
 from lightning_svd.training.costs import CostsOfRun
 from lightning_svd.training.distillation import distiller_of
-from lightning_svd.training.finite import check_trained, warnings_of
+from lightning_svd.training.finite import warnings_of
 from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.judging import Verdict
 from lightning_svd.training.observation import Observer, observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
 from lightning_svd.training.recipe import Recipe
-from lightning_svd.training.regularizers import Penalties, add_gradients, centralize
+from lightning_svd.training.regularizers import Penalties, centralize
 from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
 
@@ -137,7 +138,7 @@ class SVDTraining:
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
         processes.agree(partial(self._prepare, trainers, thaws))
         processes.check_same(self._of_all_processes(state is not None))
-        self._trained = TrainedLayers(model, begin(model, self.plan), self.importance, on_reshape or (lambda: None))
+        self._trained = self._layers_to_train(on_reshape or (lambda: None))
         self.bounds = self.recipe.bounds(self.plan, model)
         # Until the first step, after which there is no way back: the values of the weights, to undo everything exactly.
         self._dense = trained_weights(self.layers)
@@ -220,6 +221,9 @@ class SVDTraining:
         """The singular values of each layer, in descending order."""
         return {name: layer.spectrum() for name, layer in self.layers.items()}
 
+    def look(self) -> None:
+        """Have :meth:`spectra` say what there is now, where all processes must ask for it together."""
+
     def ratio(self, unit: Unit) -> float:
         """Share of the dense model's cost at the present ranks."""
         return self.cost.ratio(self.ranks(), unit) if self.cost else 1.0
@@ -237,10 +241,18 @@ class SVDTraining:
 
     def _prepare(self, optimizers: Sequence[Optimizer], thaws: bool) -> None:
         """What may be refused while the model is as it was."""
+        if sharded := [name for name, parameter in self.model.named_parameters() if is_sharded(parameter)]:
+            raise ValueError(
+                f"`{sharded[0]}` is sharded: SVDTraining is for whole parameters, SVDTrainingCallback trains sharded "
+                "ones with Lightning's ModelParallelStrategy"
+            )
         self.plan = self.recipe.plan(self.model, include_frozen=thaws)
         if not thaws:
             self.plan = _trained_by(optimizers, self.model, self.plan)
         self.distiller = distiller_of(self.recipe.distill, self.model)  # of the dense model
+
+    def _layers_to_train(self, on_reshape: Callable[[], None]) -> TrainedLayers:
+        return TrainedLayers(self.model, begin(self.model, self.plan), self.importance, on_reshape)
 
     def _adopt(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         """What may be refused when its layers are others, before anything is computed."""
@@ -388,9 +400,7 @@ class SVDTraining:
         if asked.centralize:
             centralize(optimizer.layers, optimizer.held())
         if layers and scale:
-            self.penalties = add_gradients(
-                layers, asked.orthogonality_weight, asked.sparsity, self.strength, scale, optimizer.held(), step
-            )
+            self.penalties = self._trained.add_penalties(layers, asked, self.strength, scale, optimizer.held(), step)
 
     def _note_strength(self, step: int, strength: float) -> None:
         """Remembered now and then for the report."""
@@ -521,7 +531,7 @@ class SVDTraining:
         if due:
             self._costs.not_finite = processes.decide(observer.not_finite)
             if self._costs.not_finite:
-                processes.agree(partial(check_trained, self.layers))
+                self._trained.check_finite()
                 observer.forget()
                 due = False
             self._waits = not due
@@ -537,7 +547,7 @@ class SVDTraining:
         """
         before, clock = self.ranks(), self.clock(step)
         processes.meet(self._device)
-        processes.agree(partial(check_trained, self.layers))
+        self._trained.check_finite()
         judges, verdict, energies, slight = self.policy.judges(clock), None, dict[str, Tensor](), self._slight()
         if judges:
             verdict = self._verdict() if self.observer is not None else None
@@ -716,7 +726,7 @@ class SVDTraining:
         """All that a run needs to go on exactly: tensors, numbers, strings, lists and dicts."""
         self.step_ranks.restore()
         return {
-            "layers": {name: layer.exact_state() for name, layer in self.layers.items()},
+            "layers": self._trained.exact_states(),
             "refused": {of.name: of.skipped for of in self.plan if of.skipped},
             "steps": self._steps,
             "last_cut": self.last_cut,
@@ -755,8 +765,7 @@ class SVDTraining:
                 f"the checkpoint was written with other factorized layers, see {', '.join(map(repr, differ[:5]))}: "
                 "resume with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
             )
-        for name, entry in saved.items():
-            self._trained.replace([self.layers[name].load_exact_state(entry)])
+        self._trained.load_exact_states(saved)
         self._steps, self.last_cut = state["steps"], state["last_cut"]
         self.policy.resume(self.total_steps + 1 if state["is_final"] else self.last_cut)
         self.timeline = [RankChange(**change) for change in state["timeline"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from lightning_svd.layers.matrices import Factors, numerical_rank, wide
 from lightning_svd.model.surgery import showing_factors
 from lightning_svd.ranks.importance import Importance
 from lightning_svd.training import processes
+from lightning_svd.training.finite import check_trained
 from lightning_svd.training.optimizers import OptimizerOfFactors
+from lightning_svd.training.regularizers import Penalties, Regularizer, add_gradients
 
 # Entries of layers that are refactorized in one stack: more do not fit a processor's cache, and nothing is gained.
 STACKED = 1 << 18
@@ -169,6 +172,39 @@ class TrainedLayers:
         for form, order, stays in zip(forms, orders.unbind(), stay, strict=True):
             if not stays:
                 self._move(form.trained, form.trained, partial(_in_order, order=order))
+
+    def check_finite(self) -> None:
+        """Refuse layers whose parameters are not finite, in every process; see :func:`check_trained`."""
+        processes.agree(partial(check_trained, self.by_name))
+
+    # ---------------------------------------------------------------------------------------------------- regularizers
+
+    def add_penalties(
+        self,
+        layers: Sequence[SVDLayer],
+        asked: Regularizer,
+        sparsity_weight: float,
+        scale: float,
+        only: Collection[nn.Parameter],
+        step: int,
+    ) -> Penalties:
+        """Add the regularizers' gradient to that of these layers, see :func:`add_gradients`."""
+        return add_gradients(layers, asked.orthogonality_weight, asked.sparsity, sparsity_weight, scale, only, step)
+
+    # ------------------------------------------------------------------------------------------- as what they are saved
+
+    def exact_states(self) -> dict[str, dict[str, Any]]:
+        """The form, the rank and the very parameters of each layer."""
+        return {name: layer.exact_state() for name, layer in self.by_name.items()}
+
+    def load_exact_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take up what :meth:`exact_states` returned.
+
+        Raises:
+            ValueError: If one is not of its layer; the message names what differs.
+        """
+        for name, state in states.items():
+            self.replace([self.by_name[name].load_exact_state(dict(state))])
 
     # --------------------------------------------------------------------------------------------- fewer ranks, or more
 

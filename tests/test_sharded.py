@@ -1,0 +1,582 @@
+"""SVD training of parameters that are sharded by ``fully_shard``, through Lightning's ``ModelParallelStrategy``."""
+
+import os
+import re
+import socket
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from models import data, quiet_trainer
+from scaling import Group, cut_numbers, step_numbers
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_svd import (
+    FallToBudget,
+    Regularizer,
+    SVDTraining,
+    SVDTrainingCallback,
+    add_gradients,
+    decompose,
+    gather_factored,
+    svd_layers,
+)
+from lightning_svd.layers.matrices import roundoff
+from lightning_svd.ranks.importance import Spectrum
+from lightning_svd.training.sharded import ShardedLayers, ShardedTraining
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "fully_shard"):
+    pytest.skip("torch has fully_shard from 2.6 on", allow_module_level=True)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated"),  # torch's own, for its compiler
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+]
+
+
+class Recomputed(nn.Sequential):
+    """Computes again in the backward pass."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def net():
+    """Layers whose rows two processes cannot share evenly, nor four."""
+    inner = Recomputed(nn.Linear(47, 41), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 47), nn.ReLU(), inner, nn.LayerNorm(41), nn.Linear(41, 5)).double()
+
+
+class Whole(LightningModule):
+    """Its training in one process."""
+
+    def __init__(self, optimizer="AdamW", **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.optimizer, self.options = net(), optimizer, {"lr": 1e-2, "weight_decay": 1e-2} | options
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def configure_optimizers(self):
+        return getattr(torch.optim, self.optimizer)(self.parameters(), **self.options)
+
+    def train_dataloader(self):
+        world = self.trainer.world_size
+        dataset = data(dtype=torch.float64).dataset
+        sampler = DistributedSampler(dataset, world, self.global_rank, shuffle=False)
+        return DataLoader(dataset, 16 // world, sampler=sampler)
+
+    def val_dataloader(self):
+        return self.train_dataloader()
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+
+class Sharded(Whole):
+    """The same with parameters in several processes."""
+
+    left = ("5",)  # in one process it would train as a dense layer in the end, its rank being full
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        decompose(self.net, exclude_modules=self.left)
+        fsdp.fully_shard(self.net[3], mesh=mesh)
+        fsdp.fully_shard(self.net, mesh=mesh)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class UnlikeEachOther(Sharded):
+    """Other weights in each process."""
+
+    def configure_model(self):
+        torch.manual_seed(self.global_rank)
+        self.net[1].reset_parameters()
+        super().configure_model()
+
+
+class NotSharded(Sharded):
+    """Parameters are left whole."""
+
+    def configure_model(self):
+        decompose(self.net)
+
+
+class NotFactorized(Sharded):
+    """Its layers stay dense."""
+
+    def configure_model(self):
+        fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Grouped(Sharded):
+    """A convolution in groups."""
+
+    def configure_model(self):
+        self.net.append(nn.Conv1d(4, 4, 3, groups=2))
+        super().configure_model()
+
+
+class Frozen(Sharded):
+    """One factor is not trained."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.net[1].U.requires_grad_(False)
+
+
+class Half(Sharded):
+    """Parameters in half precision."""
+
+    def configure_model(self):
+        self.net.bfloat16()
+        super().configure_model()
+
+
+class Compiled(Sharded):
+    """A compiled block."""
+
+    def configure_model(self):
+        super().configure_model()
+        self.net[3].compile()
+
+
+class InBFloat16(Sharded):
+    """Computes in half precision with parameters in float32."""
+
+    def configure_model(self):
+        self.net.float()
+        decompose(self.net)
+        mixed = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"], mp_policy=mixed)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x.float()).float(), y)
+
+
+class Manual(Sharded):
+    """Manual optimization."""
+
+    automatic_optimization = False
+
+
+def svd_callback(**arguments):
+    given = {
+        "target_params": 0.5,
+        "schedule": FallToBudget(start=0.3, cuts=3),
+        "full_rank_as": "svd",
+        "final": "decomposed",
+    }
+    penalties = Regularizer(sparsity_weight=0.02, orthogonality_weight=10.0)
+    return SVDTrainingCallback(**{**given, "regularizer": penalties, **arguments})
+
+
+EPOCHS = (0, 1, 2)  # of full, falling and final ranks
+
+
+class FixedRanks(SVDTrainingCallback):
+    """Ends with ranks that it is written for."""
+
+    def __init__(self):
+        super().__init__(target_params=0.5, final="decomposed", schedule=FallToBudget(start=0.3, cuts=3))
+
+    def choose_ranks(self, energies, cost, share=None):
+        return {"net.1": 10, "net.3.0": 12, "net.5": 3}
+
+
+class AllFactorized(Sharded):
+    """With a layer that is narrower than there are processes."""
+
+    left = ()
+
+
+class Witness(Callback):
+    """Keeps the ranks and the dense weights after each step, and what the model puts out in the end."""
+
+    def __init__(self):
+        self.ranks, self.weights = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.ranks.append([layer.rank for layer in svd_layers(pl_module).values()])
+        self.weights.append({name: whole(value).clone() for name, value in pl_module.state_dict().items()})
+
+    def on_fit_end(self, trainer, pl_module):
+        with torch.no_grad():
+            self.outputs = pl_module.net(INPUTS)
+
+
+INPUTS = next(iter(data(dtype=torch.float64)))[0]
+
+
+def world():
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def fit(model, *callbacks, ckpt_path=None, parallel=None, **options):
+    if isinstance(model, Sharded):
+        sizes = parallel or {"data_parallel_size": world(), "tensor_parallel_size": 1}
+        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=False)
+        options = {"strategy": strategy, "devices": world(), "use_distributed_sampler": False} | options
+    quiet_trainer(callbacks=[*callbacks], **{"max_epochs": 4} | options).fit(model, ckpt_path=ckpt_path)
+
+
+def in_processes(count, work, folder):
+    """What each of several processes returns."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start_processes(_process, (count, port, work, folder), count, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _process(rank, count, port, work, folder):
+    names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    torch.set_num_threads(1)
+    torch.save(work(folder), folder / f"{rank}.pt")
+
+
+WAYS = {
+    "AdamW": ("AdamW", {}, {}),
+    "momentum, clipped, accumulated": (
+        "SGD",
+        {"momentum": 0.9, "lr": 0.05},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+    ),
+    "few steps": ("AdamW", {}, {"max_epochs": 2}),
+}
+REFUSED = {
+    "without target_params or energy_threshold": (
+        "`target_macs` does not work.*: give `target_params`",
+        {"target_params": None},
+    ),
+    "importance of data": ('`importance` does not work.*: give "spectrum"', {"importance": "fisher"}),
+    "schedule of another kind": ("`schedule` does not work.*: give FallToBudget", {"schedule": "nested"}),
+    "full_rank_as='dense'": ('`full_rank_as` does not work.*: give "svd"', {"full_rank_as": "dense"}),
+    "final='factored'": ('`final` does not work.*: give "decomposed", and `gather_factored`', {"final": "factored"}),
+    "distillation": ("`distill` does not work", {"distill": True}),
+    "measure_latency": ("`measure_latency` does not work", {"measure_latency": True}),
+    "centralized gradients": ("`regularizer` does not work", {"regularizer": Regularizer(centralize=True)}),
+    "layers chosen by the callback": ("`exclude_modules` does not work.*says `decompose`", {"exclude_modules": ["1"]}),
+    "layers that are not sharded": ("`net.1.U` is whole in each process: call `fully_shard`", NotSharded),
+    "no factorized layers": ("no layer is factorized.*call `lightning_svd.decompose`", NotFactorized),
+    "weights unlike in each process": (
+        "`net.1`: the columns of U and V must be orthonormal.*seed_everything",
+        UnlikeEachOther,
+    ),
+    "convolutions in groups": ("`net.6` is in groups, which does not work with sharded parameters", Grouped),
+    "frozen factors": ("`net.1.U` must be trained by one optimizer, found it in 1, `requires_grad=False`", Frozen),
+    "parameters in half precision": ("`net.1.U` must be float32 or wider.*mixed precision policy", Half),
+    "torch.compile": ("does not work with torch.compile", Compiled),
+    "resuming from a folder of shards": (
+        "resumes only from a file.*save_distributed_checkpoint=False",
+        {"ckpt_path": "AdamW"},
+    ),
+    "manual optimization": ("does not work with manual optimization", Manual),
+    "fast_dev_run": ("does not work with `fast_dev_run`", {"fast_dev_run": True}),
+    "tensor parallelism": (
+        "does not work with tensor parallelism",
+        {"parallel": {"data_parallel_size": 1, "tensor_parallel_size": 2}},
+    ),
+    "an averaged model": ("does not work with StochasticWeightAveraging", StochasticWeightAveraging),
+    "resuming from weights only": (
+        "resumes only from a file that it wrote itself",
+        {"ckpt_path": "weights.ckpt"},
+    ),
+}
+
+
+def trained(folder, ways):
+    found = {}
+    for way, (optimizer, options, of_trainer) in ways.items():
+        few = way == "few steps"
+        witness, ours = Witness(), FixedRanks() if few else svd_callback()
+        model = (AllFactorized if few else Sharded)(optimizer, **options)
+        saving = ModelCheckpoint(folder / way, "{epoch}", save_top_k=-1, every_n_epochs=1)
+        fit(model, ours, witness, saving, enable_checkpointing=True, **of_trainer)
+        with torch.device("meta"):
+            meta = net()
+        small = gather_factored(model.net, meta)
+        own = {
+            "ranks": witness.ranks,
+            "weights": witness.weights,
+            "outputs": witness.outputs,
+            "report": str(ours.report),
+            "layers": ours.report.layers,
+        }
+        found[way] = own | {"small": small}
+    return found
+
+
+def few_steps_and_more(folder):
+    witness = Witness()
+    fit(Sharded(), svd_callback(), witness, ckpt_path=folder / "of two processes.ckpt")
+    return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": witness.weights}
+
+
+def many_things(folder):
+    found = {"trained": trained(folder, dict([*WAYS.items()][:2])), "resumed": {}, "refused": {}}
+    for epoch in EPOCHS:  # in each of the three phases
+        witness = Witness()
+        model = Sharded()
+        fit(model, svd_callback(), witness, ckpt_path=folder / "AdamW" / f"epoch={epoch}.ckpt")
+        found["resumed"][epoch] = witness.weights, model.strict_loading
+    if dist.get_rank() == 0:
+        saved = torch.load(folder / "AdamW" / "epoch=0.ckpt", weights_only=True)
+        torch.save({key: value for key, value in saved.items() if key != "callbacks"}, folder / "weights.ckpt")
+    dist.barrier()
+    for what, (_, case) in REFUSED.items():
+        found["refused"][what] = refusal(case, folder)
+    found["dependent"] = with_dependent_columns()
+    found["misused"] = misused()
+    found["sent"] = sent()
+    mixed, ours = InBFloat16(lr=3e-3), svd_callback()
+    fit(mixed, ours)
+    small = gather_factored(mixed.net, net().float())
+    found["mixed"] = ours.report.params_ratio, small
+    return found
+
+
+def refusal(case, folder):
+    """With which message a fit ends before its first step."""
+    case = case if isinstance(case, dict) else {"kind": case}
+    kind, others = case.pop("kind", Sharded), []
+    if issubclass(kind, Callback):
+        kind, others = Sharded, [kind(1e-2)]
+    of_fit = {key: case.pop(key) for key in ("fast_dev_run", "parallel", "ckpt_path") if key in case}
+    if "ckpt_path" in of_fit:
+        of_fit["ckpt_path"] = folder / of_fit["ckpt_path"]
+    witness = Witness()
+    try:
+        fit(kind(), svd_callback(**case), witness, *others, **of_fit)
+    except ValueError as error:
+        return str(error), witness.ranks
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}", witness.ranks
+    return "", witness.ranks
+
+
+def with_dependent_columns():
+    """How far the weights are from those before exact factors were taken of columns that are the same."""
+    model = net()
+    decompose(model, exclude_modules=["5"])
+    fsdp.fully_shard(model)
+    layers = ShardedLayers(model, svd_layers(model), Spectrum())
+    layer = svd_layers(model)["1"]
+    with torch.no_grad():
+        layer.U.to_local()[:, 1] = layer.U.to_local()[:, 0]
+        layer.V.to_local()[:, 2] = layer.V.to_local()[:, 5] * (1 + 1e-9)
+    before = whole(layer.rebuilt().detach())
+    layers.refactorize()
+    U, V = whole(layer.U.detach()), whole(layer.V.detach())
+    defects = [float((A.mT @ A - torch.eye(47)).abs().max()) for A in (U, V)]
+    return float((whole(layer.rebuilt().detach()) - before).abs().max()), defects, whole(layer.s.detach())
+
+
+class Sent(TorchDispatchMode):
+    """Counts the numbers in float64 that go between processes, by the way in which they do."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name, tensors = func.__name__.partition(".")[0], args[1 if "reduce_scatter" in str(func) else 0]
+            for tensor in [tensors] if isinstance(tensors, torch.Tensor) else tensors:
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64:
+                    self.numbers[name] += tensor.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def sent():
+    """What is sent in a step, and in one after which ranks are cut, by a loop without Lightning."""
+    torch.manual_seed(0)
+    model = net()
+    decompose(model)
+    fsdp.fully_shard(model[3])
+    fsdp.fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    arguments = {"target_params": 0.5, "final": "decomposed", "schedule": FallToBudget(start=0.25, end=0.75, cuts=2)}
+    training, found = ShardedTraining(model, optimizer, total_steps=4, **arguments), []
+    for _ in range(2):
+        with Sent() as counted:
+            model(INPUTS).square().mean().backward()
+            change = training.step()
+            optimizer.zero_grad()
+        found.append((dict(counted.numbers), change is not None))
+    return found
+
+
+def misused():
+    """What functions for whole parameters say of sharded ones."""
+    model, dense, messages = net(), net(), []
+    decompose(model)
+    fsdp.fully_shard(model)
+    layers, optimizer = svd_layers(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    for call in (
+        lambda: add_gradients(layers.values()),
+        lambda: SVDTraining(model, optimizer, total_steps=4),
+        lambda: model.load_state_dict(dense.state_dict()),
+        lambda: gather_factored(model, nn.Sequential(*dense, nn.Linear(2, 2))),
+    ):
+        try:
+            call()
+            messages.append("")
+        except (ValueError, RuntimeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    return in_processes(2, many_things, folder), folder
+
+
+def check_as_in_one_process(found, way):
+    optimizer, options, of_trainer = WAYS[way]
+    alone, ours = Witness(), svd_callback(exclude_modules=["net.5"]) if way != "few steps" else FixedRanks()
+    fit(Whole(optimizer, **options), ours, alone, **of_trainer)
+    own = [each[way] for each in found]
+    assert len(set(map(tuple, alone.ranks))) >= 3
+    for each in own:
+        assert each["ranks"] == alone.ranks and each["report"] == own[0]["report"]
+        for weights, expected in zip(each["weights"], alone.weights, strict=True):
+            assert weights.keys() == expected.keys()
+            for name, value in expected.items():
+                # Adam divides gradients that are rounding by 1e-8
+                assert (weights[name] - value).abs().max() <= 1e-9, name
+    for before, after in zip(own[0]["layers"], ours.report.layers, strict=True):
+        for spectrum, expected in (
+            (before.spectrum_before, after.spectrum_before),
+            (before.spectrum_after, after.spectrum_after),
+        ):
+            assert spectrum == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    small, *others = (each["small"] for each in own)
+    assert others == [None] * len(others)
+    with torch.no_grad():
+        assert (small(INPUTS) - own[0]["outputs"]).abs().max() <= roundoff((64, 47), torch.float64)
+    assert (
+        sum(p.numel() for p in small.parameters())
+        == sum(of.params for of in own[0]["layers"]) + 47 + 41 + 2 * 41 + 5 + (0 if way == "few steps" else 205)
+        <= 0.5 * sum(p.numel() for p in net().parameters())
+    )
+
+
+@pytest.mark.parametrize("way", [*WAYS][:2])
+@pytest.mark.combination("Strategies", "ModelParallelStrategy, 2 processes with uneven shards: {way}")
+def test_two_processes_train_what_one_does(way, results):
+    check_as_in_one_process([each["trained"] for each in results[0]], way)
+
+
+@pytest.mark.combination(
+    "Strategies", "ModelParallelStrategy, 4 processes, one without a row of a factor; resuming what 2 wrote"
+)
+def test_four_processes_train_what_one_does_and_resume_what_two_wrote(tmp_path, results):
+    found, folder = results
+    (tmp_path / "of two processes.ckpt").write_bytes((folder / "AdamW" / "epoch=1.ckpt").read_bytes())
+    four = in_processes(4, few_steps_and_more, tmp_path)
+    check_as_in_one_process([each["trained"] for each in four], "few steps")
+    for weights, expected in zip(four[0]["resumed"], found[0]["trained"]["AdamW"]["weights"][8:], strict=True):
+        assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in expected.items())
+
+
+@pytest.mark.parametrize("epoch", EPOCHS)
+@pytest.mark.combination("Strategies", "ModelParallelStrategy: resuming a full checkpoint")
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(epoch, results):
+    for each in results[0]:
+        resumed, is_strict = each["resumed"][epoch]
+        whole_run = each["trained"]["AdamW"]["weights"][-len(resumed) :]
+        assert is_strict and len(resumed) == 4 * (3 - epoch)
+        for weights, expected in zip(resumed, whole_run, strict=True):
+            assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+def test_a_checkpoint_has_the_dense_weights_of_the_users_own_model(results):
+    found, folder = results
+    saved = torch.load(folder / "AdamW" / "epoch=3.ckpt", weights_only=True)
+    model = Whole()
+    model.load_state_dict(saved["state_dict"])
+    assert all(
+        torch.equal(value, found[0]["trained"]["AdamW"]["weights"][-1][name])
+        for name, value in model.state_dict().items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [(what, message) for what, (message, _) in REFUSED.items()], ids=[*REFUSED]
+)
+@pytest.mark.combination("Sharded parameters", "{what}", refused="{message}")
+def test_what_does_not_work_on_shards_is_refused_by_name(what, message, results):
+    for each in results[0]:
+        got, ranks = each["refused"][what]
+        assert re.search(message, got), got
+        assert not ranks
+
+
+@pytest.mark.combination("Strategies", "ModelParallelStrategy with a MixedPrecisionPolicy of bfloat16")
+def test_layers_train_in_mixed_precision(results):
+    (share, small), (other, _) = (each["mixed"] for each in results[0])
+    assert share == other <= 0.5
+    with torch.no_grad():
+        right = [small(x.float()).argmax(1) == y for x, y in data(dtype=torch.float64)]
+    assert torch.cat(right).double().mean() > 0.9
+    assert all(p.dtype == torch.float32 for p in small.parameters())
+
+
+def test_as_many_bytes_are_sent_as_the_formulas_say(results):
+    groups = [
+        Group(((41, 47),), ((41,),)),
+        Group(((47, 64), (5, 41)), ((47,), (41,), (41,), (5,)), gathers=1),
+    ]
+    expected, cut = step_numbers(groups, 2), cut_numbers([41, 47, 5])
+    for each in results[0]:
+        (step, was_cut), (step_with_cut, is_cut) = each["sent"]
+        assert (was_cut, is_cut) == (False, True)
+        assert step == {
+            "_allgather_base_": expected["gathered"],
+            "_reduce_scatter_base_": expected["scattered"],
+            "allreduce_": expected["penalties"],
+        }
+        assert step_with_cut == {
+            **step,
+            "allreduce_": expected["penalties"] + cut["added up"],
+            "broadcast_": cut["sent"],
+        }
+
+
+def test_functions_for_whole_parameters_refuse_sharded_ones(results):
+    for rank, each in enumerate(results[0]):
+        regularizer, training, loading, gathering = each["misused"]
+        assert "expected a whole matrix, got rows of one that is sharded" in regularizer
+        assert "`1.U` is sharded: SVDTraining is for whole parameters" in training
+        assert "`1.weight` cannot be loaded while U, s and V are sharded" in loading
+        assert gathering == ("" if rank else "`plain.6.weight` must be of shape None, got (2, 2)")
+
+
+def test_columns_that_are_nearly_the_same_are_taken_apart_exactly(results):
+    for each in results[0]:
+        moved, defects, s = each["dependent"]
+        assert moved <= roundoff((64, 47), torch.float64)
+        assert max(defects) <= roundoff((64, 47), torch.float64)
+        assert (s.diff() <= 0).all()

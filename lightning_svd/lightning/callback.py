@@ -89,7 +89,8 @@ class SVDTrainingCallback(CallbackWithRun):
         # Here the model is on its device, its optimizers are made and a checkpoint's weights are loaded; what the
         # optimizers remember comes next, and finds the parameters that it was written for.
         if self._is_finished(pl_module):
-            return rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
+            rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
+            return
         if trainers.is_trial(trainer):
             self._before_trial = copy.deepcopy(pl_module.state_dict())
         run = trainers.kind_of_run(trainer)(
@@ -155,8 +156,7 @@ class SVDTrainingCallback(CallbackWithRun):
             optimizer: The one that is going to step.
         """
         if self._run is not None:
-            optimizer = getattr(optimizer, "optimizer", optimizer)
-            ours = self._run.optimizer(optimizer)
+            ours = self._run.optimizer(optimizer := getattr(optimizer, "optimizer", optimizer))
             scale = trainers.gradient_scale(trainer, optimizer, stepping=False)
             self._run.add_gradients(ours, trainers.steps_done(trainer), scale)
             ours.gradients_added = True
@@ -174,8 +174,7 @@ class SVDTrainingCallback(CallbackWithRun):
         with trainer.precision_plugin.forward_context():  # in which calls may be run again
             run.end_batch()
         done = trainers.steps_done(trainer)
-        change = run.after_step(done, trainer.current_epoch, self.should_prune(run.clock(done)))
-        if change is not None:
+        if change := run.after_step(done, trainer.current_epoch, self.should_prune(run.clock(done))):
             rank_zero_info(f"SVD training: {change}")
         if done % (self.log_every_n_steps or trainers.log_interval(trainer)) == 0:
             loggers.log_scalars(pl_module, run)
@@ -208,8 +207,7 @@ class SVDTrainingCallback(CallbackWithRun):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
-            missed = self._run.why_not_reached(trainers.steps_done(trainer))
-            if missed is not None:
+            if (missed := self._run.why_not_reached(trainers.steps_done(trainer))) is not None:
                 self._run.warnings.append(missed)
                 rank_zero_warn(f"SVD training: {missed}")
             self._draw_spectra(trainer, trainer.current_epoch, last=True)

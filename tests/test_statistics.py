@@ -416,6 +416,22 @@ def test_zeros_are_no_trouble(what, of_loss, dtype):
         torch.testing.assert_close(basis.factors.s, spectrum)
 
 
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)], ids=["wide", "tall"])
+@pytest.mark.parametrize("of_loss", [False, True], ids=["outputs", "loss"])
+@pytest.mark.parametrize("what", ["weights", "inputs", "gradients"])
+def test_zeros_are_no_trouble_of_a_dense_weight_in_float32(what, of_loss, shape):
+    outputs, inputs = shape
+    dense = nn.Linear(inputs, outputs)
+    x, gradient = torch.randn(32, inputs), torch.randn(32, outputs)
+    for name, tensor in (("weights", dense.weight.data), ("inputs", x), ("gradients", gradient)):
+        tensor.mul_(name != what)
+    layer = svd_of(dense)
+    layer.to_dense()
+    basis = in_metric_of_data(*sides(layer, layer.form.weight()), seen_of(layer, x, gradient), of_loss)
+    assert all(torch.isfinite(factor).all() for factor in (*basis.factors, basis.carried))
+    assert (reconstruct(*basis.factors) - layer.rebuilt()).abs().max() <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_summed_in_float32(dtype):
     layer = svd_of(nn.Linear(16, 12).to(dtype))

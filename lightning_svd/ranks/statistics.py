@@ -463,7 +463,7 @@ def _over(moments: Tensor, target: Tensor | None) -> Tensor:
     if target is None:
         return moments
     size = moments.shape[-1]
-    target = target * (size / _trace(target).clamp_min(torch.finfo(torch.float32).tiny)).view(-1, 1, 1)
+    target = target / _trace(target).clamp_min(torch.finfo(torch.float32).tiny).view(-1, 1, 1) * size
     # Directions of which a weight has next to nothing say next to nothing.
     least = torch.finfo(moments.dtype).eps ** 0.5 * torch.eye(size).to(moments)
     root = torch.linalg.cholesky_ex(target + least)[0]
@@ -516,6 +516,8 @@ def _shrunk(moments: Tensor, target: Tensor, samples: int, least: float, of_targ
     share = ((1 - 2 / size) * squared + trace.square()) / ((samples + 1 - 2 / size) * spread)
     share = share.clamp(least, 1).view(-1, 1, 1)
     # Of what is all zero (features, or gradients that never came) the order of the others is left.
-    scale = (trace.where(trace > 0, torch.ones_like(trace)) / of_target.clamp_min(tiny)).view(-1, 1, 1)
-    shrunk: Tensor = (1 - share) * moments + share * scale * target
+    trace = trace.where(trace > 0, torch.ones_like(trace)).view(-1, 1, 1)
+    # In this order: a number over the trace of zeros would be infinite.
+    target = target / of_target.clamp_min(tiny).view(-1, 1, 1) * trace
+    shrunk: Tensor = (1 - share) * moments + share * target
     return shrunk

@@ -301,7 +301,7 @@ def test_the_older_way_of_sharding_is_refused_by_name():
     callback = SVDTrainingCallback()  # Lightning starts that strategy on no CPU
     trainer = types.SimpleNamespace(strategy=FSDPStrategy(), precision_plugin=Precision(), callbacks=[callback])
     with pytest.raises(ValueError, match=r"not work with FSDPStrategy, which shards.*: use one device, DDP, or Model"):
-        check_trainer(callback, trainer)
+        check_trainer(callback, trainer, callback.recipe)
 
 
 # ------------------------------------------------------------------------------ decisions that all processes share

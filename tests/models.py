@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_svd.model.surgery import showing_factors
 
@@ -79,6 +79,14 @@ def data(count: int = 64, batch_size: int = 8, dtype: torch.dtype = torch.float3
     centers = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
     images = centers[labels] + 0.5 * torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
     return DataLoader(TensorDataset(images.to(dtype), labels), batch_size)
+
+
+def dealt(module: LightningModule) -> DataLoader:
+    """Batches of 16 in a row, dealt out to the processes in turn; Lightning's own sampler would shuffle them."""
+    world = module.trainer.world_size
+    dataset = data(dtype=torch.float64).dataset
+    sampler = DistributedSampler(dataset, world, module.global_rank, shuffle=False)
+    return DataLoader(dataset, 16 // world, sampler=sampler)
 
 
 def quiet_trainer(**options: Any) -> Trainer:

@@ -4,11 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import data, quiet_trainer
-from test_guard import Scripted
+from test_guard import fit
 from test_run import OPTIMIZERS, batches, keep, loop, net
 
-from lightning_svd import Alternating, FallToBudget, Fisher, SVDTraining, SVDTrainingCallback
+from lightning_svd import Alternating, FallToBudget, Fisher, SVDTraining
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.training.policies import Change
 
@@ -213,11 +212,6 @@ def test_ranks_that_were_let_go_of_do_not_return():
 def test_a_metric_that_falls_makes_the_full_phase_longer_and_no_other():
     # 4 steps an epoch: cut after 10, 29 and 43 of 48, full from 19 and 38; the pause moves what comes after it.
     schedule = Alternating(start=0.2, end=0.9, last_full=0.1, cycles=2)
-    torch.manual_seed(0)
-    callback = SVDTrainingCallback(
-        target_params=0.3, schedule=schedule, monitor="val_acc", mode="max", max_metric_drop=0.1
-    )
-    model = Scripted(0.9, 0.9, 0.1, 0.1, 0.1, 0.9)
-    quiet_trainer(max_epochs=12, callbacks=[callback]).fit(model, data(32), data(32))
+    callback, _ = fit(0.9, 0.9, 0.1, 0.1, 0.1, 0.9, epochs=12, max_metric_drop=0.1, schedule=schedule)
     assert [(pause.start, pause.end) for pause in callback.report.pauses] == [(20, 24)]
     assert [change.step for change in callback.report.timeline] == [10, 19, 33, 42, 47]

@@ -4,12 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import data, quiet_trainer
-from test_guard import Scripted
+from test_guard import fit
 from test_run import OPTIMIZERS, keep, loop, net
 from torch import nn
 
-from lightning_svd import Fisher, GrowAndPrune, SVDTraining, SVDTrainingCallback
+from lightning_svd import Fisher, GrowAndPrune, SVDTraining
 from lightning_svd.training.policies import Change
 
 FULL, FINAL = {"a": 64, "b": 40, "c": 10}, {"a": 4, "b": 8, "c": 10}
@@ -218,11 +217,6 @@ def test_ranks_judged_by_data_are_judged_ahead_of_each_turn():
 def test_a_metric_that_falls_makes_a_turn_longer():
     # 4 steps an epoch: turns begin after 10, 18, 26 and 35 of 48 and end after 43; the pause moves what comes after it.
     schedule = GrowAndPrune(start=0.2, grow=0.2, end=0.9, cuts=1, groups=2)
-    torch.manual_seed(0)
-    callback = SVDTrainingCallback(
-        target_params=0.3, schedule=schedule, monitor="val_acc", mode="max", max_metric_drop=0.1
-    )
-    model = Scripted(0.9, 0.9, 0.1, 0.9, 0.9, 0.9)
-    quiet_trainer(max_epochs=12, callbacks=[callback]).fit(model, data(32), data(32))
+    callback, _ = fit(0.9, 0.9, 0.1, 0.9, 0.9, 0.9, epochs=12, max_metric_drop=0.1, schedule=schedule)
     assert [(pause.start, pause.end) for pause in callback.report.pauses] == [(12, 16)]
     assert [change.step for change in callback.report.timeline] == [10, 22, 30, 39, 47]

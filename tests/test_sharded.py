@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
-from models import data, quiet_trainer
+from models import data, dealt, quiet_trainer
 from scaling import Group, cut_numbers, step_numbers
 from torch import nn
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_svd import (
     FallToBudget,
@@ -75,10 +74,7 @@ class Whole(LightningModule):
         return getattr(torch.optim, self.optimizer)(self.parameters(), **self.options)
 
     def train_dataloader(self):
-        world = self.trainer.world_size
-        dataset = data(dtype=torch.float64).dataset
-        sampler = DistributedSampler(dataset, world, self.global_rank, shuffle=False)
-        return DataLoader(dataset, 16 // world, sampler=sampler)
+        return dealt(self)
 
     def val_dataloader(self):
         return self.train_dataloader()

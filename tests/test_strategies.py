@@ -16,10 +16,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
-from models import SmallMLP, SmallNet, data, quiet_trainer
+from models import SmallMLP, SmallNet, data, dealt, quiet_trainer
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
-from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_svd import (
     Alternating,
@@ -185,13 +184,10 @@ def test_what_is_saved_while_data_is_observed_is_what_all_processes_have_seen(tm
 
 
 class Dealing(SmallMLP):
-    """Deals images out in turn: 8 here and 8 there are 16 in a row. Lightning's own sampler would shuffle them."""
+    """Takes images in turn: 8 here and 8 there are 16 in a row."""
 
     def train_dataloader(self):
-        world = self.trainer.world_size
-        dataset = data(dtype=torch.float64).dataset
-        sampler = DistributedSampler(dataset, world, self.global_rank, shuffle=False)
-        return DataLoader(dataset, 16 // world, sampler=sampler)
+        return dealt(self)
 
 
 def test_two_processes_train_what_one_does_with_their_batches_together(tmp_path):

@@ -142,9 +142,10 @@ class Recipe:
         """What a rank carries; "auto" leaves it to the schedule."""
         if isinstance(self.importance, Importance):
             return self.importance
+        if self.importance != "auto":
+            return IMPORTANCES[self.importance]()
         kind, share = self.target
-        given = self.importance != "auto"
-        return IMPORTANCES[self.importance if given else self.policy().judged_by(1.0 if kind == "energy" else share)]()
+        return IMPORTANCES[self.policy().judged_by(1.0 if kind == "energy" else share)]()
 
     def plan(self, model: nn.Module, include_frozen: bool = False) -> list[LayerPlan]:
         """Which layers are factorized.

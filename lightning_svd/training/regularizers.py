@@ -168,24 +168,24 @@ def add_gradients(
         The penalties, each without its weight; estimated from the columns whose turn it is.
     """
     only = None if only is None else frozenset(only)  # in a list they would be looked for by their values
-    factors, values = [], []
+    factors, values = list[_Part](), list[_Part]()
     for layer in layers:
         if isinstance(layer.form, SVDForm):
             (U, s, V), kept = layer.form.stored(), layer.form.factors()
             both = [_Part(U, kept.U), _Part(V, kept.V)]  # type: ignore[arg-type]
-            factors += both if turns_of(layer.rank, step) == 1 else [both[step % 2]]  # type: ignore[operator]
+            factors += both[turn_of(layer.rank, step).factors]
             values.append(_Part(s, kept.s))  # type: ignore[arg-type]
     if not values:
         return Penalties(*(torch.zeros(()) for _ in range(3)))
     defects, ranks, orthogonalities, sparsities = [], 0, [], []
     for group in _alike(factors):
         rank = group[0].value.shape[-1]
-        columns, turns = turn(rank, step), turns_of(rank, step)
-        penalty = functools.partial(orthogonality, columns=columns)
-        penalties = turns * _add(group, penalty, turns * scale * orthogonality_weight, only, columns)
+        turn = turn_of(rank, step)
+        penalty = functools.partial(orthogonality, columns=turn.columns)
+        penalties = turn.turns * _add(group, penalty, turn.turns * scale * orthogonality_weight, only, turn.columns)
         orthogonalities.append(penalties.sum())
         defects.append(penalties.sum() * rank**2)
-        ranks += rank * penalties.numel() * (1 if turns == 1 else 2)
+        ranks += rank * penalties.numel() * turn.stands_for
     if sparsity is not None:
         for group in _alike(values):
             sparsities.append(_add(group, SPARSITY[sparsity], scale * sparsity_weight, only).sum())
@@ -229,18 +229,32 @@ class _Part(NamedTuple):
     value: Tensor
 
 
-def turns_of(rank: int, step: int | None) -> int:
-    """In how many steps each column of U and of V has its turn: those of U in the even ones, of V in the odd ones."""
-    return 1 if step is None or rank <= COLUMNS else 2 * -(-rank // COLUMNS)
+class Turn(NamedTuple):
+    """What of a layer's U and V is pulled in one step.
+
+    Attributes:
+        factors: Which of the two.
+        columns: Of it.
+        turns: In how many steps each column of both has its turn.
+    """
+
+    factors: slice = ALL
+    columns: slice = ALL
+    turns: int = 1
+
+    @property
+    def stands_for(self) -> int:
+        """How many factors one that is pulled is an estimate of."""
+        return 1 if self.factors == ALL else 2
 
 
-def turn(rank: int, step: int | None) -> slice:
-    """The columns whose turn it is in this step."""
-    turns = turns_of(rank, step) // 2
-    if step is None or turns == 0:
-        return ALL
-    start = step // 2 % turns * COLUMNS
-    return slice(start, start + COLUMNS)
+def turn_of(rank: int, step: int | None) -> Turn:
+    """All of both for a low rank, or without a step's number; a few columns of U in the even steps, of V in the odd."""
+    if step is None or rank <= COLUMNS:
+        return Turn()
+    blocks = -(-rank // COLUMNS)
+    start = step // 2 % blocks * COLUMNS
+    return Turn(slice(step % 2, step % 2 + 1), slice(start, start + COLUMNS), 2 * blocks)
 
 
 def _alike(parts: Iterable[_Part]) -> Iterable[list[_Part]]:

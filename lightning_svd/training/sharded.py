@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.layers.matrices import Factors, roundoff, svd, wide
+from lightning_svd.layers.matrices import Factors, exact_products, roundoff, svd, wide
 from lightning_svd.layers.shards import range_of, reshard, rows_of, whole, why_not_by_rows
 from lightning_svd.model.calls import is_compiled
 from lightning_svd.model.counting import count_params
@@ -32,7 +32,7 @@ from lightning_svd.report.data import SVDReport, report_on
 from lightning_svd.training import processes
 from lightning_svd.training.policies import FallToBudget
 from lightning_svd.training.recipe import Recipe
-from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer, turn, turns_of
+from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer, turn_of
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.trained_layers import TrainedLayers
 
@@ -200,25 +200,29 @@ class ShardedLayers(TrainedLayers):
         parts, products = [], []
         for layer in layers:
             factors, rank = self._factors[self._names[id(layer)]], layer.rank
-            turns, columns = turns_of(rank, step), turn(rank, step)
-            for parameter in (factors.U, factors.V) if turns == 1 else (factors[::2][step % 2],):
+            turn = turn_of(rank, step)
+            for parameter in factors[::2][turn.factors]:
                 rows = wide(rows_of(parameter)[:, :rank])
-                parts.append((parameter, rows, columns, turns))
-                products.append(rows.mT @ rows[:, columns])
+                parts.append((parameter, rows, turn))
+                with exact_products(rows.device):
+                    products.append(rows.mT @ rows[:, turn.columns])
         values = [
             (self._factors[name].s, self.by_name[name].rank) for name in (self._names[id(layer)] for layer in layers)
         ]
         sums = iter(_summed(products + [_in_place(s) for s, _ in values]))
         orthogonality, defects, ranks = [], [], 0
-        for parameter, rows, columns, turns in parts:
+        for parameter, rows, turn in parts:
             defect, rank = next(sums), rows.shape[1]
-            defect.diagonal(-(columns.start or 0)).sub_(1.0)
-            penalty, weight = turns * defect.square().sum() / rank**2, turns * scale * asked.orthogonality_weight
+            defect.diagonal(-(turn.columns.start or 0)).sub_(1.0)
+            weight = turn.turns * scale * asked.orthogonality_weight
+            penalty = turn.turns * defect.square().sum() / rank**2
             orthogonality.append(penalty)
             defects.append(penalty * rank**2)
-            ranks += rank * (1 if turns == 1 else 2)
+            ranks += rank * turn.stands_for
             if weight and parameter in only:
-                _gradient(parameter)[:, columns][:, : defect.shape[1]].add_(rows @ defect, alpha=4 * weight / rank**2)
+                with exact_products(rows.device):
+                    pull = rows @ defect
+                _gradient(parameter)[:, turn.columns][:, : defect.shape[1]].add_(pull, alpha=4 * weight / rank**2)
         sparsity = [torch.zeros_like(orthogonality[0])]
         for s, rank in values if asked.sparsity is not None else ():
             penalty, gradient = SPARSITY[str(asked.sparsity)](next(sums)[:rank])

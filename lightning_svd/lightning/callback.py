@@ -190,8 +190,7 @@ class SVDTrainingCallback(CallbackWithRun):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None and self._run.guard is not None and not trainer.enable_validation:
             self._see_metric(trainer, self._run)
-        every = self.log_spectrum_every_n_epochs
-        if every and (trainer.current_epoch + 1) % every == 0:
+        if (every := self.log_spectrum_every_n_epochs) and (trainer.current_epoch + 1) % every == 0:
             self._draw_spectra(trainer, trainer.current_epoch + 1)
 
     def _see_metric(self, trainer: Trainer, run: SVDTraining) -> None:

@@ -296,6 +296,7 @@ def test_a_prefix_stays_before_every_key(tmp_path):
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resumed_run_goes_on_from_the_trainers_step(tmp_path):
     def fit(epochs, part, checkpoint=None):
+        (tmp_path / part).mkdir()  # older versions of W&B write to the folder of temporary files otherwise
         logger = wandb_logger(tmp_path / part, id="same", resume="allow")
         saved = ModelCheckpoint(tmp_path / f"{part} files", "{epoch}", save_top_k=-1)
         callbacks = [SVDTrainingCallback(target_macs=0.4), SpectrumMonitor(), saved]

@@ -36,8 +36,8 @@ from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.trained_layers import TrainedLayers
 
-# Entries of Gram matrices and of rows here of layers whose columns are made orthonormal together: 1 GB in float64, and
-# a few times that while it is done.
+# At most so many entries of Gram matrices of layers whose columns are made orthonormal together: 1 GB in float64, and a
+# few times that while it is done.
 TOGETHER = 1 << 27
 NEARLY_DEPENDENT = 0.1  # how far from the identity the second Gram matrix of CholeskyQR2 may be
 
@@ -253,12 +253,16 @@ class ShardedLayers(TrainedLayers):
         return [name for name, layer in self.by_name.items() if isinstance(layer.form, SVDForm)]
 
     def _together(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """These layers in as few groups as the memory for their Gram matrices allows."""
+        """These layers in as few groups as the memory for their Gram matrices allows.
+
+        Unless those of a single layer are more, they are no more than the entries of all U and V here: that falls with
+        the number of processes.
+        """
         group, entries = list[str](), 0
+        kept = sum(layer.full_rank * sum(layer.matrix_shape) for layer in self.by_name.values()) // processes.size()
         for name in names:
-            rank, (m, n) = self.by_name[name].rank, self.by_name[name].matrix_shape
-            mine = rank * (2 * rank + (m + n) // processes.size())
-            if group and entries + mine > TOGETHER:
+            mine = 2 * self.by_name[name].rank ** 2
+            if group and entries + mine > min(TOGETHER, kept):
                 yield group
                 group, entries = [], 0
             group, entries = [*group, name], entries + mine

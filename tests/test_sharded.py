@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 from collections import Counter
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from models import data, dealt, quiet_trainer
 from scaling import Group, cut_numbers, step_numbers
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +31,7 @@ from lightning_svd import (
     gather_factored,
     svd_layers,
 )
+from lightning_svd.files.checkpoints import check_state, saved_state
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.ranks.importance import Spectrum
 from lightning_svd.training.sharded import ShardedLayers, ShardedTraining
@@ -226,10 +229,10 @@ def world():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def fit(model, *callbacks, ckpt_path=None, parallel=None, **options):
+def fit(model, *callbacks, ckpt_path=None, parallel=None, in_folders=False, **options):
     if isinstance(model, Sharded):
         sizes = parallel or {"data_parallel_size": world(), "tensor_parallel_size": 1}
-        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=in_folders)
         options = {"strategy": strategy, "devices": world(), "use_distributed_sampler": False} | options
     quiet_trainer(callbacks=[*callbacks], **{"max_epochs": 4} | options).fit(model, ckpt_path=ckpt_path)
 
@@ -283,9 +286,13 @@ REFUSED = {
     "frozen factors": ("`net.1.U` must be trained by one optimizer, found it in 1, `requires_grad=False`", Frozen),
     "parameters in half precision": ("`net.1.U` must be float32 or wider.*mixed precision policy", Half),
     "torch.compile": ("does not work with torch.compile", Compiled),
-    "resuming from a folder of shards": (
-        "resumes only from a file.*save_distributed_checkpoint=False",
-        {"ckpt_path": "AdamW"},
+    "resuming from a folder that it did not write": (
+        "AdamW: SVD training of sharded parameters resumes only from a checkpoint that it wrote itself.*no sharded",
+        {"ckpt_path": "AdamW", "in_folders": True},
+    ),
+    "resuming from a folder of other layers": (
+        r"epoch=1.ckpt: `net.5.U` is of shape \(5, 5\) here, and of None there: resume with the layers",
+        {"ckpt_path": "folders/epoch=1.ckpt", "kind": "AllFactorized", "in_folders": True},
     ),
     "manual optimization": ("does not work with manual optimization", Manual),
     "fast_dev_run": ("does not work with `fast_dev_run`", {"fast_dev_run": True}),
@@ -295,7 +302,7 @@ REFUSED = {
     ),
     "an averaged model": ("does not work with StochasticWeightAveraging", StochasticWeightAveraging),
     "resuming from weights only": (
-        "resumes only from a file that it wrote itself",
+        "resumes only from a checkpoint that it wrote itself",
         {"ckpt_path": "weights.ckpt"},
     ),
 }
@@ -324,9 +331,26 @@ def trained(folder, ways):
 
 
 def few_steps_and_more(folder):
-    witness = Witness()
-    fit(Sharded(), svd_callback(), witness, ckpt_path=folder / "of two processes.ckpt")
-    return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": witness.weights}
+    resumed = []
+    for path in ("of two processes.ckpt", "folder of two processes.ckpt"):
+        witness = Witness()
+        fit(Sharded(), svd_callback(), witness, ckpt_path=folder / path)
+        resumed.append(witness.weights)
+    return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": resumed}
+
+
+def resumed_from_folders(folder):
+    """A run that is written as folders of shards, and those that go on from them."""
+    saving = ModelCheckpoint(folder / "folders", "{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(Sharded(), svd_callback(), saving, enable_checkpointing=True, in_folders=True)
+    resumed = {}
+    for epoch in EPOCHS:
+        witness, path = Witness(), folder / "folders" / f"epoch={epoch}.ckpt"
+        model = Sharded()
+        # From a folder to a file, too: that is what the strategy writes, not what it reads.
+        fit(model, svd_callback(), witness, ckpt_path=path, in_folders=epoch != 1)
+        resumed[epoch] = witness.weights, model.strict_loading
+    return resumed
 
 
 def many_things(folder):
@@ -340,6 +364,7 @@ def many_things(folder):
         saved = torch.load(folder / "AdamW" / "epoch=0.ckpt", weights_only=True)
         torch.save({key: value for key, value in saved.items() if key != "callbacks"}, folder / "weights.ckpt")
     dist.barrier()
+    found["resumed from folders"] = resumed_from_folders(folder)
     for what, (_, case) in REFUSED.items():
         found["refused"][what] = refusal(case, folder)
     found["dependent"] = with_dependent_columns()
@@ -355,10 +380,12 @@ def many_things(folder):
 def refusal(case, folder):
     """With which message a fit ends before its first step."""
     case = case if isinstance(case, dict) else {"kind": case}
+    case = dict(case)
     kind, others = case.pop("kind", Sharded), []
+    kind = AllFactorized if kind == "AllFactorized" else kind
     if issubclass(kind, Callback):
         kind, others = Sharded, [kind(1e-2)]
-    of_fit = {key: case.pop(key) for key in ("fast_dev_run", "parallel", "ckpt_path") if key in case}
+    of_fit = {key: case.pop(key) for key in ("fast_dev_run", "parallel", "ckpt_path", "in_folders") if key in case}
     if "ckpt_path" in of_fit:
         of_fit["ckpt_path"] = folder / of_fit["ckpt_path"]
     witness = Witness()
@@ -491,17 +518,22 @@ def test_two_processes_train_what_one_does(way, results):
 def test_four_processes_train_what_one_does_and_resume_what_two_wrote(tmp_path, results):
     found, folder = results
     (tmp_path / "of two processes.ckpt").write_bytes((folder / "AdamW" / "epoch=1.ckpt").read_bytes())
+    shutil.copytree(folder / "folders" / "epoch=1.ckpt", tmp_path / "folder of two processes.ckpt")
     four = in_processes(4, few_steps_and_more, tmp_path)
     check_as_in_one_process([each["trained"] for each in four], "few steps")
-    for weights, expected in zip(four[0]["resumed"], found[0]["trained"]["AdamW"]["weights"][8:], strict=True):
-        assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in expected.items())
+    for resumed in four[0]["resumed"]:
+        for weights, expected in zip(resumed, found[0]["trained"]["AdamW"]["weights"][8:], strict=True):
+            assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)
-@pytest.mark.combination("Strategies", "ModelParallelStrategy: resuming a full checkpoint")
-def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(epoch, results):
+@pytest.mark.parametrize("written", ["resumed", "resumed from folders"], ids=["files", "folders"])
+@pytest.mark.combination(
+    "Strategies", "ModelParallelStrategy: resuming a checkpoint in one file, or a folder of shards"
+)
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(written, epoch, results):
     for each in results[0]:
-        resumed, is_strict = each["resumed"][epoch]
+        resumed, is_strict = each[written][epoch]
         whole_run = each["trained"]["AdamW"]["weights"][-len(resumed) :]
         assert is_strict and len(resumed) == 4 * (3 - epoch)
         for weights, expected in zip(resumed, whole_run, strict=True):
@@ -517,6 +549,21 @@ def test_a_checkpoint_has_the_dense_weights_of_the_users_own_model(results):
         torch.equal(value, found[0]["trained"]["AdamW"]["weights"][-1][name])
         for name, value in model.state_dict().items()
     )
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_a_folder_has_the_dense_weights_and_no_process_all_factors(results):
+    found, folder = results
+    path = folder / "folders" / "epoch=3.ckpt"
+    state = {"state_dict": {name: torch.empty_like(value) for name, value in Whole().state_dict().items()}}
+    load(state, checkpoint_id=path, no_dist=True)
+    expected = found[0]["trained"]["AdamW"]["weights"][-1]
+    for name, value in state["state_dict"].items():
+        assert (value - expected[name]).abs().max() <= roundoff((64, 47), torch.float64) * expected[name].abs().max()
+    state = saved_state(torch.load(path / "meta.pt", weights_only=True))
+    assert all(not torch.is_tensor(value) for entry in state["layers"].values() for value in entry.values())
+    with pytest.raises(ValueError, match="in shards: resume from the folder itself"):
+        check_state(state, "the file")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+IN_SHARDS = "in_shards"  # says in the state of a layer that its factors are not in it, but written by their rows
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, of which each process holds a part."""

@@ -1,0 +1,146 @@
+"""Lightning's files of a sharded model on their way in and out, while its U, s and V are trained.
+
+Its weights are written as dense ones, under the user's own names, and the exact factors beside them: in the callback's
+state of a single file, and where a checkpoint is a folder of shards, in a folder of their own in it, by the rows that
+each process has. Nothing of a whole model is put together for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from lightning_svd.files.checkpoints import saved_state
+from lightning_svd.layers.shards import is_sharded
+from lightning_svd.training import processes
+from lightning_svd.training.run import SVDTraining
+from lightning_svd.training.sharded import ShardedTraining
+
+FOLDER = "lightning_svd"  # in the strategy's own folder
+
+
+def connect(strategy: Strategy, run: SVDTraining) -> None:
+    """Have a strategy write and read what a run of sharded factors needs, until it is over."""
+    assert isinstance(run, ShardedTraining)
+    write, read, module = strategy.save_checkpoint, strategy.load_checkpoint, strategy.lightning_module
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
+        state, in_shards = saved_state(checkpoint), any(map(is_sharded, checkpoint["state_dict"].values()))
+        if state is not None and in_shards:
+            path = Path(strategy.broadcast(filepath))
+            if processes.rank() == 0 and path.is_file():
+                path.unlink()
+            strategy.barrier()
+            _fill_moments(run, checkpoint["optimizer_states"])
+            # Ahead of the rest, whose last file says that a folder is whole.
+            save(_by_name(run), checkpoint_id=path / FOLDER)
+        elif state is not None:
+            state["layers"] = run.gathered_states()
+        write(checkpoint, filepath, *args, **kwargs)
+
+    def load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        needs = (
+            f"{path}: SVD training of sharded parameters resumes only from a checkpoint that it wrote itself in the "
+            "middle"
+        )
+        assert module is not None
+        in_shards = Path(path).is_dir()
+        if in_shards:
+            processes.agree(lambda: _check(run, Path(path) / FOLDER, needs))
+        with _not_strict(module), _without_weights(run):
+            try:
+                checkpoint: dict[str, Any] = read(path, *args, **kwargs)
+            except KeyError as error:
+                raise ValueError(f"{needs}: it has no {error}") from error
+        state = saved_state(checkpoint)
+        if state is None or "layers" not in state:
+            raise ValueError(f"{needs}: load other weights in `configure_model`, before `decompose`")
+        if in_shards:
+            load(_by_name(run), checkpoint_id=Path(path) / FOLDER)
+        return checkpoint
+
+    vars(strategy).update(save_checkpoint=save_checkpoint, load_checkpoint=load_checkpoint)
+    for method in ("save_checkpoint", "load_checkpoint"):
+        run.until_closed.callback(vars(strategy).pop, method)
+
+
+def _by_name(run: ShardedTraining) -> dict[str, Tensor]:
+    """U, s and V of all layers, with the columns that are not in use, to be read and written in place."""
+    return {name: parameter.detach() for name, parameter in run.factors_by_name().items()}
+
+
+def _fill_moments(run: ShardedTraining, optimizers: list[dict[str, Any]]) -> None:
+    """Have an entry for each parameter in the states of optimizers, as torch asks for in a folder that it reads.
+
+    Zeros, as a new one begins with, for those of which an optimizer remembers nothing: s once layers train as pairs.
+    """
+    parameters = dict(run.model.named_parameters())
+    for optimizer in optimizers:
+        states = optimizer["state"]
+        like: dict[str, Any] = next((state for state in states.values() if state), {})
+        for name in (name for group in optimizer["param_groups"] for name in group["params"]):
+            if not states.get(name) and parameters[name].requires_grad:
+                states[name] = {key: _zeros(value, parameters[name]) for key, value in like.items()}
+
+
+def _zeros(value: Any, parameter: nn.Parameter) -> Any:
+    if isinstance(value, Tensor):
+        return torch.zeros_like(parameter.detach() if value.ndim else value)
+    return value and type(value)(0)
+
+
+def _check(run: ShardedTraining, folder: Path, needs: str) -> None:
+    """Refuse a folder whose factors are not those of the layers here, before anything is changed.
+
+    Raises:
+        ValueError: Naming the layer.
+    """
+    try:
+        metadata = FileSystemReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever torch says of what is not there, or no such file
+        raise ValueError(f"{needs}: {folder} holds no sharded factors ({type(error).__name__})") from error
+    there = {name: tuple(of.size) for name, of in metadata.items() if isinstance(of, TensorStorageMetadata)}
+    here = {name: tuple(parameter.shape) for name, parameter in run.factors_by_name().items()}
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"{folder.parent}: `{name}` is of shape {here.get(name)} here, and of {there.get(name)} there: resume "
+                "with the layers that it was written with"
+            )
+
+
+@contextmanager
+def _not_strict(module: LightningModule) -> Iterator[None]:
+    """Have the strategy ask a file for what is in it: it asks for each parameter by its own name, and U is in none."""
+    before, module.strict_loading = module.strict_loading, False
+    try:
+        yield
+    finally:
+        module.strict_loading = before
+
+
+@contextmanager
+def _without_weights(run: ShardedTraining) -> Iterator[None]:
+    """Have the model load what is beside its factors only."""
+    weights = {f"{name}.weight".lstrip(".") for name in run.layers}
+
+    def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for name in weights & state.keys():
+            del state[name]
+
+    handle = run.model.register_load_state_dict_pre_hook(leave_out)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        handle.remove()

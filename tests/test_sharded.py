@@ -55,19 +55,20 @@ class Recomputed(nn.Sequential):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-def net():
-    """Layers whose rows two processes cannot share evenly, nor four."""
-    inner = Recomputed(nn.Linear(47, 41), nn.ReLU())
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 47), nn.ReLU(), inner, nn.LayerNorm(41), nn.Linear(41, 5)).double()
+def net(even=False):
+    """Layers whose rows two processes cannot share evenly, nor four; or can."""
+    a, b, c = (48, 40, 8) if even else (47, 41, 5)
+    inner = Recomputed(nn.Linear(a, b), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, a), nn.ReLU(), inner, nn.LayerNorm(b), nn.Linear(b, c)).double()
 
 
 class Whole(LightningModule):
     """Its training in one process."""
 
-    def __init__(self, optimizer="AdamW", **options):
+    def __init__(self, optimizer="AdamW", even=False, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.optimizer, self.options = net(), optimizer, {"lr": 1e-2, "weight_decay": 1e-2} | options
+        self.net, self.optimizer, self.options = net(even), optimizer, {"lr": 1e-2, "weight_decay": 1e-2} | options
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -98,8 +99,20 @@ class Sharded(Whole):
         fsdp.fully_shard(self.net, mesh=mesh)
 
 
+class ByNumber(Sharded):
+    """Batches by their number: in the middle of an epoch Lightning goes on with the first of a loader."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([*dealt(self)][batch_idx], batch_idx)
+
+
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def rows(tensor):
+    """Those in this process."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class UnlikeEachOther(Sharded):
@@ -208,14 +221,15 @@ class AllFactorized(Sharded):
 
 
 class Witness(Callback):
-    """Keeps the ranks and the dense weights after each step, and what the model puts out in the end."""
+    """Keeps the ranks after each step, the dense weights after some, and what the model puts out in the end."""
 
-    def __init__(self):
-        self.ranks, self.weights = [], []
+    def __init__(self, every=1):
+        self.every, self.ranks, self.weights = every, [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.ranks.append([layer.rank for layer in svd_layers(pl_module).values()])
-        self.weights.append({name: whole(value).clone() for name, value in pl_module.state_dict().items()})
+        if len(self.ranks) % self.every == 0:
+            self.weights.append({name: whole(value).clone() for name, value in pl_module.state_dict().items()})
 
     def on_fit_end(self, trainer, pl_module):
         with torch.no_grad():
@@ -328,6 +342,30 @@ def trained(folder, ways):
         }
         found[way] = own | {"small": small}
     return found
+
+
+LONG, LONG_ROUNDING = 25, 1e-8  # epochs of 4 steps; Adam divides gradients that are rounding by 1e-8
+
+
+def long_run(count, even, folder):
+    """How far weights of 100 steps are from those of one process, and in how many phases; bits are those of all."""
+    schedule = FallToBudget(start=0.3, end=0.7, cuts=5)
+
+    def of_each(_):
+        witness = Witness(every=5)
+        fit(Sharded(even=even), svd_callback(schedule=schedule), witness, max_epochs=LONG)
+        return witness.ranks, witness.weights
+
+    alone = Witness(every=5)
+    fit(Whole(even=even), svd_callback(schedule=schedule, exclude_modules=["net.5"]), alone, max_epochs=LONG)
+    each, off = in_processes(count, of_each, folder), 0.0
+    for ranks, weights in each:
+        assert ranks == alone.ranks and len(ranks) == 4 * LONG
+        for step, (values, expected) in enumerate(zip(weights, alone.weights, strict=True)):
+            assert all(torch.equal(value, each[0][1][step][name]) for name, value in values.items())
+            off = max(off, *(float((values[name] - value).abs().max()) for name, value in expected.items()))
+    full, falling, final = alone.ranks[0], alone.ranks[len(alone.ranks) // 2], alone.ranks[-1]
+    return off, len({*map(tuple, (full, falling, final))})
 
 
 def few_steps_and_more(folder):
@@ -538,6 +576,12 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(written, 
         assert is_strict and len(resumed) == 4 * (3 - epoch)
         for weights, expected in zip(resumed, whole_run, strict=True):
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("count", "even"), [(2, True), (4, False)], ids=["2, even", "4, uneven"])
+def test_a_hundred_steps_are_those_of_one_process(count, even, tmp_path):
+    off, phases = long_run(count, even, tmp_path)
+    assert off <= LONG_ROUNDING and phases == 3
 
 
 def test_a_checkpoint_has_the_dense_weights_of_the_users_own_model(results):

@@ -10,6 +10,7 @@ import not_finite
 import processes
 import pytest
 import reliability
+import sharded_kills
 
 from lightning_svd.writing import whole_file, write_whole
 
@@ -49,6 +50,14 @@ def test_what_a_killed_run_goes_on_to_has_the_same_bits():
     tally = kills.Tally([kills.SAME])
     kills.try_runs(tally, ["AdamW"], steps=[11])
     assert not tally.faults and tally.tried == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")  # torch's own, for its compiler
+def test_what_killed_processes_go_on_to_has_the_same_bits_in_each():
+    steps = [3, 9, 14]  # of full, of falling and of final ranks
+    tally = sharded_kills.run(steps, ["2 processes, uneven shards, folders"])
+    assert not tally.faults and tally.tried == len(steps)
 
 
 def test_killed_writers_and_full_disks_leave_the_old_file_or_the_new_one():

@@ -37,12 +37,13 @@ def connect(strategy: Strategy, run: SVDTraining) -> None:
 
     def save_checkpoint(checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any) -> None:
         state, in_shards = saved_state(checkpoint), any(map(is_sharded, checkpoint["state_dict"].values()))
+        if state is not None:
+            _fill_moments(run, checkpoint.get("optimizer_states", []))
         if state is not None and in_shards:
             path = Path(strategy.broadcast(filepath))
             if processes.rank() == 0 and path.is_file():
                 path.unlink()
             strategy.barrier()
-            _fill_moments(run, checkpoint["optimizer_states"])
             # Ahead of the rest, whose last file says that a folder is whole.
             save(_by_name(run), checkpoint_id=path / FOLDER)
         elif state is not None:
@@ -81,23 +82,29 @@ def _by_name(run: ShardedTraining) -> dict[str, Tensor]:
 
 
 def _fill_moments(run: ShardedTraining, optimizers: list[dict[str, Any]]) -> None:
-    """Have an entry for each parameter in the states of optimizers, as torch asks for in a folder that it reads.
+    """Have an entry for each parameter in the states of optimizers, zeros where one remembers nothing.
 
-    Zeros, as a new one begins with, for those of which an optimizer remembers nothing: s once layers train as pairs.
+    Of those without any, just after the last cut, torch reads no folder, and from a file it gives them what it would
+    remember after a step.
     """
-    parameters = dict(run.model.named_parameters())
+    parameters: dict[Any, nn.Parameter] = dict(run.model.named_parameters())
+    parameters |= dict(enumerate(run.model.parameters()))  # as files know them, where folders know names
     for optimizer in optimizers:
-        states = optimizer["state"]
+        states = optimizer.get("state", {})  # there is none but in the process that writes a file
         like: dict[str, Any] = next((state for state in states.values() if state), {})
-        for name in (name for group in optimizer["param_groups"] for name in group["params"]):
-            if not states.get(name) and parameters[name].requires_grad:
-                states[name] = {key: _zeros(value, parameters[name]) for key, value in like.items()}
+        for key in (key for group in optimizer.get("param_groups", []) for key in group["params"]):
+            if not states.get(key) and parameters[key].requires_grad:
+                states[key] = {name: _zeros(value, parameters[key]) for name, value in like.items()}
 
 
 def _zeros(value: Any, parameter: nn.Parameter) -> Any:
-    if isinstance(value, Tensor):
-        return torch.zeros_like(parameter.detach() if value.ndim else value)
-    return value and type(value)(0)
+    """What is remembered at first, as ``value`` is of another parameter: by rows, or whole."""
+    if not isinstance(value, Tensor):
+        return value and type(value)(0)
+    if value.ndim == 0:
+        return torch.zeros_like(value)
+    rows = is_sharded(value) and is_sharded(parameter)
+    return torch.zeros_like(parameter.detach()) if rows else value.new_zeros(parameter.shape)
 
 
 def _check(run: ShardedTraining, folder: Path, needs: str) -> None:

@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
 from lightning_svd.layers.compounds import evaluating
-from lightning_svd.lightning import sharded_checkpoints
 from lightning_svd.model.counting import as_arguments
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
@@ -90,6 +89,9 @@ def thaws_layers(trainer: Trainer) -> bool:
 def connect(trainer: Trainer, run: SVDTraining) -> None:
     """Have the Trainer's callbacks and precision fit a run that has begun, until it is over."""
     if shards(trainer):
+        # Imported here: it needs torch's distributed checkpoints, and takes a while.
+        from lightning_svd.lightning import sharded_checkpoints
+
         sharded_checkpoints.connect(trainer.strategy, run)
     _show_weights_to_finetuning(trainer, run)
     run.loss_scale = functools.partial(_loss_scale, trainer)

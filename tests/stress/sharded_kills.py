@@ -160,5 +160,6 @@ def main(argv=None):
 if __name__ == "__main__":
     import logging
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     sys.exit(main())

@@ -184,6 +184,15 @@ class InBFloat16(Sharded):
         return F.cross_entropy(self.net(x.float()).float(), y)
 
 
+class Counted(Sharded):
+    """Its MACs are counted before it is sharded."""
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        decompose(self.net, exclude_modules=self.left, example_input=INPUTS[:3])
+        fsdp.fully_shard(self.net, mesh=mesh)
+
+
 class Manual(Sharded):
     """Manual optimization."""
 
@@ -278,9 +287,13 @@ WAYS = {
     "few steps": ("AdamW", {}, {"max_epochs": 2}),
 }
 REFUSED = {
-    "without target_params or energy_threshold": (
-        "`target_macs` does not work.*: give `target_params`",
+    "a budget of MACs that were not counted": (
+        "`target_macs` needs the MACs.*give `decompose` an `example_input`",
         {"target_params": None},
+    ),
+    "a budget of time": (
+        "`target_latency` does not work.*: give `target_params` or `target_macs`",
+        {"target_params": None, "target_latency": 0.5},
     ),
     "importance of data": ('`importance` does not work.*: give "spectrum"', {"importance": "fisher"}),
     "schedule of another kind": ("`schedule` does not work.*: give FallToBudget", {"schedule": "nested"}),
@@ -408,6 +421,9 @@ def many_things(folder):
     found["dependent"] = with_dependent_columns()
     found["misused"] = misused()
     found["sent"] = sent()
+    witness, ours = Witness(), svd_callback(target_params=None, target_macs=0.4)
+    fit(Counted(), ours, witness)
+    found["by macs"] = witness.ranks, witness.weights[-1], ours.report.macs_ratio
     mixed, ours = InBFloat16(lr=3e-3), svd_callback()
     fit(mixed, ours)
     small = gather_factored(mixed.net, net().float())
@@ -619,6 +635,17 @@ def test_what_does_not_work_on_shards_is_refused_by_name(what, message, results)
         got, ranks = each["refused"][what]
         assert re.search(message, got), got
         assert not ranks
+
+
+@pytest.mark.combination("Strategies", "ModelParallelStrategy, a budget of MACs that `decompose` counted")
+def test_a_budget_of_macs_is_that_of_one_process(results):
+    alone, ours = Witness(), svd_callback(target_params=None, target_macs=0.4, exclude_modules=["net.5"])
+    fit(Whole(), ours, alone)
+    assert ours.report.macs_ratio <= 0.4 and ours.report.macs_ratio != ours.report.params_ratio
+    for each in results[0]:
+        ranks, weights, ratio = each["by macs"]
+        assert ranks == alone.ranks and ratio == ours.report.macs_ratio
+        assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in alone.weights[-1].items())
 
 
 @pytest.mark.combination("Strategies", "ModelParallelStrategy with a MixedPrecisionPolicy of bfloat16")

@@ -24,8 +24,8 @@ from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors, exact_products, roundoff, svd, wide
 from lightning_svd.layers.shards import IN_SHARDS, range_of, reshard, rows_of, whole, why_not_by_rows
 from lightning_svd.model.calls import is_compiled
-from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan
+from lightning_svd.model.surgery import counted_before
 from lightning_svd.ranks.costs import Unit
 from lightning_svd.ranks.importance import Importance, Spectrum
 from lightning_svd.report.data import SVDReport, report_on
@@ -56,7 +56,7 @@ def check_recipe(recipe: Recipe) -> None:
     given += ["conv_mode"] if recipe.conv_mode != "channel" else []
     refusals = {
         f"`{(given or [''])[0]}`": ("in `configure_model`: which layers are factorized says `decompose`", not given),
-        f"`target_{recipe.target[0]}`": ("`target_params` or `energy_threshold`", recipe.target[0] in _BUDGETS),
+        f"`target_{recipe.target[0]}`": ("`target_params` or `target_macs`", recipe.target[0] in _BUDGETS),
         "`schedule`": ("FallToBudget", isinstance(policy, FallToBudget)),
         "`importance`": ('"spectrum"', type(recipe.measure()) is Spectrum),
         "`full_rank_as`": ('"svd"', not recipe.begins_dense()),
@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{name} does not work with sharded parameters as it is: give {instead}")
 
 
-_BUDGETS = ("params", "energy")
+_BUDGETS = ("params", "energy", "macs")
 
 
 def check_layers(layers: Mapping[str, SVDLayer]) -> None:
@@ -502,7 +502,14 @@ class ShardedTraining(SVDTraining):
 
     def _adopt(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         super()._adopt(optimizers, state)
-        self.cost = count_params(self.model)
+        self.cost = counted_before(self.model, self.layers)
+        if self.recipe.target[0] == "macs":
+            if not self.cost.counted:
+                raise ValueError(
+                    "`target_macs` needs the MACs of the model as it is before it is sharded: give `decompose` an "
+                    "`example_input` in `configure_model`, or give `target_params` or `energy_threshold`"
+                )
+            self.recipe.check_reachable(self.cost, self.full_ranks, self.bounds, self.plan)
 
     def look(self) -> None:
         self._trained.look()
@@ -512,7 +519,8 @@ class ShardedTraining(SVDTraining):
         return dict(self._trained.spectra)
 
     def ratio(self, unit: Unit) -> float:
-        return math.nan if unit == "macs" else super().ratio(unit)  # no forward pass is counted
+        known = unit == "params" or (self.cost is not None and self.cost.counted)
+        return super().ratio(unit) if known else math.nan
 
     def state_dict(self) -> dict[str, Any]:
         """As of any run, without the values of factors: see :meth:`gathered_states` and :meth:`factors_by_name`."""

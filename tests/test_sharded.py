@@ -390,11 +390,22 @@ def few_steps_and_more(folder):
     return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": resumed}
 
 
+def without_moments(folder):
+    """Whether a run whose optimizer remembers nothing goes on from a folder to the same weights."""
+    whole_run, resumed, path = Witness(), Witness(), folder / "without moments"
+    plain = {"lr": 0.05, "weight_decay": 0.0}
+    saving = ModelCheckpoint(path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(Sharded("SGD", **plain), svd_callback(), whole_run, saving, enable_checkpointing=True, in_folders=True)
+    fit(Sharded("SGD", **plain), svd_callback(), resumed, ckpt_path=path / "epoch=2.ckpt", in_folders=True)
+    ends = resumed.weights[-1], whole_run.weights[-1]
+    return all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
 def resumed_from_folders(folder):
     """A run that is written as folders of shards, and those that go on from them."""
     saving = ModelCheckpoint(folder / "folders", "{epoch}", save_top_k=-1, every_n_epochs=1)
     fit(Sharded(), svd_callback(), saving, enable_checkpointing=True, in_folders=True)
-    resumed = {}
+    resumed = {"without moments": without_moments(folder)}
     for epoch in EPOCHS:
         witness, path = Witness(), folder / "folders" / f"epoch={epoch}.ckpt"
         model = Sharded()
@@ -598,6 +609,10 @@ def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(written, 
 def test_a_hundred_steps_are_those_of_one_process(count, even, tmp_path):
     off, phases = long_run(count, even, tmp_path)
     assert off <= LONG_ROUNDING and phases == 3
+
+
+def test_a_run_whose_optimizer_remembers_nothing_resumes_from_a_folder(results):
+    assert all(each["resumed from folders"]["without moments"] for each in results[0])
 
 
 def test_a_checkpoint_has_the_dense_weights_of_the_users_own_model(results):

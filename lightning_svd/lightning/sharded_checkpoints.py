@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from lightning_svd.files.checkpoints import saved_state
+from lightning_svd.files.checkpoints import check_state, saved_state
 from lightning_svd.layers.shards import is_sharded
 from lightning_svd.training import processes
 from lightning_svd.training.run import SVDTraining
@@ -67,6 +67,7 @@ def connect(strategy: Strategy, run: SVDTraining) -> None:
         state = saved_state(checkpoint)
         if state is None or "layers" not in state:
             raise ValueError(f"{needs}: load other weights in `configure_model`, before `decompose`")
+        check_state(state, str(path), may_be_in_shards=in_shards)
         if in_shards:
             load(_by_name(run), checkpoint_id=Path(path) / FOLDER)
         return checkpoint
@@ -93,7 +94,7 @@ def _fill_moments(run: ShardedTraining, optimizers: list[dict[str, Any]]) -> Non
         states = optimizer.get("state", {})  # there is none but in the process that writes a file
         like: dict[str, Any] = next((state for state in states.values() if state), {})
         for key in (key for group in optimizer.get("param_groups", []) for key in group["params"]):
-            if not states.get(key) and parameters[key].requires_grad:
+            if like and not states.get(key) and parameters[key].requires_grad:
                 states[key] = {name: _zeros(value, parameters[key]) for name, value in like.items()}
 
 

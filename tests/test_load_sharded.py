@@ -12,6 +12,7 @@ from test_sharded import Sharded, Whole, Witness, fit, fsdp, in_processes, svd_c
 from torch import nn
 
 from lightning_svd import decompose, load_sharded, svd_layers
+from lightning_svd.layers.matrices import roundoff
 from lightning_svd.layers.shards import rows_of
 from lightning_svd.model.surgery import counted_before
 
@@ -211,6 +212,41 @@ def test_a_fit_from_the_meta_device_is_that_from_weights_in_memory(results):
     for each in results:
         for weights, expected in zip(*each["fit"], strict=True):
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+LLAMA = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+def llama_in_two(folder):
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    dist.init_process_group("gloo")
+    config = LlamaConfig(**LLAMA)
+    with torch.device("meta"):
+        net = LlamaForCausalLM(config)
+    net.model.rotary_emb = LlamaRotaryEmbedding(config)  # its frequencies are in no file
+    decompose(net, exclude_modules=["lm_head"])
+    for block in net.model.layers:
+        fsdp.fully_shard(block)
+    fsdp.fully_shard(net)
+    load_sharded(net, folder / "saved")
+    with torch.no_grad():
+        return net.eval()(input_ids=torch.arange(16)[None]).logits, len(svd_layers(net))
+
+
+def test_a_llama_as_transformers_saves_it_computes_what_it_did(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    net = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+    net.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert len([*(tmp_path / "saved").glob("model-*-of-*.safetensors")]) > 2
+    with torch.no_grad():
+        expected = net(input_ids=torch.arange(16)[None]).logits
+    for logits, layers in in_processes(2, llama_in_two, tmp_path):
+        assert layers == 2 * 7
+        assert (logits - expected).abs().max() <= roundoff((64, 48), torch.float32) * expected.abs().max()
 
 
 def test_one_process_loads_a_single_file_and_layers_on_the_meta_device_have_no_values(tmp_path):

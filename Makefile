@@ -22,7 +22,7 @@ help:
 	@echo "make docs    the documentation as HTML, in docs/_build"
 	@echo "make notebooks  run the notebooks"
 	@echo "make compatibility  write docs/compatibility.md from the tests"
-	@echo "make stress  kill runs and processes, damage files, spoil numbers; write docs/reliability.md (about 30 minutes)"
+	@echo "make stress  kill runs and processes, damage files, spoil numbers; write docs/reliability.md (about 40 minutes)"
 	@echo "make fuzz    random networks through random events; MINUTES=30, or as many as you like"
 	@echo "make user-code  write docs/user-code.md from the tests"
 	@echo "make test-oldest  the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
@@ -95,7 +95,7 @@ user-code: install
 	@$(BIN)/python tests/user_code.py
 
 stress: install
-	@for script in constructors damage kills processes not_finite; do \
+	@for script in constructors damage kills sharded_kills processes not_finite; do \
 		$(BIN)/python tests/stress/$$script.py --json tests/stress/results/$$script.json || exit 1; done
 	@$(BIN)/python tests/stress/reliability.py
 

@@ -33,6 +33,7 @@ import quality
 import real_models
 import recurrent
 import scale
+import scaling
 import step_cost
 import time_budget
 import whole_run
@@ -46,6 +47,7 @@ SCRIPTS = {
         whole_run,
         latency,
         scale,
+        scaling,
         recurrent,
         quality,
         real_models,
@@ -72,6 +74,7 @@ PAGES = {
     "deployment": "deployment.md",
     "forms": "deployment.md",
     "heads": "deployment.md",
+    "scaling": "scaling.md",
 }
 
 

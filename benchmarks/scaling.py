@@ -1,21 +1,38 @@
-"""Memory, traffic and time of SVD training of a 7 B model sharded over GPUs, from formulas.
+"""Memory, traffic and time of SVD training of a 7 B model sharded over GPUs, from formulas; memory, measured.
 
     python benchmarks/scaling.py --tokens 8192 --flops 4e14 --flops64 4e13 --bandwidth 5e10
+    python benchmarks/scaling.py --measure
 
-Nothing is measured here: the formulas of traffic are those whose bytes ``tests/test_sharded.py`` counts in a small run,
-and the speeds are the arguments. Time is an upper bound: nothing is computed while something is sent.
+The formulas of traffic are those whose bytes ``tests/test_sharded.py`` counts in a small run, and the speeds are the
+arguments. Time is an upper bound: nothing is computed while something is sent. With ``--measure`` a stack of linear
+layers is trained in 1, 2 and 4 processes of this machine, and the bytes of tensors are counted after each operation.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+import json
+import os
+import socket
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from typing import Any
 
-from harness import Table
+import torch
+import torch.distributed as dist
+from harness import Row, Table, arguments, progress, save
+from torch import nn
+from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lightning_svd import FallToBudget, decompose, gather_factored
 from lightning_svd.training.regularizers import COLUMNS
+from lightning_svd.training.sharded import ShardedTraining
 
 Shape = tuple[int, ...]
 WIDE = 8  # bytes of a number in float64
@@ -131,15 +148,185 @@ def llama_7b(is_dense: bool) -> list[Group]:
     return [block] * 32 + [Group((), ((tokens, width), (tokens, width), (width,)), gathers=1)]
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+# --------------------------------------------------------------------------------------------------------- measured
+
+PROCESSES, PHASES = (1, 2, 4), ("step", "cut", "gather")
+
+
+def stack(width: int, depth: int) -> nn.Sequential:
+    """Linear layers, none of which is much of the whole."""
+    return nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+
+
+def stack_groups(width: int, depth: int) -> list[Group]:
+    """What :func:`measured` shards of it."""
+    return [Group(((width, width),))] * depth
+
+
+def measure(processes: int, width: int, depth: int, start_method: str = "spawn") -> Row:
+    """Bytes of the process with most: what is kept between steps, and the peak of each phase."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # Large blocks go back to the system when they are let go of: what is resident is then what is used.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        start_processes(measured, (processes, port, width, depth, folder), processes, start_method=start_method)
+        each = [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]
+    most = {key: max(of[key] for of in each) for key in each[0]}
+    return {"processes": processes, "width": width, "depth": depth, **most}
+
+
+def measured(rank: int, processes: int, port: int, width: int, depth: int, folder: Path) -> None:
+    """Train in one of several processes, and write what was counted."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    _train(4 * processes, 2, Live())  # loads the libraries, which are not meant
+    before, live = _resident(), Live()
+    with live:
+        found = {"kept": _train(width, depth, live), **live.peaks}
+    found |= {f"resident_{name}": resident - before for name, resident in live.resident.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+class Live(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are there after each operation.
+
+    Attributes:
+        peaks: The most of them at once, by phase.
+        resident: The most that the process had in memory, by phase.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._peak = 0
+        self.peaks: dict[str, int] = {}
+        self.resident: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "full_tensor") for kind in types):
+            return NotImplemented  # torch goes on to the operations on what is here of them
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, result)):
+            if type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                self._storages[id(storage)] = weakref.ref(storage)
+        # Their sizes too change without an operation: `fully_shard` empties what was gathered.
+        there = {key: storage for key, of in self._storages.items() if (storage := of()) is not None}
+        self._storages = {key: self._storages[key] for key in there}
+        self._peak = max(self._peak, sum(storage.nbytes() for storage in there.values()))
+        return result
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Note the most inside."""
+        marks = Path("/proc/self/clear_refs")
+        if marks.exists():
+            marks.write_text("5", encoding="utf-8")
+        self._peak = 0
+        yield
+        self.peaks[name], self.resident[name] = self._peak, _resident("VmHWM")
+
+
+def _train(width: int, depth: int, live: Live) -> int:
+    """A step, one after which ranks are cut, and the small model; returns the bytes that are kept at full rank."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = stack(width, depth)
+    decompose(model)
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    schedule = FallToBudget(start=0.25, end=0.5, cuts=2)
+    training = ShardedTraining(
+        model, optimizer, total_steps=8, target_params=0.5, final="decomposed", schedule=schedule
+    )
+    x = torch.randn(4, width)
+    for _ in range(2):  # the second has moments
+        with live.phase("step"):
+            model(x).square().mean().backward()
+            assert training.step() is None
+            optimizer.zero_grad()
+    model(x).square().mean().backward()
+    kept = _bytes_of(model, optimizer)
+    with live.phase("cut"):
+        assert training.step() is not None
+    optimizer.zero_grad()
+    with torch.device("meta"):
+        plain = stack(width, depth)
+    with live.phase("gather"):
+        gather_factored(model, plain)
+    return kept
+
+
+def _bytes_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Of the parameters, gradients and moments that are here; not of the counts of steps."""
+    parameters = [*model.parameters()]
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    held: list[Any] = [*parameters, *(p.grad for p in parameters), *moments]
+    return sum(tensor.to_local().nbytes for tensor in held)
+
+
+def _resident(what: str = "VmRSS") -> int:
+    """Bytes that Linux says a process has in memory; 0 elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(what))
+
+
+def tables(rows: list[Row]) -> list[Table]:
+    """One line for each number of processes."""
+    headings = ["processes", "parameters, gradients, moments", *PHASES, *(f"{name}, resident" for name in PHASES)]
+    lines = [
+        [
+            str(row["processes"]),
+            *(f"{row[name] / 1e6:.1f}" for name in ("kept", *PHASES)),
+            *(f"{row[f'resident_{name}'] / 1e6:.0f}" for name in PHASES),
+        ]
+        for row in rows
+    ]
+    shape = f"{rows[0]['depth']} layers of {rows[0]['width']} x {rows[0]['width']}"
+    return [Table(f"MB in the process that has most, {shape}, AdamW in float32", headings, lines)]
+
+
+# ------------------------------------------------------------------------------------------------------- the script
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table that is asked for."""
+    parser = arguments(__doc__, rounds=1)
     parser.add_argument("--tokens", type=int, default=8192, help="in each process and step")
     parser.add_argument("--flops", type=float, default=4e14, help="of products in bfloat16 in a second")
     parser.add_argument("--flops64", type=float, default=4e13, help="of products in float64")
     parser.add_argument("--svd", type=float, default=4e11, help="of an SVD in float64")
     parser.add_argument("--bandwidth", type=float, default=5e10, help="bytes in a second to and from the others")
-    options = parser.parse_args()
+    parser.add_argument("--measure", action="store_true", help="train in processes of this machine and count")
+    parser.add_argument("--width", type=int, default=512, help="of the layers that are trained")
+    parser.add_argument("--depth", type=int, default=16, help="how many there are")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.width, options.depth = 48, 6
+    if options.measure:
+        counted: list[Row] = []
+        for processes in PROCESSES:
+            progress(f"{processes} processes")
+            counted.append(measure(processes, options.width, options.depth))
+        options.threads = 1
+        save("scaling", argv, options, counted)
+        for table in tables(counted):
+            table.print()
+        return
+    by_formulas(options).print()
+
+
+def by_formulas(options: Any) -> Table:
+    """Of a model of 7 B parameters."""
     speeds = Speeds(options.flops, options.flops64, options.svd, options.bandwidth)
     rows = []
     for processes in (8, 64):
@@ -160,7 +347,7 @@ def main() -> None:
                 ]
             )
     headings = ["GPUs", "GB kept", "GB gathered", "GB a step", "for penalties", "s a step", "GB a cut", "s a cut"]
-    Table("7 B parameters at full rank, for each GPU", headings, rows).print()
+    return Table("7 B parameters at full rank, for each GPU", headings, rows)
 
 
 if __name__ == "__main__":

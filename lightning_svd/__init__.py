@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lightning_svd.compression.compress import compress
     from lightning_svd.compression.report import CompressionReport
     from lightning_svd.files.low_rank import load_low_rank, save_low_rank
+    from lightning_svd.files.sharded import load_sharded
     from lightning_svd.layers.compounds import svd_layers
     from lightning_svd.layers.layer import SVDLayer
     from lightning_svd.lightning.callback import SVDTrainingCallback
@@ -62,6 +63,7 @@ __all__ = [
     "fold_norms",
     "gather_factored",
     "load_low_rank",
+    "load_sharded",
     "plan",
     "profile",
     "read_plan",
@@ -85,6 +87,7 @@ _HOMES = {
     "CompressionReport": "compression.report",
     "load_low_rank": "files.low_rank",
     "save_low_rank": "files.low_rank",
+    "load_sharded": "files.sharded",
     **dict.fromkeys(("Folding", "fold_norms"), "model.folding"),
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",

@@ -67,6 +67,27 @@ def test_a_7_b_model_has_a_row_for_each_number_of_gpus(capsys, monkeypatch):
     assert all(f"{count}, {name}" in printed for count in (8, 64) for name in ("dense", "U, s, V"))
 
 
+@pytest.mark.skipif(not hasattr(torch.distributed.fsdp, "fully_shard"), reason="torch has fully_shard from 2.6 on")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_memory_falls_as_one_over_the_processes_beyond_that_of_one_layer():
+    width, depth = 98, 24  # rows that four processes cannot share evenly
+    rows = [scaling.measure(count, width, depth, "fork") for count in scaling.PROCESSES]
+    layer = 4 * 2 * width * width
+    penalties = 4 * scaling.step_numbers(scaling.stack_groups(width, depth), 1)["penalties"]
+    for row in rows:
+        kept = scaling.memory(scaling.stack_groups(width, depth), row["processes"])["kept"]
+        assert row["kept"] == kept
+        small = 4 * width * width * depth  # at most, in process 0
+        for phase, most in {
+            "step": 4 * layer + 3 * penalties,
+            "cut": 4 * layer,
+            "gather": 4 * layer + small / 2,
+        }.items():
+            assert row[phase] <= rows[0][phase] / row["processes"] + most, (row["processes"], phase)
+    (table,) = scaling.tables(rows)
+    assert [line[0] for line in table.rows] == ["1", "2", "4"]
+
+
 # ------------------------------------------------------------------------------------------------------------- harness
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import socket
 from collections import Counter
 
@@ -15,6 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from models import data, dealt, quiet_trainer
 from scaling import Group, cut_numbers, step_numbers
 from torch import nn
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -29,6 +31,7 @@ from lightning_svd import (
     gather_factored,
     svd_layers,
 )
+from lightning_svd.files.checkpoints import check_state, saved_state
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.ranks.importance import Spectrum
 from lightning_svd.training.sharded import ShardedLayers, ShardedTraining
@@ -52,19 +55,20 @@ class Recomputed(nn.Sequential):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-def net():
-    """Layers whose rows two processes cannot share evenly, nor four."""
-    inner = Recomputed(nn.Linear(47, 41), nn.ReLU())
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 47), nn.ReLU(), inner, nn.LayerNorm(41), nn.Linear(41, 5)).double()
+def net(even=False):
+    """Layers whose rows two processes cannot share evenly, nor four; or can."""
+    a, b, c = (48, 40, 8) if even else (47, 41, 5)
+    inner = Recomputed(nn.Linear(a, b), nn.ReLU())
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, a), nn.ReLU(), inner, nn.LayerNorm(b), nn.Linear(b, c)).double()
 
 
 class Whole(LightningModule):
     """Its training in one process."""
 
-    def __init__(self, optimizer="AdamW", **options):
+    def __init__(self, optimizer="AdamW", even=False, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.net, self.optimizer, self.options = net(), optimizer, {"lr": 1e-2, "weight_decay": 1e-2} | options
+        self.net, self.optimizer, self.options = net(even), optimizer, {"lr": 1e-2, "weight_decay": 1e-2} | options
 
     def training_step(self, batch, batch_idx):
         x, y = batch
@@ -95,8 +99,20 @@ class Sharded(Whole):
         fsdp.fully_shard(self.net, mesh=mesh)
 
 
+class ByNumber(Sharded):
+    """Batches by their number: in the middle of an epoch Lightning goes on with the first of a loader."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step([*dealt(self)][batch_idx], batch_idx)
+
+
 def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def rows(tensor):
+    """Those in this process."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class UnlikeEachOther(Sharded):
@@ -168,6 +184,15 @@ class InBFloat16(Sharded):
         return F.cross_entropy(self.net(x.float()).float(), y)
 
 
+class Counted(Sharded):
+    """Its MACs are counted before it is sharded."""
+
+    def configure_model(self):
+        mesh = self.device_mesh["data_parallel"]
+        decompose(self.net, exclude_modules=self.left, example_input=INPUTS[:3])
+        fsdp.fully_shard(self.net, mesh=mesh)
+
+
 class Manual(Sharded):
     """Manual optimization."""
 
@@ -205,14 +230,15 @@ class AllFactorized(Sharded):
 
 
 class Witness(Callback):
-    """Keeps the ranks and the dense weights after each step, and what the model puts out in the end."""
+    """Keeps the ranks after each step, the dense weights after some, and what the model puts out in the end."""
 
-    def __init__(self):
-        self.ranks, self.weights = [], []
+    def __init__(self, every=1):
+        self.every, self.ranks, self.weights = every, [], []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.ranks.append([layer.rank for layer in svd_layers(pl_module).values()])
-        self.weights.append({name: whole(value).clone() for name, value in pl_module.state_dict().items()})
+        if len(self.ranks) % self.every == 0:
+            self.weights.append({name: whole(value).clone() for name, value in pl_module.state_dict().items()})
 
     def on_fit_end(self, trainer, pl_module):
         with torch.no_grad():
@@ -226,10 +252,10 @@ def world():
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def fit(model, *callbacks, ckpt_path=None, parallel=None, **options):
+def fit(model, *callbacks, ckpt_path=None, parallel=None, in_folders=False, **options):
     if isinstance(model, Sharded):
         sizes = parallel or {"data_parallel_size": world(), "tensor_parallel_size": 1}
-        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(**sizes, save_distributed_checkpoint=in_folders)
         options = {"strategy": strategy, "devices": world(), "use_distributed_sampler": False} | options
     quiet_trainer(callbacks=[*callbacks], **{"max_epochs": 4} | options).fit(model, ckpt_path=ckpt_path)
 
@@ -261,9 +287,13 @@ WAYS = {
     "few steps": ("AdamW", {}, {"max_epochs": 2}),
 }
 REFUSED = {
-    "without target_params or energy_threshold": (
-        "`target_macs` does not work.*: give `target_params`",
+    "a budget of MACs that were not counted": (
+        "`target_macs` needs the MACs.*give `decompose` an `example_input`",
         {"target_params": None},
+    ),
+    "a budget of time": (
+        "`target_latency` does not work.*: give `target_params` or `target_macs`",
+        {"target_params": None, "target_latency": 0.5},
     ),
     "importance of data": ('`importance` does not work.*: give "spectrum"', {"importance": "fisher"}),
     "schedule of another kind": ("`schedule` does not work.*: give FallToBudget", {"schedule": "nested"}),
@@ -283,9 +313,13 @@ REFUSED = {
     "frozen factors": ("`net.1.U` must be trained by one optimizer, found it in 1, `requires_grad=False`", Frozen),
     "parameters in half precision": ("`net.1.U` must be float32 or wider.*mixed precision policy", Half),
     "torch.compile": ("does not work with torch.compile", Compiled),
-    "resuming from a folder of shards": (
-        "resumes only from a file.*save_distributed_checkpoint=False",
-        {"ckpt_path": "AdamW"},
+    "resuming from a folder that it did not write": (
+        "AdamW: SVD training of sharded parameters resumes only from a checkpoint that it wrote itself.*no sharded",
+        {"ckpt_path": "AdamW", "in_folders": True},
+    ),
+    "resuming from a folder of other layers": (
+        r"epoch=1.ckpt: `net.5.U` is of shape \(5, 5\) here, and of None there: resume with the layers",
+        {"ckpt_path": "folders/epoch=1.ckpt", "kind": "AllFactorized", "in_folders": True},
     ),
     "manual optimization": ("does not work with manual optimization", Manual),
     "fast_dev_run": ("does not work with `fast_dev_run`", {"fast_dev_run": True}),
@@ -295,7 +329,7 @@ REFUSED = {
     ),
     "an averaged model": ("does not work with StochasticWeightAveraging", StochasticWeightAveraging),
     "resuming from weights only": (
-        "resumes only from a file that it wrote itself",
+        "resumes only from a checkpoint that it wrote itself",
         {"ckpt_path": "weights.ckpt"},
     ),
 }
@@ -323,10 +357,62 @@ def trained(folder, ways):
     return found
 
 
+LONG, LONG_ROUNDING = 25, 1e-8  # epochs of 4 steps; Adam divides gradients that are rounding by 1e-8
+
+
+def long_run(count, even, folder):
+    """How far weights of 100 steps are from those of one process, and in how many phases; bits are those of all."""
+    schedule = FallToBudget(start=0.3, end=0.7, cuts=5)
+
+    def of_each(_):
+        witness = Witness(every=5)
+        fit(Sharded(even=even), svd_callback(schedule=schedule), witness, max_epochs=LONG)
+        return witness.ranks, witness.weights
+
+    alone = Witness(every=5)
+    fit(Whole(even=even), svd_callback(schedule=schedule, exclude_modules=["net.5"]), alone, max_epochs=LONG)
+    each, off = in_processes(count, of_each, folder), 0.0
+    for ranks, weights in each:
+        assert ranks == alone.ranks and len(ranks) == 4 * LONG
+        for step, (values, expected) in enumerate(zip(weights, alone.weights, strict=True)):
+            assert all(torch.equal(value, each[0][1][step][name]) for name, value in values.items())
+            off = max(off, *(float((values[name] - value).abs().max()) for name, value in expected.items()))
+    full, falling, final = alone.ranks[0], alone.ranks[len(alone.ranks) // 2], alone.ranks[-1]
+    return off, len({*map(tuple, (full, falling, final))})
+
+
 def few_steps_and_more(folder):
-    witness = Witness()
-    fit(Sharded(), svd_callback(), witness, ckpt_path=folder / "of two processes.ckpt")
-    return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": witness.weights}
+    resumed = []
+    for path in ("of two processes.ckpt", "folder of two processes.ckpt"):
+        witness = Witness()
+        fit(Sharded(), svd_callback(), witness, ckpt_path=folder / path)
+        resumed.append(witness.weights)
+    return {"trained": trained(folder, {"few steps": WAYS["few steps"]}), "resumed": resumed}
+
+
+def without_moments(folder):
+    """Whether a run whose optimizer remembers nothing goes on from a folder to the same weights."""
+    whole_run, resumed, path = Witness(), Witness(), folder / "without moments"
+    plain = {"lr": 0.05, "weight_decay": 0.0}
+    saving = ModelCheckpoint(path, "{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(Sharded("SGD", **plain), svd_callback(), whole_run, saving, enable_checkpointing=True, in_folders=True)
+    fit(Sharded("SGD", **plain), svd_callback(), resumed, ckpt_path=path / "epoch=2.ckpt", in_folders=True)
+    ends = resumed.weights[-1], whole_run.weights[-1]
+    return all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def resumed_from_folders(folder):
+    """A run that is written as folders of shards, and those that go on from them."""
+    saving = ModelCheckpoint(folder / "folders", "{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(Sharded(), svd_callback(), saving, enable_checkpointing=True, in_folders=True)
+    resumed = {"without moments": without_moments(folder)}
+    for epoch in EPOCHS:
+        witness, path = Witness(), folder / "folders" / f"epoch={epoch}.ckpt"
+        model = Sharded()
+        # From a folder to a file, too: that is what the strategy writes, not what it reads.
+        fit(model, svd_callback(), witness, ckpt_path=path, in_folders=epoch != 1)
+        resumed[epoch] = witness.weights, model.strict_loading
+    return resumed
 
 
 def many_things(folder):
@@ -340,11 +426,15 @@ def many_things(folder):
         saved = torch.load(folder / "AdamW" / "epoch=0.ckpt", weights_only=True)
         torch.save({key: value for key, value in saved.items() if key != "callbacks"}, folder / "weights.ckpt")
     dist.barrier()
+    found["resumed from folders"] = resumed_from_folders(folder)
     for what, (_, case) in REFUSED.items():
         found["refused"][what] = refusal(case, folder)
     found["dependent"] = with_dependent_columns()
     found["misused"] = misused()
     found["sent"] = sent()
+    witness, ours = Witness(), svd_callback(target_params=None, target_macs=0.4)
+    fit(Counted(), ours, witness)
+    found["by macs"] = witness.ranks, witness.weights[-1], ours.report.macs_ratio
     mixed, ours = InBFloat16(lr=3e-3), svd_callback()
     fit(mixed, ours)
     small = gather_factored(mixed.net, net().float())
@@ -355,10 +445,12 @@ def many_things(folder):
 def refusal(case, folder):
     """With which message a fit ends before its first step."""
     case = case if isinstance(case, dict) else {"kind": case}
+    case = dict(case)
     kind, others = case.pop("kind", Sharded), []
+    kind = AllFactorized if kind == "AllFactorized" else kind
     if issubclass(kind, Callback):
         kind, others = Sharded, [kind(1e-2)]
-    of_fit = {key: case.pop(key) for key in ("fast_dev_run", "parallel", "ckpt_path") if key in case}
+    of_fit = {key: case.pop(key) for key in ("fast_dev_run", "parallel", "ckpt_path", "in_folders") if key in case}
     if "ckpt_path" in of_fit:
         of_fit["ckpt_path"] = folder / of_fit["ckpt_path"]
     witness = Witness()
@@ -491,21 +583,36 @@ def test_two_processes_train_what_one_does(way, results):
 def test_four_processes_train_what_one_does_and_resume_what_two_wrote(tmp_path, results):
     found, folder = results
     (tmp_path / "of two processes.ckpt").write_bytes((folder / "AdamW" / "epoch=1.ckpt").read_bytes())
+    shutil.copytree(folder / "folders" / "epoch=1.ckpt", tmp_path / "folder of two processes.ckpt")
     four = in_processes(4, few_steps_and_more, tmp_path)
     check_as_in_one_process([each["trained"] for each in four], "few steps")
-    for weights, expected in zip(four[0]["resumed"], found[0]["trained"]["AdamW"]["weights"][8:], strict=True):
-        assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in expected.items())
+    for resumed in four[0]["resumed"]:
+        for weights, expected in zip(resumed, found[0]["trained"]["AdamW"]["weights"][8:], strict=True):
+            assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in expected.items())
 
 
 @pytest.mark.parametrize("epoch", EPOCHS)
-@pytest.mark.combination("Strategies", "ModelParallelStrategy: resuming a full checkpoint")
-def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(epoch, results):
+@pytest.mark.parametrize("written", ["resumed", "resumed from folders"], ids=["files", "folders"])
+@pytest.mark.combination(
+    "Strategies", "ModelParallelStrategy: resuming a checkpoint in one file, or a folder of shards"
+)
+def test_a_resumed_run_is_bit_for_bit_the_one_that_was_not_interrupted(written, epoch, results):
     for each in results[0]:
-        resumed, is_strict = each["resumed"][epoch]
+        resumed, is_strict = each[written][epoch]
         whole_run = each["trained"]["AdamW"]["weights"][-len(resumed) :]
         assert is_strict and len(resumed) == 4 * (3 - epoch)
         for weights, expected in zip(resumed, whole_run, strict=True):
             assert all(torch.equal(weights[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize(("count", "even"), [(2, True), (4, False)], ids=["2, even", "4, uneven"])
+def test_a_hundred_steps_are_those_of_one_process(count, even, tmp_path):
+    off, phases = long_run(count, even, tmp_path)
+    assert off <= LONG_ROUNDING and phases == 3
+
+
+def test_a_run_whose_optimizer_remembers_nothing_resumes_from_a_folder(results):
+    assert all(each["resumed from folders"]["without moments"] for each in results[0])
 
 
 def test_a_checkpoint_has_the_dense_weights_of_the_users_own_model(results):
@@ -519,6 +626,21 @@ def test_a_checkpoint_has_the_dense_weights_of_the_users_own_model(results):
     )
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+def test_a_folder_has_the_dense_weights_and_no_process_all_factors(results):
+    found, folder = results
+    path = folder / "folders" / "epoch=3.ckpt"
+    state = {"state_dict": {name: torch.empty_like(value) for name, value in Whole().state_dict().items()}}
+    load(state, checkpoint_id=path, no_dist=True)
+    expected = found[0]["trained"]["AdamW"]["weights"][-1]
+    for name, value in state["state_dict"].items():
+        assert (value - expected[name]).abs().max() <= roundoff((64, 47), torch.float64) * expected[name].abs().max()
+    state = saved_state(torch.load(path / "meta.pt", weights_only=True))
+    assert all(not torch.is_tensor(value) for entry in state["layers"].values() for value in entry.values())
+    with pytest.raises(ValueError, match="in shards: resume from the folder itself"):
+        check_state(state, "the file")
+
+
 @pytest.mark.parametrize(
     ("what", "message"), [(what, message) for what, (message, _) in REFUSED.items()], ids=[*REFUSED]
 )
@@ -528,6 +650,17 @@ def test_what_does_not_work_on_shards_is_refused_by_name(what, message, results)
         got, ranks = each["refused"][what]
         assert re.search(message, got), got
         assert not ranks
+
+
+@pytest.mark.combination("Strategies", "ModelParallelStrategy, a budget of MACs that `decompose` counted")
+def test_a_budget_of_macs_is_that_of_one_process(results):
+    alone, ours = Witness(), svd_callback(target_params=None, target_macs=0.4, exclude_modules=["net.5"])
+    fit(Whole(), ours, alone)
+    assert ours.report.macs_ratio <= 0.4 and ours.report.macs_ratio != ours.report.params_ratio
+    for each in results[0]:
+        ranks, weights, ratio = each["by macs"]
+        assert ranks == alone.ranks and ratio == ours.report.macs_ratio
+        assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in alone.weights[-1].items())
 
 
 @pytest.mark.combination("Strategies", "ModelParallelStrategy with a MixedPrecisionPolicy of bfloat16")

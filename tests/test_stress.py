@@ -51,6 +51,16 @@ def test_what_a_killed_run_goes_on_to_has_the_same_bits():
     assert not tally.faults and tally.tried == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")  # torch's own, for its compiler
+def test_what_killed_processes_go_on_to_has_the_same_bits_in_each():
+    import sharded_kills  # skips where torch has no fully_shard
+
+    steps = [3, 9, 11, 14]  # of full, of falling and of final ranks: right after the last cut, and later
+    tally = sharded_kills.run(steps, ["2 processes, uneven shards, files"])
+    assert not tally.faults and tally.tried == len(steps)
+
+
 def test_killed_writers_and_full_disks_leave_the_old_file_or_the_new_one():
     tally = kills.Tally([kills.OLD, kills.NEW, kills.REFUSED])
     kinds = [kind for kind in kills.all_kinds() if kind.name in ("checkpoint", "plan")]

@@ -29,6 +29,7 @@ from lightning_svd.layers.pairs import (
     view_of,
 )
 from lightning_svd.layers.parts import prefix_of
+from lightning_svd.layers.shards import IN_SHARDS
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.plan import LayerPlan, layers_of
 from lightning_svd.model.surgery import become, settle
@@ -135,12 +136,13 @@ def check_version(found: Any, what: str) -> None:
         raise ValueError(f"{what} has format version {found!r}, this lightning-svd reads version {VERSION}: {advice}")
 
 
-def check_state(state: Any, who: str) -> None:
+def check_state(state: Any, who: str, may_be_in_shards: bool = False) -> None:
     """Refuse a state of SVD training that is of another version, or damaged.
 
     Args:
         state: What :func:`saved_state` found.
         who: Whose it is, to begin the message with.
+        may_be_in_shards: Whether its factors may be in a folder of shards, and not in it.
 
     Raises:
         ValueError: In one line, naming the layer.
@@ -154,6 +156,11 @@ def check_state(state: Any, who: str) -> None:
     for key in ("layers", "current_layers"):
         if key in state:
             _check_layers(state[key], damaged)
+            if not may_be_in_shards and any(entry.get(IN_SHARDS) for entry in state[key].values()):
+                raise ValueError(
+                    f"{who} has the ranks of SVD training, whose factors are in shards: resume from the folder itself, "
+                    "with ModelParallelStrategy, or save with `save_distributed_checkpoint=False`"
+                )
     if "layers" not in state and _OF_A_RUN.keys() & state.keys():
         raise ValueError(f"{damaged}: `layers` is missing")
     if "layers" in state and not state["is_finished"]:
@@ -200,6 +207,8 @@ def _wrong_with(entry: Any) -> str | None:
     mode = entry.get("conv_mode", "missing")
     if not (mode is None or (isinstance(mode, str) and mode in CONV_MODES)):
         return f"its `conv_mode` is {_short(entry.get('conv_mode'))}"
+    if entry.get(IN_SHARDS) is True and form != DenseForm.name:
+        return None
     for key in FORMS[form].columns:
         tensor = entry.get(key)
         if not isinstance(tensor, Tensor) or not tensor.ndim:

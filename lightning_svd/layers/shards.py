@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+IN_SHARDS = "in_shards"  # says in the state of a layer that its factors are not in it, but written by their rows
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this is a DTensor, of which each process holds a part."""
@@ -32,12 +34,18 @@ def why_not_by_rows(tensor: Any) -> str | None:
     """Why a parameter is not cut by rows over all processes, as ``fully_shard`` does; None if it is."""
     if not is_sharded(tensor):
         return "is whole in each process: call `fully_shard` on the model after its layers are factorized"
-    mesh, placements = tensor.device_mesh, tensor.placements
-    if mesh.ndim != 1 or mesh.size() != dist.get_world_size() or not placements[0].is_shard(0):
-        return f"must be cut by rows over all {dist.get_world_size()} processes, it is {placements} over {mesh}"
+    if not is_by_rows(tensor):
+        how = f"{tensor.placements} over {tensor.device_mesh}"
+        return f"must be cut by rows over all {dist.get_world_size()} processes, it is {how}"
     if torch.finfo(tensor.dtype).bits < 32:
         return f"must be float32 or wider, in which ranks are cut, it is {tensor.dtype}: use a mixed precision policy"
     return None
+
+
+def is_by_rows(tensor: Any) -> bool:
+    """Whether a sharded parameter is cut by rows over all processes."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return bool(mesh.ndim == 1 and mesh.size() == dist.get_world_size() and placements[0].is_shard(0))
 
 
 def rows_of(tensor: Any) -> Tensor:

@@ -15,6 +15,7 @@ from lightning_svd.model.surgery import check_in_place
 from lightning_svd.report.data import SVDReport
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
+from lightning_svd.training.sharded import ShardedTraining
 
 CallbackT = TypeVar("CallbackT", bound=type[Callback])
 
@@ -64,7 +65,7 @@ class CallbackWithRun(Callback):
         return {"lightning_svd": VERSION, "is_finished": self.report is not None} | state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_state(state_dict, type(self).__name__)
+        check_state(state_dict, type(self).__name__, may_be_in_shards=isinstance(self._run, ShardedTraining))
         if self._run is not None and "layers" in state_dict:
             self._run.load_state_dict(state_dict)  # a fit that restores a checkpoint inside itself
         else:

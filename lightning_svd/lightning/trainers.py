@@ -6,7 +6,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_svd.files.checkpoints import saved_state
 from lightning_svd.layers.compounds import evaluating
 from lightning_svd.model.counting import as_arguments
 from lightning_svd.training.recipe import Recipe
@@ -83,37 +81,6 @@ def _check_sharding(us: str, trainer: Trainer) -> None:
             raise ValueError(f"{us} does not work with {type(other).__name__} where parameters are sharded")
 
 
-def _load_beside_factors(trainer: Trainer, run: SVDTraining) -> None:
-    """Have the strategy load, of a file to resume from, what is beside sharded factors, until a run is over.
-
-    It asks a file for each parameter by its own name, and there are dense weights; U, s and V come with the callback's
-    state.
-    """
-    strategy, module = trainer.strategy, trainer.lightning_module
-    read = strategy.load_checkpoint
-
-    def load_checkpoint(path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        needs = (
-            f"{path}: SVD training of sharded parameters resumes only from a file that it wrote itself in the middle"
-        )
-        if Path(path).is_dir():
-            raise ValueError(f"{needs}, with ModelParallelStrategy(save_distributed_checkpoint=False)")
-        is_strict, module.strict_loading = module.strict_loading, False
-        try:
-            checkpoint = read(path, *args, **kwargs)
-        except KeyError as error:
-            raise ValueError(f"{needs}: it has no {error}") from error
-        finally:
-            module.strict_loading = is_strict
-        state = saved_state(checkpoint)
-        if state is None or "layers" not in state:
-            raise ValueError(f"{needs}: load other weights in `configure_model`, before `decompose`")
-        return checkpoint
-
-    vars(strategy)["load_checkpoint"] = load_checkpoint
-    run.until_closed.callback(vars(strategy).pop, "load_checkpoint")
-
-
 def thaws_layers(trainer: Trainer) -> bool:
     """Whether a callback is going to train layers that are frozen now."""
     return any(_is_a(other, "BaseFinetuning") for other in callbacks_of(trainer))
@@ -122,7 +89,10 @@ def thaws_layers(trainer: Trainer) -> bool:
 def connect(trainer: Trainer, run: SVDTraining) -> None:
     """Have the Trainer's callbacks and precision fit a run that has begun, until it is over."""
     if shards(trainer):
-        _load_beside_factors(trainer, run)
+        # Imported here: it needs torch's distributed checkpoints, and takes a while.
+        from lightning_svd.lightning import sharded_checkpoints
+
+        sharded_checkpoints.connect(trainer.strategy, run)
     _show_weights_to_finetuning(trainer, run)
     run.loss_scale = functools.partial(_loss_scale, trainer)
     if run.distiller is not None:

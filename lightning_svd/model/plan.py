@@ -73,6 +73,7 @@ def plan(
     conv_mode: str = "channel",
     rank_pattern: Mapping[str, int] | None = None,
     include_frozen: bool = False,
+    include_meta: bool = False,
 ) -> list[LayerPlan]:
     """What :func:`~lightning_svd.decompose` would do, with the reason for every layer skipped; changes nothing.
 
@@ -85,6 +86,7 @@ def plan(
         rank_pattern: The most ranks that layers are to keep, by names in the same form; of several that match a layer
             the last counts.
         include_frozen: Whether frozen layers are meant too, which are left alone unless ``target_modules`` names them.
+        include_meta: Whether layers on the meta device are meant too, whose weights have no values yet.
 
     Raises:
         ValueError: If the mode is unknown, an item matches no layer, or a rank is not a positive integer.
@@ -99,7 +101,7 @@ def plan(
     for pattern, rank in (rank_pattern or {}).items():
         most |= dict.fromkeys(matching(layers, pattern, "rank_pattern"), rank)
     named = {name for name in layers for item in _listed(target_modules) if _is_called(name, item)}
-    reasons = _Reasons(module, targeted, excluded, conv_mode, layers if include_frozen else named)
+    reasons = _Reasons(module, targeted, excluded, conv_mode, layers if include_frozen else named, include_meta)
     plans = [
         _plan_layer(name, layer, conv_mode, reasons.why_not(name, layer), most.get(name))
         for name, layer in layers.items()
@@ -277,10 +279,16 @@ class _Reasons:
     """Why layers are skipped."""
 
     def __init__(
-        self, module: nn.Module, targeted: set[str], excluded: set[str], conv_mode: str, thawed: Container[str]
+        self,
+        module: nn.Module,
+        targeted: set[str],
+        excluded: set[str],
+        conv_mode: str,
+        thawed: Container[str],
+        with_meta: bool = False,
     ) -> None:
         self.module, self.targeted, self.excluded, self.conv_mode = module, targeted, excluded, conv_mode
-        self.thawed = thawed
+        self.thawed, self.with_meta = thawed, with_meta
         own = [
             parameter
             for child in module.modules()
@@ -310,7 +318,7 @@ class _Reasons:
         weight = _weight(layer)
         if is_lazy(weight):
             yield "not initialized yet"
-        if weight.is_meta:
+        if weight.is_meta and not self.with_meta:
             yield "on the meta device, without values"
         if kind is None:
             yield "unsupported type"

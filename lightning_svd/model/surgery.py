@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -31,12 +32,14 @@ from lightning_svd.layers.matrices import Factors, check_finite
 from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged, rank_of, view_of
 from lightning_svd.layers.parts import InParts, attributes_of
 from lightning_svd.layers.views import View
-from lightning_svd.model.counting import count_params
+from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import LayerPlan, Targets, names_by_reason, plan
 from lightning_svd.ranks.allocation import keep_by_budget
 from lightning_svd.ranks.costs import ModelCost
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+COUNTED = "lightning_svd_counted"  # the attribute of a module that has its cost as an example showed it
 
 
 def decompose(
@@ -46,6 +49,7 @@ def decompose(
     conv_mode: str = "channel",
     *,
     layer_plans: Sequence[LayerPlan] | None = None,
+    example_input: Any = None,
 ) -> list[LayerPlan]:
     """Factorize the layers of ``module`` in place: ``parameters()`` gives U, s and V in the place of each ``weight``.
 
@@ -53,12 +57,15 @@ def decompose(
     one that was built before holds the old weights. State dicts have the dense weights, under their own names.
 
     Args:
-        module: Any module; a layer itself too.
+        module: Any module; a layer itself too. On the meta device the factors have their shapes and no values, which
+            come with :func:`~lightning_svd.load_sharded`.
         target_modules: Layers to factorize, each item a layer's name, the end of one after a dot, a type of layer
             ("Conv2d"), "all-linear", or a regular expression for whole names; None for every supported layer.
         exclude_modules: Layers to leave alone, in the same form.
         conv_mode: "channel", "spatial", or "auto", for each layer the one that has less to remove before it pays.
         layer_plans: A plan to follow instead, from :func:`~lightning_svd.plan` or :func:`~lightning_svd.read_plan`.
+        example_input: What the module is called with, a tuple for several arguments, a dict for arguments by keyword;
+            on its device. Its MACs are counted and kept, for a budget of MACs where parameters are sharded later.
 
     Returns:
         The plan in effect, skipped layers with their reason.
@@ -67,17 +74,51 @@ def decompose(
         ValueError: If nothing can be factorized, a pattern matches no layer, or a weight holds NaN or infinity.
     """
     if layer_plans is None:
-        layer_plans = plan(module, target_modules, exclude_modules, conv_mode)
+        layer_plans = plan(module, target_modules, exclude_modules, conv_mode, include_meta=True)
     layers = begin(module, layer_plans)
     weights = {name: layer.rebuilt().detach() for name, layer in layers.items()}  # the very values, not copies of them
     try:
-        for layer in layers.values():
-            layer.to_svd()
+        counted = None if example_input is None else count_costs(module, example_input)
+        for name, layer in layers.items():
+            layer.to_svd(_without_values(layer) if weights[name].is_meta else None)
     except BaseException:
         undo(module, weights)
         raise
     show_factors(module)
+    if counted is not None:
+        vars(module)[COUNTED] = counted
     return list(layer_plans)
+
+
+def _without_values(layer: SVDLayer) -> Factors:
+    """Factors of full rank on the meta device."""
+    shapes = SVDForm.shapes(layer.view, layer.full_rank)
+    return Factors(*(layer.form.trained[0].new_empty(shapes[key]) for key in SVDForm.columns))
+
+
+def counted_before(module: nn.Module, layers: Mapping[str, SVDLayer]) -> ModelCost:
+    """The cost of a module in parameters, and in the MACs that :func:`decompose` counted of it or of modules in it.
+
+    Args:
+        module: The whole tree.
+        layers: Its factorized layers, by name.
+
+    Returns:
+        Without MACs where those of a layer were not counted.
+    """
+    cost = count_params(module)
+    of_layers, others, batch_size = dict(cost.layers), 0, 0
+    for prefix, child in module.named_modules():
+        counted: ModelCost | None = vars(child).get(COUNTED)
+        if counted is not None:
+            others, batch_size = others + counted.other_macs, counted.batch_size
+            for name, one in counted.layers.items():
+                whole = f"{prefix}.{name}".strip(".")
+                if whole in layers:
+                    of_layers[whole] = one
+    if any(not one.input_shapes for one in of_layers.values()):
+        return cost
+    return replace(cost, layers=of_layers, other_macs=others, batch_size=batch_size)
 
 
 def show_factors(module: nn.Module) -> None:

@@ -22,10 +22,10 @@ from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.forms import PairForm, SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors, exact_products, roundoff, svd, wide
-from lightning_svd.layers.shards import range_of, reshard, rows_of, whole, why_not_by_rows
+from lightning_svd.layers.shards import IN_SHARDS, range_of, reshard, rows_of, whole, why_not_by_rows
 from lightning_svd.model.calls import is_compiled
-from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan
+from lightning_svd.model.surgery import counted_before
 from lightning_svd.ranks.costs import Unit
 from lightning_svd.ranks.importance import Importance, Spectrum
 from lightning_svd.report.data import SVDReport, report_on
@@ -36,8 +36,8 @@ from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.trained_layers import TrainedLayers
 
-# Entries of Gram matrices and of rows here of layers whose columns are made orthonormal together: 1 GB in float64, and
-# a few times that while it is done.
+# At most so many entries of Gram matrices of layers whose columns are made orthonormal together: 1 GB in float64, and a
+# few times that while it is done.
 TOGETHER = 1 << 27
 NEARLY_DEPENDENT = 0.1  # how far from the identity the second Gram matrix of CholeskyQR2 may be
 
@@ -56,7 +56,7 @@ def check_recipe(recipe: Recipe) -> None:
     given += ["conv_mode"] if recipe.conv_mode != "channel" else []
     refusals = {
         f"`{(given or [''])[0]}`": ("in `configure_model`: which layers are factorized says `decompose`", not given),
-        f"`target_{recipe.target[0]}`": ("`target_params` or `energy_threshold`", recipe.target[0] in _BUDGETS),
+        f"`target_{recipe.target[0]}`": ("`target_params` or `target_macs`", recipe.target[0] in _BUDGETS),
         "`schedule`": ("FallToBudget", isinstance(policy, FallToBudget)),
         "`importance`": ('"spectrum"', type(recipe.measure()) is Spectrum),
         "`full_rank_as`": ('"svd"', not recipe.begins_dense()),
@@ -70,7 +70,7 @@ def check_recipe(recipe: Recipe) -> None:
             raise ValueError(f"{name} does not work with sharded parameters as it is: give {instead}")
 
 
-_BUDGETS = ("params", "energy")
+_BUDGETS = ("params", "energy", "macs")
 
 
 def check_layers(layers: Mapping[str, SVDLayer]) -> None:
@@ -253,12 +253,16 @@ class ShardedLayers(TrainedLayers):
         return [name for name, layer in self.by_name.items() if isinstance(layer.form, SVDForm)]
 
     def _together(self, names: Sequence[str]) -> Iterator[list[str]]:
-        """These layers in as few groups as the memory for their Gram matrices allows."""
+        """These layers in as few groups as the memory for their Gram matrices allows.
+
+        Unless those of a single layer are more, they are no more than the entries of all U and V here: that falls with
+        the number of processes.
+        """
         group, entries = list[str](), 0
+        kept = sum(layer.full_rank * sum(layer.matrix_shape) for layer in self.by_name.values()) // processes.size()
         for name in names:
-            rank, (m, n) = self.by_name[name].rank, self.by_name[name].matrix_shape
-            mine = rank * (2 * rank + (m + n) // processes.size())
-            if group and entries + mine > TOGETHER:
+            mine = 2 * self.by_name[name].rank ** 2
+            if group and entries + mine > min(TOGETHER, kept):
                 yield group
                 group, entries = [], 0
             group, entries = [*group, name], entries + mine
@@ -371,6 +375,11 @@ class ShardedLayers(TrainedLayers):
             for optimizer in self.optimizers:
                 optimizer.forget(self._factors[name])  # type: ignore[arg-type]
 
+    def _use(self, layer: SVDLayer, rank: int, is_pair: bool) -> None:
+        layer.form.rank = rank
+        if is_pair:
+            self._as_pair(layer)
+
     @staticmethod
     def _as_pair(layer: SVDLayer) -> None:
         layer.form = PairInPlace(layer.view, layer.form.parameters, layer.form.rank)
@@ -378,22 +387,40 @@ class ShardedLayers(TrainedLayers):
     # ------------------------------------------------------------------------------------------- as what they are saved
 
     def exact_states(self) -> dict[str, dict[str, Any]]:
-        """As for whole layers, in the process that writes files; none in the others, and all must ask."""
+        """As for whole layers without the tensors, of which each process has rows."""
+        return {
+            name: {"form": layer.form.name, "rank": layer.rank, "conv_mode": layer.conv_mode, IN_SHARDS: True}
+            for name, layer in self.by_name.items()
+        }
+
+    def gathered_states(self) -> dict[str, dict[str, Any]]:
+        """With the tensors, in the process that writes files; none in the others, and all must ask."""
         states = {}
         for name, layer in self.by_name.items():
-            rank, is_pair = layer.rank, isinstance(layer.form, PairForm)
             factors = [whole(parameter.detach()) for parameter in self._factors[name]]
             if processes.rank() == 0:
-                of = Factors(*(factor[..., :rank].cpu().clone() for factor in factors))
-                tensors = {"A": of.U, "B": of.V} if is_pair else of._asdict()
-                states[name] = {"form": layer.form.name, "rank": rank, "conv_mode": layer.conv_mode, **tensors}
+                of = Factors(*(factor[..., : layer.rank].cpu().clone() for factor in factors))
+                tensors = {"A": of.U, "B": of.V} if isinstance(layer.form, PairForm) else of._asdict()
+                state = {"form": layer.form.name, "rank": layer.rank, "conv_mode": layer.conv_mode}
+                states[name] = state | tensors
         return states
+
+    def by_parameter(self) -> dict[str, nn.Parameter]:
+        """U, s and V that the optimizers hold, by the names that they have in the model."""
+        return {
+            f"{name}.{key}".lstrip("."): parameter
+            for name, factors in self._factors.items()
+            for key, parameter in factors._asdict().items()
+        }
 
     @torch.no_grad()
     def load_exact_states(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         for name, state in states.items():
             layer, rank = self.by_name[name], state["rank"]
             (m, n), is_pair = layer.matrix_shape, state["form"] == "pair"
+            if state.get(IN_SHARDS):  # the rows are here already
+                self._use(layer, rank, is_pair)
+                continue
             given = [state.get(key) for key in ("A", "B")] if is_pair else [state.get("U"), state.get("V")]
             values = torch.ones(rank) if is_pair else state.get("s")
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else None for value in (*given, values)]
@@ -401,9 +428,7 @@ class ShardedLayers(TrainedLayers):
                 raise ValueError(f"`{name}`: expected U, s, V, or A, B, of {m} x {n} at rank {rank}, got {shapes}")
             (start, stop), (begin, end) = (range_of(parameter) for parameter in self._factors[name][::2])
             self._write(name, Factors(given[0][start:stop], values, given[1][begin:end]))  # type: ignore[index,arg-type]
-            layer.form.rank = rank
-            if is_pair:
-                self._as_pair(layer)
+            self._use(layer, rank, is_pair)
         for optimizer in self.optimizers:
             optimizer.know(self.by_name.values())  # in which form they are: pairs decay
 
@@ -477,7 +502,14 @@ class ShardedTraining(SVDTraining):
 
     def _adopt(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         super()._adopt(optimizers, state)
-        self.cost = count_params(self.model)
+        self.cost = counted_before(self.model, self.layers)
+        if self.recipe.target[0] == "macs":
+            if not self.cost.counted:
+                raise ValueError(
+                    "`target_macs` needs the MACs of the model as it is before it is sharded: give `decompose` an "
+                    "`example_input` in `configure_model`, or give `target_params` or `energy_threshold`"
+                )
+            self.recipe.check_reachable(self.cost, self.full_ranks, self.bounds, self.plan)
 
     def look(self) -> None:
         self._trained.look()
@@ -487,11 +519,20 @@ class ShardedTraining(SVDTraining):
         return dict(self._trained.spectra)
 
     def ratio(self, unit: Unit) -> float:
-        return math.nan if unit == "macs" else super().ratio(unit)  # no forward pass is counted
+        known = unit == "params" or (self.cost is not None and self.cost.counted)
+        return super().ratio(unit) if known else math.nan
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any run; the values only in the process that writes files, and all processes must ask."""
+        """As of any run, without the values of factors: see :meth:`gathered_states` and :meth:`factors_by_name`."""
         return super().state_dict() | {"beside": self._beside()}
+
+    def gathered_states(self) -> dict[str, dict[str, Any]]:
+        """What ``layers`` is in the state of any run, in the process that writes files; all processes must ask."""
+        return self._trained.gathered_states()
+
+    def factors_by_name(self) -> dict[str, nn.Parameter]:
+        """U, s and V of all layers, sharded, by the names that they have in the model."""
+        return self._trained.by_parameter()
 
     def _beside(self) -> list[str]:
         of_layers = {f"{name}.{key}" for name in self.layers for key in SVDForm.columns}

@@ -13,7 +13,7 @@ import lightning
 import torch
 
 RESULTS = Path(__file__).parent / "results"
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the models of the tests
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2] / "benchmarks")]  # the tests' own models
 
 
 class Tally:

@@ -33,6 +33,21 @@ that cannot write says so in one line that names the file, and leaves nothing be
 leave a file `.NAME.*.part`, which may be deleted. **Not promised:** the same of an asynchronous or sharded
 checkpoint writer, whose files are its own; of ONNX of more than a gigabyte, whose weights are in a second file.""",
     ),
+    "sharded_kills": (
+        "Killed runs with sharded parameters",
+        """\
+Two and four processes train a model whose parameters are sharded by `fully_shard`, with rows that they share evenly or
+not, and write a file or a folder of shards after each step. All are killed (SIGKILL) at the start of a step, each step
+of a run of 16 in turn, in all three phases; as many processes resume from the last checkpoint, and what each of them
+ends with is compared with what it has in a run that was never stopped: its rows of the factors and of what the
+optimizer remembers, the dense weights, the report and the small model. Then runs of 100 steps are compared with those
+of one process, the weights after each fifth step.""",
+        """\
+**Promised.** A run ends with the same bits in each process wherever it was killed between two steps, with data and
+noise that are functions of the step, and on any number of processes with the weights of one process up to rounding; all
+processes choose the same ranks. **Not promised:** that a folder of shards is whole which was written when its writers
+died: it is torch's and Lightning's to write, lacks its `meta.pt` then and is refused. Resume from the one before.""",
+    ),
     "processes": (
         "Processes of which one goes wrong",
         """\

@@ -69,4 +69,4 @@ if __name__ == "__main__":
     options = arguments.parse_args()
     tally, figures = run(options.minutes, options.seed)
     print(f"{figures['networks']} networks, {figures['events']} events, {figures['minutes']} minutes; {machine()}")
-    sys.exit(finish("fuzz", tally, options, f"--minutes {options.minutes:g}", figures))
+    sys.exit(finish("fuzz", tally, options, f"--minutes {options.minutes:g}", figures=figures))

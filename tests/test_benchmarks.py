@@ -18,11 +18,13 @@ import inputs
 import latency
 import nested
 import nets
+import orthogonalize
 import pages
 import pretrained
 import pytest
 import quality
 import recurrent
+import repeats
 import rivals
 import scale
 import scaling
@@ -759,3 +761,46 @@ def test_queries_and_keys_lose_less_together(tmp_path):
     matrix = torch.randn(8, 8)
     assert torch.linalg.matrix_rank(heads.cut(matrix, 3)) == 3
     assert heads.lost(16, 2, 0.5, 1.0)["together"] < 1e-10
+
+
+# ------------------------------------------------------------------------------------------- what runs several times
+
+
+def test_a_step_is_timed_with_weights_rebuilt_in_each_time_step_and_once(tmp_path):
+    rows = rows_written(repeats.main, tmp_path / "out.json", "--quick", "--rounds", "2")["rows"]
+    assert [row["way"] for row in rows] == list(repeats.WAYS) and all(row["ratio"] > 0 for row in rows)
+    (table,) = repeats.tables(rows)
+    assert len(table.rows) == 1 and len(table.rows[0]) == len(table.headings)
+
+
+# ----------------------------------------------------------------------------------------------------- orthogonalize
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", orthogonalize.KINDS)
+def test_newton_schulz_finds_the_polar_factor(kind, dtype):
+    torch.manual_seed(0)
+    for m, k in ((24, 24), (60, 20), (5, 1)):
+        matrix = orthogonalize.made(kind, m, k, dtype)
+        found, iterations = orthogonalize.newton_schulz(matrix)
+        assert iterations is not None
+        exact = orthogonalize.polar(matrix.double())
+        condition = float(torch.linalg.cond(matrix.double()))
+        assert torch.dist(found.double(), exact) <= 100 * torch.finfo(dtype).eps * condition * m
+
+
+def test_newton_schulz_says_where_it_does_not_converge():
+    for matrix in (torch.zeros(6, 3), torch.ones(6, 3), torch.full((6, 3), torch.nan)):
+        assert orthogonalize.newton_schulz(matrix)[1] is None
+
+
+def test_exact_factors_by_products(tmp_path):
+    torch.manual_seed(0)
+    U, V = torch.randn(12, 4), torch.randn(9, 4)
+    for left in (U, U * torch.tensor([1.0, 1.0, 1.0, 0.0])):  # the latter by QR
+        found = orthogonalize.refactorized_by_products(orthogonalize.Factors(left, torch.ones(4), V))
+        assert torch.allclose(found.U * found.s @ found.V.mT, left @ V.mT, atol=1e-4)
+        assert torch.allclose(found.U.mT @ found.U, torch.eye(4), atol=1e-4)
+    rows = rows_written(orthogonalize.main, tmp_path / "out.json", "--quick", "--rounds", "1")["rows"]
+    assert [row["kind"] for row in rows] == list(orthogonalize.KINDS)
+    assert len(orthogonalize.tables(rows)[0].rows) == len(rows)

@@ -15,7 +15,7 @@ everyone = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) == 6
+    assert len(NOTEBOOKS) == 7
 
 
 @everyone

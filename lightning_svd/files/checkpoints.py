@@ -55,7 +55,8 @@ VERSION = 2
 State = dict[str, Any]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_COST_OF_LAYER = having(
+_LAYER_COST = having(
+    repeats=is_count,
     dense_params=is_count,
     params_per_rank=is_count,
     dense_macs=is_count,
@@ -63,6 +64,13 @@ _COST_OF_LAYER = having(
     input_shapes=each(each(is_count)),
     latency=optional(having(dense=is_finite, factored=each(row(is_count, is_finite)))),
 )
+
+
+def _is_cost_of_layer(value: Any) -> bool:
+    """What a layer costs; how often it runs is not in files that were written when nobody asked."""
+    return isinstance(value, dict) and _LAYER_COST({"repeats": 1} | value)
+
+
 _LATENCY = having(
     dense=is_finite,
     samples=each(row(is_finite, is_finite)),
@@ -71,7 +79,7 @@ _LATENCY = having(
 )
 _IS_COST = optional(
     having(
-        layers=by_name(_COST_OF_LAYER),
+        layers=by_name(_is_cost_of_layer),
         other_params=is_count,
         other_macs=is_count,
         batch_size=is_count,

@@ -252,6 +252,12 @@ def refuse_in_transforms(given: Tensor) -> None:
             )
 
 
+def in_transform() -> bool:
+    """Whether this runs in a transform of ``torch.func``, whose tensors are of no use when it is over."""
+    # As torch's own transforms ask; there is no public way.
+    return bool(torch._C._functorch.peek_interpreter_stack() is not None)
+
+
 def _flattened(value: Any) -> Iterator[Any]:
     if isinstance(value, (list, tuple)):
         for item in value:

@@ -92,6 +92,16 @@ def watching(layers: Iterable[SVDLayer], watch: Watch) -> Iterator[None]:
             vars(layer)["watch"] = None
 
 
+class Repeats(Protocol):
+    """What knows of layers that run several times in one call of the model."""
+
+    def times_of(self, layer: SVDLayer) -> int:
+        """For how many calls the weight that is rebuilt in the present one is going to serve."""
+
+    def matrix(self, layer: SVDLayer) -> Tensor:
+        """W (m, n), the same in all of them."""
+
+
 class SVDLayer(FactorizedModule):
     """What all factorized layers share; the class of each derives from this one and from the layer's own.
 
@@ -102,6 +112,7 @@ class SVDLayer(FactorizedModule):
         shows_factors: Whether ``parameters()`` gives U, s and V instead of the dense ``weight``.
         layout: How the dense weight lies in memory.
         watch: What is told of each input and output, and gives the output that goes on; for a few batches only.
+        repeats: What has the layer rebuild its weight once for several calls; None where each call is by itself.
     """
 
     view: View
@@ -110,6 +121,7 @@ class SVDLayer(FactorizedModule):
     shows_factors: bool
     layout: torch.memory_format
     watch: Watch | None
+    repeats: Repeats | None = None
     _face: DenseWeight
     _remembered: tuple[Tensor, list[Tensor], tuple[Any, ...]] | None
     _loaded: tuple[Tensor, tuple[Any, ...]] | None
@@ -170,8 +182,10 @@ class SVDLayer(FactorizedModule):
 
     def computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """:meth:`output_with` without anybody being told of it."""
-        if self.form.name == "dense" or self.rebuilding_is_cheaper(x.shape):
-            return self.view.apply_matrix(x, self.form.matrix(), bias)
+        times = 1 if self.repeats is None or self.form.name == "dense" else self.repeats.times_of(self)
+        if self.form.name == "dense" or self.rebuilding_is_cheaper(x.shape, times):
+            shares = self.repeats if times > 1 else None
+            return self.view.apply_matrix(x, shares.matrix(self) if shares else self.form.matrix(), bias)
         if isinstance(self.form, SVDForm) and self.view.layer_type is nn.Linear:
             return self._scaled(x, *self.form.factors(), bias)
         return self.view.apply_factors(x, *self.form.left_right(), bias)
@@ -183,13 +197,18 @@ class SVDLayer(FactorizedModule):
             return self.view.apply_second(between * s, U, bias)
         return self.view.apply_second(between, U * s, bias)
 
-    def rebuilding_is_cheaper(self, input_shape: tuple[int, ...]) -> bool:
-        """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k."""
+    def rebuilding_is_cheaper(self, input_shape: tuple[int, ...], calls: int = 1) -> bool:
+        """Whether k*m*n to rebuild W plus the dense layer costs no more than applying two factors of rank k.
+
+        Args:
+            input_shape: Of the layer's input, batch included.
+            calls: How many calls like this W is rebuilt for.
+        """
         rank, view = self.rank, self.view
         axes = len(view.kernel)
         if axes and len(input_shape) not in (axes + 1, axes + 2):
             return True  # the dense layer's to refuse
-        rebuild = rank * view.dense_params + view.dense_macs(input_shape)
+        rebuild = rank * view.dense_params / calls + view.dense_macs(input_shape)
         return rank == 0 or rebuild <= rank * view.macs_per_rank(input_shape)
 
     def rebuilt(self) -> Tensor:
@@ -390,15 +409,15 @@ class SVDLayer(FactorizedModule):
             parameter[..., : value.shape[-1]].copy_(value)
         # Until training goes on, who reads it gets what was loaded: an average that is swapped in and out again must
         # not come back as the nearest of the rank, nor rounded.
-        vars(self)["_loaded"] = (given.clone(), self._stamp())
+        vars(self)["_loaded"] = (given.clone(), self.stamp())
 
     def just_loaded(self) -> Tensor | None:
         """The weight that was loaded, while nothing changed since: a plain loop tells nobody that it trains on."""
-        if self._loaded is not None and self._loaded[1] != self._stamp():
+        if self._loaded is not None and self._loaded[1] != self.stamp():
             vars(self)["_loaded"] = None
         return None if self._loaded is None else self._loaded[0]
 
-    def _stamp(self) -> tuple[Any, ...]:
+    def stamp(self) -> tuple[Any, ...]:
         """What is another after each change of what is trained."""
         return self.rank, *((id(p), p._version, p.dtype, p.device) for p in self.form.trained)
 
@@ -549,7 +568,8 @@ class SVDLayer(FactorizedModule):
 
     def _state(self) -> State:
         """What a copy or a pickle has."""
-        own = {key: value for key, value in vars(self).items() if key != PART_OF}  # which tells its parts itself
+        # The former tells its parts itself; the latter is of the model that the layer is in.
+        own = {key: value for key, value in vars(self).items() if key not in (PART_OF, "repeats")}
         if self.shows_factors:
             own["form"] = copy.copy(self.form)
             own["form"].parameters = {}
@@ -566,7 +586,7 @@ def _told(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tenso
 
 Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output
 PART_OF = "_part_of"  # set on what is, or was, a part: a plain layer too
-_OWN = ("view", "form", "layer_name", "shows_factors", "layout", "watch", "_face", "_remembered", "_loaded")
+_OWN = ("view", "form", "layer_name", "shows_factors", "layout", "watch", "repeats", "_face", "_remembered", "_loaded")
 
 
 def _new_factorized(kind: type[nn.Module]) -> SVDLayer:

@@ -10,6 +10,7 @@ for it (``torch.utils.flop_counter.register_flop_formula``).
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
@@ -105,7 +106,10 @@ def count_calls(
         dense = sum(layer.view.dense_macs(shape) for shape in shapes)
         per_rank = sum(layer.view.macs_per_rank(shape) for shape in shapes)
         known = params.layers[name]
-        costs[name] = LayerCost(known.dense_params, known.params_per_rank, dense, per_rank, tuple(shapes))
+        repeats = min(notes.repeats[name], default=1)
+        costs[name] = LayerCost(
+            known.dense_params, known.params_per_rank, dense, per_rank, tuple(shapes), repeats=repeats
+        )
     other = notes.macs - sum(cost.dense_macs for cost in costs.values())
     return ModelCost(costs, params.other_params, max(0, other), inputs_of(calls) if inputs is None else inputs)
 
@@ -116,12 +120,14 @@ class _Notes:
     Attributes:
         macs: Of everything.
         shapes: Of each layer's inputs, by its name.
+        repeats: How often each layer ran in each of the calls that it ran in.
     """
 
     def __init__(self, module: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
         self.module = module
         self.macs = 0
         self.shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
+        self.repeats: dict[str, list[int]] = {name: [] for name in layers}
         self._names = {id(layer): name for name, layer in layers.items()}
         self._now: list[tuple[str, tuple[int, ...]]] = []
         self._meter = _Meter()
@@ -151,6 +157,8 @@ class _Notes:
         self.macs += call.times * self._meter.macs
         for name, shape in self._now:
             self.shapes[name] += [shape] * call.times
+        for name, repeats in Counter(name for name, _ in self._now).items():
+            self.repeats[name].append(repeats)
 
     def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = (*args, *kwargs.values())[0]

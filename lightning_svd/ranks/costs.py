@@ -119,6 +119,7 @@ class LayerCost:
         macs_per_rank: MACs of both factors for each rank in that pass; 0 if none was.
         input_shapes: Of the layer's inputs in that pass, batch included.
         latency: None if it was not measured.
+        repeats: How often the layer runs in each call of the model that it runs in, at least.
     """
 
     dense_params: int
@@ -127,6 +128,7 @@ class LayerCost:
     macs_per_rank: int = 0
     input_shapes: tuple[tuple[int, ...], ...] = ()
     latency: LayerLatency | None = None
+    repeats: int = 1
 
     @cached_property  # asked for of each rank
     def break_even(self) -> int:

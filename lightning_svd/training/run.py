@@ -21,6 +21,7 @@ from lightning_svd.layers.shards import is_sharded
 from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
+from lightning_svd.model.repeats import RepeatedCalls
 from lightning_svd.model.surgery import (
     begin,
     check_dense,
@@ -135,6 +136,7 @@ class SVDTraining:
         self.policy.check(self.importance, self._choose_ranks)
         self.ladder: tuple[dict[str, int], ...] = ()
         self.step_ranks = StepRanks(model)
+        self._repeats: RepeatedCalls | None = None
         trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
         processes.agree(partial(self._prepare, trainers, thaws))
         processes.check_same(self._of_all_processes(state is not None))
@@ -333,6 +335,7 @@ class SVDTraining:
         self.cost, self._refused = learned
         self.recorder.stop()
         self.recorder.calls.clear()
+        self._share_weights()
         names = ", ".join([*self._refused][:8])
         if self._refused:
             reason = next(iter(self._refused.values()))
@@ -345,6 +348,13 @@ class SVDTraining:
             return None
         self.recorder.stop()  # what follows are replays
         return self._costs.learn(self.layers, self.plan, self.bounds, calls, self.observer)
+
+    def _share_weights(self) -> None:
+        """Have layers that run several times in a call of the model rebuild their weights once for these."""
+        if self._repeats is None:
+            times = {name: price.repeats for name, price in self._known_cost.layers.items()}
+            self._repeats = RepeatedCalls(self.model, self.layers, times)
+            self.until_closed.callback(self._repeats.stop)
 
     def _release_refused(self) -> None:
         """Train the layers that cannot become two as the dense ones that they stay."""
@@ -783,6 +793,7 @@ class SVDTraining:
             self.guard.load_state_dict(state["guard"])
         if state["cost"]:
             self.cost = ModelCost.from_dict(state["cost"])
+            self._share_weights()
         self._refused = skipped
         self._release_refused()
         self._observe()

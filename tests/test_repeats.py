@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_svd import SVDTraining, SVDTrainingCallback, decompose, svd_layers
 from lightning_svd.files.checkpoints import check_state
 from lightning_svd.layers.forms import SVDForm
+from lightning_svd.model import repeats
 from lightning_svd.model.counting import count_costs
 from lightning_svd.model.repeats import RepeatedCalls
 
@@ -44,14 +45,19 @@ class Loop(nn.Module):
 def counting_rebuilds(model, monkeypatch):
     """How often each layer computes its dense weight inside, by its name."""
     names = {id(layer.form): name for name, layer in svd_layers(model).items()}
-    counts, compute = Counter(), SVDForm.matrix
+    counts, alone, shared = Counter(), SVDForm.matrix, repeats._rebuilt
 
     def matrix(form):
         counts[names[id(form)]] += 1
-        return compute(form)
+        return alone(form)
+
+    def rebuilt(layer):
+        counts[names[id(layer.form)]] += 1
+        return shared(layer)
 
     with monkeypatch.context() as patch:
         patch.setattr(SVDForm, "matrix", matrix)
+        patch.setattr(repeats, "_rebuilt", rebuilt)
         yield counts
 
 
@@ -99,7 +105,7 @@ def test_a_weight_is_rebuilt_once_for_an_input(monkeypatch):
     expected.square().sum().backward()
     by_themselves = gradients(model)
     model.zero_grad()
-    repeats = sharing(model)
+    shared = sharing(model)
     with counting_rebuilds(model, monkeypatch) as together:
         output = model(x)
         output.square().sum().backward()
@@ -108,7 +114,7 @@ def test_a_weight_is_rebuilt_once_for_an_input(monkeypatch):
     assert torch.equal(output, expected)
     for name, gradient in gradients(model).items():
         assert_same(gradient, by_themselves[name], (WIDTH, WIDTH), factor=64)
-    repeats.stop()
+    shared.stop()
     with counting_rebuilds(model, monkeypatch) as after:
         model(x)
     assert after == alone and not any("repeats" in vars(layer) for layer in svd_layers(model).values())
@@ -223,6 +229,46 @@ def test_a_backward_pass_within_a_call():
         model(torch.randn(BATCH, 8, dtype=torch.float64)).sum().backward()
         found.append(model.again.form.parameters["U"].grad)
     assert_same(found[1], found[0], (WIDTH, WIDTH), factor=256)
+
+
+@pytest.mark.parametrize("form", ["svd", "pair"])
+def test_losses_of_two_calls_go_backward_one_after_the_other(form):
+    """As in a network with two views or two heads, whose dense layers have a graph for each call."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.again = nn.Linear(8, WIDTH)
+
+        def forward(self, x, y):
+            return self.again(x), self.again(y)
+
+    model = decomposed(Twice)
+    if form == "pair":
+        svd_layers(model)["again"].keep(3)
+        svd_layers(model)["again"].to_pair()
+    inputs = torch.randn(2, BATCH, 8, dtype=torch.float64).unbind()
+    for output in model(*inputs):
+        output.square().sum().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    sharing(model, again=2)
+    for output in model(*inputs):
+        output.square().sum().backward()
+    for name, gradient in gradients(model).items():
+        assert_same(gradient, expected[name], (WIDTH, WIDTH), factor=64)
+
+
+@pytest.mark.parametrize("groups", [(), (2,)])
+@pytest.mark.parametrize("has_scale", [True, False])
+def test_derivatives_of_the_product(has_scale, groups):
+    torch.manual_seed(0)
+    left, scale, right = (
+        torch.randn(*groups, *shape, dtype=torch.float64, requires_grad=True) for shape in [(5, 3), (3,), (4, 3)]
+    )
+    factors = (left, scale if has_scale else None, right)
+    assert torch.autograd.gradcheck(repeats._Product.apply, factors)
+    assert torch.autograd.gradgradcheck(repeats._Product.apply, factors)
 
 
 def test_derivatives_within_a_call():

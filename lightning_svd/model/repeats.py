@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lightning_svd.layers.dense_weight import in_transform
+from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.calls import CallWatcher, holders, in_backward, is_compiled
 
@@ -24,8 +24,7 @@ class RepeatedCalls(CallWatcher):
     T-th part against two factors (see :meth:`SVDLayer.rebuilding_is_cheaper`).
 
     What an activation checkpoint computes again in a backward pass is no call of the model: there each weight is
-    rebuilt by itself. A checkpoint counts what is saved for the backward pass, and must count as many both times: what
-    rebuilding saves is kept from it.
+    rebuilt by itself.
 
     Args:
         model: What is called.
@@ -66,17 +65,18 @@ class RepeatedCalls(CallWatcher):
         shared = bool(self._open) and not in_backward()
         if shared and key in self._weights:
             return self._weights[key]
-        with saved_tensors_hooks(_packed, _unpacked):
-            matrix = layer.form.matrix()
+        matrix = _rebuilt(layer)
         if shared:
             self._weights[key] = matrix
-            if matrix.requires_grad:
-                # A backward pass within the call frees the graph behind it.
-                matrix.register_hook(lambda _: self._let_go(key))  # type: ignore[no-untyped-call]
         return matrix
 
-    def _let_go(self, key: tuple[Any, ...]) -> None:
-        self._weights.pop(key, None)
+
+def _rebuilt(layer: SVDLayer) -> Tensor:
+    """W (m, n) of a layer, differentiable as often as its factors are."""
+    if isinstance(layer.form, SVDForm):
+        return _Product.apply(*layer.form.factors())  # type: ignore[no-any-return, no-untyped-call]
+    left, right = layer.form.left_right()
+    return _Product.apply(left, None, right)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _way(layer: SVDLayer) -> tuple[Any, ...]:
@@ -87,16 +87,33 @@ def _way(layer: SVDLayer) -> tuple[Any, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype
 
 
-def _packed(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, tensor._version
+class _Product(torch.autograd.Function):
+    """``U diag(s) V^T`` or ``A B^T``, whose graph outlives a backward pass.
 
+    Two calls of a dense layer in one call of the model have graphs of their own: losses of each may go backward one
+    after the other. Calls that share a product would have the first of these free what the second needs. So nothing is
+    saved as autograd saves it; the factors are there as long as their graph is. This is also how an activation
+    checkpoint, which wants as many tensors saved when it computes again, finds none here.
+    """
 
-def _unpacked(packed: tuple[Tensor, int]) -> Tensor:
-    """What was saved, refused where it has changed since, as torch does without hooks."""
-    tensor, version = packed
-    if tensor._version != version:
-        raise RuntimeError(
-            "a factor of a layer's weight has been modified by an inplace operation since the forward pass: step the "
-            "optimizer after the backward pass"
-        )
-    return tensor
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, scale: Tensor | None, right: Tensor) -> Tensor:
+        ctx.factors = left, scale, right
+        ctx.versions = [None if each is None else each._version for each in ctx.factors]
+        return (left if scale is None else left * scale.unsqueeze(-2)) @ right.mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        if [None if each is None else each._version for each in ctx.factors] != ctx.versions:
+            raise RuntimeError(
+                "a factor of a layer's weight has been modified by an inplace operation since the forward pass: step "
+                "the optimizer after the backward pass"
+            )
+        left, scale, right = ctx.factors
+        scaled = left if scale is None else left * scale.unsqueeze(-2)
+        # Under autocast the product, and so its gradient, is of a narrower dtype than the factors.
+        of_scaled = (gradient @ right.to(gradient.dtype)).to(left.dtype)
+        of_right = (gradient.mT @ scaled.to(gradient.dtype)).to(right.dtype)
+        if scale is None:
+            return of_scaled, None, of_right
+        return of_scaled * scale.unsqueeze(-2), (left * of_scaled).sum(-2), of_right

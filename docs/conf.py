@@ -35,7 +35,7 @@ python_use_unqualified_type_names = True
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|lightning|pathlib|collections)\..*|lightning_svd\.[\w.]+\.ModuleT|[mn]"),
-    ("py:class", r"nn\.Module|Optimizer|ChooseRanks|MetricGuard"),
+    ("py:class", r"nn\.Module|Optimizer|ChooseRanks|MetricGuard|lightning_svd\.layers\.layer\.Repeats"),
 ]
 
 html_theme = "furo"

@@ -435,6 +435,9 @@ def many_things(folder):
     witness, ours = Witness(), svd_callback(target_params=None, target_macs=0.4)
     fit(Counted(), ours, witness)
     found["by macs"] = witness.ranks, witness.weights[-1], ours.report.macs_ratio
+    witness, ours = Witness(), svd_callback(target_params=0.15)
+    fit(Sharded(), ours, witness)
+    found["small"] = witness.ranks, ours.report.params_ratio
     mixed, ours = InBFloat16(lr=3e-3), svd_callback()
     fit(mixed, ours)
     small = gather_factored(mixed.net, net().float())
@@ -661,6 +664,14 @@ def test_a_budget_of_macs_is_that_of_one_process(results):
         ranks, weights, ratio = each["by macs"]
         assert ranks == alone.ranks and ratio == ours.report.macs_ratio
         assert all((weights[name] - value).abs().max() <= 1e-9 for name, value in alone.weights[-1].items())
+
+
+def test_a_small_budget_is_shared_by_the_spectrum_too(results):
+    alone, ours = Witness(), svd_callback(target_params=0.15, importance="spectrum", exclude_modules=["net.5"])
+    fit(Whole(), ours, alone)
+    assert ours.report.params_ratio <= 0.15
+    for each in results[0]:
+        assert each["small"] == (alone.ranks, ours.report.params_ratio)
 
 
 @pytest.mark.combination("Strategies", "ModelParallelStrategy with a MixedPrecisionPolicy of bfloat16")

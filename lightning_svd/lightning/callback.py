@@ -246,4 +246,4 @@ class SVDTrainingCallback(CallbackWithRun):
             share: What of it is to be kept; None for the share that the target is.
         """
         assert self._run is not None
-        return self.recipe.choose_ranks(energies, cost, self._run.bounds, share)
+        return self._run.recipe.choose_ranks(energies, cost, self._run.bounds, share)

@@ -116,7 +116,7 @@ class SVDTraining:
     ) -> None:
         self.model, self.guard = model, guard
         self.total_steps = total_steps = processes.decide(lambda: total_steps)  # loaders may differ in length
-        self.recipe = recipe or Recipe(**arguments)
+        self.recipe = self._settled(recipe or Recipe(**arguments))
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
         self.regularizer = self.recipe.regularization()
         self.policy.begin(total_steps)
@@ -252,6 +252,10 @@ class SVDTraining:
         if not thaws:
             self.plan = _trained_by(optimizers, self.model, self.plan)
         self.distiller = distiller_of(self.recipe.distill, self.model)  # of the dense model
+
+    def _settled(self, recipe: Recipe) -> Recipe:
+        """The recipe with what it leaves to the run."""
+        return recipe
 
     def _layers_to_train(self, on_reshape: Callable[[], None]) -> TrainedLayers:
         return TrainedLayers(self.model, begin(self.model, self.plan), self.importance, on_reshape)

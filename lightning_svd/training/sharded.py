@@ -58,7 +58,7 @@ def check_recipe(recipe: Recipe) -> None:
         f"`{(given or [''])[0]}`": ("in `configure_model`: which layers are factorized says `decompose`", not given),
         f"`target_{recipe.target[0]}`": ("`target_params` or `target_macs`", recipe.target[0] in _BUDGETS),
         "`schedule`": ("FallToBudget", isinstance(policy, FallToBudget)),
-        "`importance`": ('"spectrum"', type(recipe.measure()) is Spectrum),
+        "`importance`": ('"spectrum"', recipe.importance == "auto" or type(recipe.measure()) is Spectrum),
         "`full_rank_as`": ('"svd"', not recipe.begins_dense()),
         "`final`": ('"decomposed", and `gather_factored` afterwards', recipe.final == "decomposed"),
         "`distill`": ("False", not recipe.distill),
@@ -496,6 +496,9 @@ class ShardedTraining(SVDTraining):
             LayerPlan(name, of.view.layer_type.__name__, of.view.weight_shape, of.matrix_shape, of.conv_mode)
             for name, of in layers.items()
         ]
+
+    def _settled(self, recipe: Recipe) -> Recipe:
+        return replace(recipe, importance="spectrum") if recipe.importance == "auto" else recipe
 
     def _layers_to_train(self, on_reshape: Callable[[], None]) -> TrainedLayers:
         return ShardedLayers(self.model, svd_layers(self.model), self.importance)

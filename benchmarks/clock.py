@@ -60,7 +60,7 @@ class Clock:
 
         Args:
             models: Of plain torch modules, by any name.
-            x: A batch (n, channels, height, width).
+            x: A batch; one of images (n, channels, height, width) lies as kernels like it.
             rounds: How often they take turns.
         """
         return self._process.submit(_seconds, dict(models), x, rounds).result()
@@ -68,7 +68,8 @@ class Clock:
 
 @torch.inference_mode()
 def _seconds(models: dict[Any, nn.Module], x: Tensor, rounds: int) -> dict[Any, list[float]]:
-    x = x.contiguous(memory_format=torch.channels_last)
+    if x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
     for model in models.values():
         model.eval().to(memory_format=torch.channels_last)
     actions = {name: functools.partial(model, x) for name, model in models.items()}

@@ -24,6 +24,7 @@ import casts
 import compress_cost
 import deployment
 import forms
+import full_data
 import heads
 import inputs
 import latency
@@ -35,6 +36,7 @@ import recurrent
 import scale
 import scaling
 import step_cost
+import text
 import time_budget
 import whole_run
 
@@ -60,11 +62,15 @@ SCRIPTS = {
         deployment,
         forms,
         heads,
+        full_data,
+        text,
     )
 }
 # By the benchmark; the others are on the first page.
 PAGES = {
     "quality": "quality.md",
+    "full_data": "quality.md",
+    "text": "quality.md",
     "real_models": "models.md",
     "casts": "models.md",
     "pretrained": "trained.md",
@@ -131,8 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             draw(path.stem, SCRIPTS[result["benchmark"]], result["rows"], DOCS / "figures")
     if options.check:
         return int(new != old)
-    for page, text in new.items():
-        (DOCS / page).write_text(text, encoding="utf-8")
+    for page, content in new.items():
+        (DOCS / page).write_text(content, encoding="utf-8")
     return 0
 
 

@@ -246,11 +246,11 @@ HELD_FILES = 10  # one file of so many is measured on
 class LanguageModel(nn.Module):
     """A transformer of transformers' Llama kind on bytes: logits (n, length, 256) of the next byte."""
 
-    def __init__(self, width: int = 128, blocks: int = 6) -> None:
+    def __init__(self, width: int = 128, blocks: int = 6, heads: int | None = None) -> None:
         super().__init__()
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_attention_heads": width // 32}
+        sizes = {"hidden_size": width, "intermediate_size": 8 * width // 3, "num_attention_heads": heads or width // 32}
         longest = {"max_position_embeddings": LENGTH, "tie_word_embeddings": False, "use_cache": False}
         tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         self.net = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=blocks, **sizes, **longest, **tokens))

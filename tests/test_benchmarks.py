@@ -12,6 +12,7 @@ import casts
 import compress_cost
 import deployment
 import forms
+import full_data
 import harness
 import heads
 import inputs
@@ -29,6 +30,7 @@ import rivals
 import scale
 import scaling
 import step_cost
+import text
 import time_budget
 import torch
 import trained_nets
@@ -632,7 +634,7 @@ def test_partials_cover_an_utterance():
 def test_a_language_model_is_trained_and_judged_by_its_next_bytes(monkeypatch, tmp_path):
     monkeypatch.setattr(trained_nets, "TEXT_STEPS", 2)
     monkeypatch.setattr(trained_nets, "sources", lambda: (torch.arange(20_000).byte(), torch.arange(2_000).byte()))
-    monkeypatch.setattr(trained_nets.LanguageModel.__init__, "__defaults__", (32, 1))
+    monkeypatch.setattr(trained_nets.LanguageModel.__init__, "__defaults__", (32, 1, None))
     trained, loaded = (trained_nets.NETS["text"](tmp_path, None) for _ in range(2))
     (batch,) = trained.calibration(0, 4)
     assert torch.equal(trained.model(batch), loaded.model(batch)) and trained.model(batch).shape == (4, 128, 256)
@@ -771,6 +773,46 @@ def test_a_step_is_timed_with_weights_rebuilt_in_each_time_step_and_once(tmp_pat
     assert [row["way"] for row in rows] == list(repeats.WAYS) and all(row["ratio"] > 0 for row in rows)
     (table,) = repeats.tables(rows)
     assert len(table.rows) == 1 and len(table.rows[0]) == len(table.headings)
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.filterwarnings("ignore:.*number of training batches")
+def test_a_language_model_is_trained_in_four_ways_and_each_net_once(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    call = ("--quick", "--targets", "0.5", "--rounds", "2", "--folder", str(tmp_path))
+    rows = rows_written(text.main, tmp_path / "out.json", *call)["rows"]
+    assert [row["method"] for row in rows] == list(text.METHODS)
+    assert all(row["params"] == round(row["params_ratio"] * rows[0]["params"]) for row in rows)
+    assert all(0.3 < row["params_ratio"] <= 0.5 for row in rows[1:])
+    assert all(1 < row["perplexity"] < 256 for row in rows)
+    assert len(text.tables(rows)[0].rows) == 4
+    monkeypatch.setattr(text, "METHODS", {})  # nothing is trained again
+    work = text.Work(tmp_path, rows[0]["steps"], text.QUICK_WIDTH, 0)
+    again = [text.perplexity(text.final(work, row["method"], row["target"]), work) for row in rows]
+    assert again == [row["perplexity"] for row in rows]
+
+
+def test_the_schedule_of_a_language_model_goes_on_where_it_was_cut(tmp_path):
+    work = text.Work(tmp_path, 40, 32, 0)
+    whole, half = text.Language(work, torch.nn.Linear(1, 1), 0), text.Language(work, torch.nn.Linear(1, 1), 20)
+    rates = [text.Language.rate(whole, step) for step in range(1, 41)]
+    assert rates[0] == 0.5 and rates[1] == max(rates) and rates[-1] == 0.0
+    resumed = half.configure_optimizers()["lr_scheduler"]["scheduler"]
+    assert resumed.get_last_lr() == [pytest.approx(text.RATE * rates[20])]
+    first, last = [*text.Windows(work, 0, 40)], [*text.Windows(work, 20, 40)]
+    assert all(torch.equal(one[0], other[0]) for one, other in zip(first[20:], last, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------------- full_data
+
+
+def test_rows_of_full_data_stand_beside_those_of_papers():
+    row = {"method": "ours", "target": 0.33, "accuracy": 0.86, "macs": 0.33, "params": 9, "epochs": 30, "seed": 0}
+    (table,) = full_data.tables([row, row | {"method": "narrow", "accuracy": 0.87, "time": 0.5}])
+    assert [line[0] for line in table.rows[:2]] == ["narrow", "ours"] and table.rows[0][3] == "0.50"
+    assert len(table.rows) == 2 + len(full_data.PUBLISHED)
 
 
 # ----------------------------------------------------------------------------------------------------- orthogonalize

@@ -165,11 +165,15 @@ class Progress(Callback):
             torch.save(pl_module.model.state_dict(), self.folder / "half.pt")
 
 
+def epochs_of(method: str, setting: Setting) -> int:
+    """How many a method takes, those of the net that it begins with included."""
+    return setting.epochs + (round(FINETUNE_SHARE * setting.epochs) if method == "ours_from_trained" else 0)
+
+
 def row_of(method: str, runs: Runs, target: float) -> Row:
     """What a run came to; it is trained now unless it was before."""
     model, setting = METHODS[method](runs, target), runs.setting
     report = summarize(model.eval(), setting.images.test[0][:1])
-    more = round(FINETUNE_SHARE * setting.epochs) if method == "ours_from_trained" else 0
     return {
         "method": method,
         "target": target,
@@ -177,7 +181,7 @@ def row_of(method: str, runs: Runs, target: float) -> Row:
         "accuracy": accuracy(model, setting),
         "macs": report.dense_macs / macs_of(setting.build(), setting),
         "params": report.dense_params,
-        "epochs": setting.epochs + more,
+        "epochs": epochs_of(method, setting),
     }
 
 
@@ -220,6 +224,8 @@ def main() -> None:
         data, "resnet20", 4 if options.quick else options.epochs, 128, 0.1, options.precision, "spatial", options.seed
     )
     runs, rows = Runs(options.folder, setting), rows_in(options.json)
+    if any(row["epochs"] != epochs_of(row["method"], setting) for row in rows):
+        parser.error(f"{options.json} has rows of another number of epochs: give another file, and another --folder")
     if options.times:
         with Clock(options.threads) as clock:
             for row in rows:

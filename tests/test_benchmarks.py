@@ -815,6 +815,15 @@ def test_rows_of_full_data_stand_beside_those_of_papers():
     assert len(table.rows) == 2 + len(full_data.PUBLISHED)
 
 
+def test_full_data_does_not_mix_schedules(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.json"
+    path.write_text(json.dumps({"rows": [{"method": "dense", "target": 1.0, "epochs": 30}]}))
+    monkeypatch.setattr("sys.argv", ["full_data.py", "--epochs", "60", "--folder", str(tmp_path), "--json", str(path)])
+    with pytest.raises(SystemExit):
+        full_data.main()
+    assert "rows of another number of epochs" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------- orthogonalize
 
 

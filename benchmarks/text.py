@@ -25,7 +25,7 @@ from harness import Row, Table, against, arguments, middle_half, progress, save,
 from lightning.pytorch import Callback, LightningModule, Trainer
 from quality import numbers, widest
 from torch import Tensor, nn
-from trained_nets import LENGTH, Batch, LanguageModel, next_byte_loss, random_windows, sources, windows_of
+from trained_nets import LENGTH, Batch, LanguageModel, next_byte_loss, random_windows, sources, warm_cosine, windows_of
 
 from lightning_svd import SVDTrainingCallback, compress
 
@@ -102,15 +102,14 @@ class Language(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         return next_byte_loss(self.model(batch[0]).float(), batch[1])
 
+    def rate(self, step: int) -> float:
+        """Of a step of the whole schedule, from 1 on, as a share of ``RATE``."""
+        return warm_cosine(step / self.work.steps)
+
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(self.first + step + 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def rate(self, step: int) -> float:
-        """It rises over a twentieth of the steps, and falls to nothing by a cosine."""
-        done = step / self.work.steps
-        return min(20 * done, (1 + math.cos(math.pi * done)) / 2)
 
 
 class Windows:

@@ -25,7 +25,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from harness import progress
-from quality import Data, Setting, accuracy, dense
+from quality import Data, Setting, accuracy, cosine, dense
 from torch import Tensor, nn
 
 Batch = tuple[Tensor, Tensor]  # inputs, and labels where the net has any (else the inputs once more)
@@ -286,15 +286,20 @@ def random_windows(text: Tensor, size: int, generator: torch.Generator) -> Batch
     return windows_of(text, torch.randint(len(text) - LENGTH, (size,), generator=generator))
 
 
+def warm_cosine(done: float) -> float:
+    """A rate that rises over the first twentieth of the steps and falls to nothing by a cosine."""
+    return min(20 * done, cosine(done))
+
+
 def train_text(model: nn.Module, text: Tensor, steps: int, rate: float = 3e-3, size: int = 32) -> None:
-    """AdamW, the rate rising over the first twentieth of the steps and falling to nothing by a cosine."""
+    """AdamW, with a warm-up and a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(0)
     model.train()
     for step in range(steps):
         done = (step + 1) / steps
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(20 * done, (1 + math.cos(math.pi * done)) / 2)
+            group["lr"] = rate * warm_cosine(done)
         inputs, following = random_windows(text, size, generator)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(inputs)

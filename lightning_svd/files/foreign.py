@@ -82,8 +82,9 @@ def read_contents(path: str | Path) -> Mapping[str, Any]:
         FileNotFoundError: If it, or one of several, is not there.
     """
     path = Path(path)
-    if path.name.endswith(_INDEX):
-        return {name: value for part in _parts(path) for name, value in read_contents(part).items()}
+    if is_index(path):
+        parts = [path.parent / name for name in sorted({*read_index(path).values()})]
+        return {name: value for part in parts for name, value in read_contents(part).items()}
     if not is_checkpoint(path):
         return read_safetensors(path)
     contents = read_pickled(path)
@@ -92,19 +93,29 @@ def read_contents(path: str | Path) -> Mapping[str, Any]:
     return contents
 
 
-def _parts(index: Path) -> list[Path]:
-    """The files that an index names, which lie beside it."""
+def is_index(path: Path) -> bool:
+    """Whether a file is named as the index of several files of weights."""
+    return path.name.endswith(_INDEX)
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """In which file each tensor is; all are there, beside the index.
+
+    Raises:
+        ValueError: If it is no index, or names files elsewhere.
+        FileNotFoundError: If one of the files is not there.
+    """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        parts = [index.parent / name for name in names]
+        files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        parts = {name: index.parent / name for name in sorted({*files.values()})}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{index} is no index of weights: it must map their names to files") from None
-    for name, part in zip(names, parts, strict=True):
+    for name, part in parts.items():
         if Path(name).name != name or name.endswith(_INDEX):
             raise ValueError(f"{index} must name files beside it, got {name!r}")
         if not part.is_file():
             raise FileNotFoundError(f"{index} names {name}, which is not there")
-    return parts
+    return files
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

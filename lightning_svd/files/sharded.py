@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.arguments import needs
-from lightning_svd.files.foreign import first_line, weights_file
+from lightning_svd.files.foreign import first_line, is_index, read_index, weights_file
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
@@ -23,7 +22,6 @@ from lightning_svd.training import processes
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_INDEX = ".index.json"
 _FEW = 3  # names in a message
 
 
@@ -69,9 +67,10 @@ def load_sharded(module: ModuleT, folder: str | Path, device: torch.device | str
     found: dict[str, _Entry] = {}
     processes.agree(lambda: found.update(_headers(Path(folder))))
     processes.agree(lambda: _check_layers(layers))
-    processes.agree(lambda: _check_tensors(module))
+    saved = module.state_dict(keep_vars=True).keys()
+    processes.agree(lambda: _check_tensors(module, saved))
     names = {name: _as_in(found, name, same) for name, same in _names_of(module, layers).items()}
-    expected = _expected(module, layers)
+    expected = _expected(module, layers, saved)
     processes.agree(lambda: _check(expected, found, names, str(folder)))
     _give_memory(module, device)
     with ExitStack() as stack:
@@ -135,31 +134,14 @@ def _headers(folder: Path) -> dict[str, _Entry]:
     path = weights_file(folder)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    index: dict[str, str] = {}
-    if path.name.endswith(_INDEX):
-        index = _index(path)
-    paths = [path.parent / name for name in sorted({*index.values()})] if index else [path]
+    index = read_index(path) if is_index(path) else {}
     found: dict[str, _Entry] = {}
-    for each in paths:
-        if not each.is_file():
-            raise FileNotFoundError(f"{path} names {each.name}, which is not there")
-        found |= _header(each)
+    for name in sorted({*index.values()} or {path.name}):
+        found |= _header(path.parent / name)
     differ = sorted(name for name, file in index.items() if name not in found or found[name].path.name != file)
     if differ:
         raise ValueError(f"{path} says that `{differ[0]}` is in {index[differ[0]]}, and it is not")
     return found
-
-
-def _index(path: Path) -> dict[str, str]:
-    """Which file each tensor is in."""
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        fits = all(Path(name).name == name and name.endswith(".safetensors") for name in names.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} is no index of weights: it must map their names to files") from None
-    if not fits or not names:
-        raise ValueError(f"{path} must map names to safetensors files beside it")
-    return dict(names)
 
 
 def _header(path: Path) -> dict[str, _Entry]:
@@ -189,9 +171,10 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def _expected(module: nn.Module, layers: Mapping[str, SVDLayer]) -> dict[str, tuple[tuple[int, ...], bool]]:
+def _expected(
+    module: nn.Module, layers: Mapping[str, SVDLayer], saved: Collection[str]
+) -> dict[str, tuple[tuple[int, ...], bool]]:
     """The shape of each tensor of the dense model's state dict, and whether it is of floating-point numbers."""
-    saved = module.state_dict(keep_vars=True).keys()
     factors = {id(parameter) for layer in layers.values() for parameter in layer.form.trained}
     others = {
         name: (tuple(tensor.shape), tensor.is_floating_point())
@@ -230,13 +213,12 @@ def _check_layers(layers: Mapping[str, SVDLayer]) -> None:
             raise ValueError(f"`{name}` is in groups, which is not loaded by shards: leave it dense")
 
 
-def _check_tensors(module: nn.Module) -> None:
+def _check_tensors(module: nn.Module, saved: Collection[str]) -> None:
     """Refuse what is sharded in another way, and what no file has.
 
     Raises:
         ValueError: Naming the parameter or the buffer.
     """
-    saved = module.state_dict(keep_vars=True).keys()
     for name, tensor in module.named_buffers(remove_duplicate=False):
         if tensor.is_meta and name not in saved:
             raise ValueError(

@@ -182,10 +182,12 @@ class SVDLayer(FactorizedModule):
 
     def computed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """:meth:`output_with` without anybody being told of it."""
-        times = 1 if self.repeats is None or self.form.name == "dense" else self.repeats.times_of(self)
-        if self.form.name == "dense" or self.rebuilding_is_cheaper(x.shape, times):
-            shares = self.repeats if times > 1 else None
-            return self.view.apply_matrix(x, shares.matrix(self) if shares else self.form.matrix(), bias)
+        if self.form.name == "dense":
+            return self.view.apply_matrix(x, self.form.matrix(), bias)
+        times = 1 if self.repeats is None else self.repeats.times_of(self)
+        if self.rebuilding_is_cheaper(x.shape, times):
+            matrix = self.form.matrix() if self.repeats is None or times == 1 else self.repeats.matrix(self)
+            return self.view.apply_matrix(x, matrix, bias)
         if isinstance(self.form, SVDForm) and self.view.layer_type is nn.Linear:
             return self._scaled(x, *self.form.factors(), bias)
         return self.view.apply_factors(x, *self.form.left_right(), bias)

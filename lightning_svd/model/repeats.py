@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -99,21 +99,27 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, scale: Tensor | None, right: Tensor) -> Tensor:
         ctx.factors = left, scale, right
-        ctx.versions = [None if each is None else each._version for each in ctx.factors]
-        return (left if scale is None else left * scale.unsqueeze(-2)) @ right.mT
+        ctx.versions = _versions(ctx.factors)
+        return _scaled(left, scale) @ right.mT
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        if [None if each is None else each._version for each in ctx.factors] != ctx.versions:
+        if _versions(ctx.factors) != ctx.versions:
             raise RuntimeError(
                 "a factor of a layer's weight has been modified by an inplace operation since the forward pass: step "
                 "the optimizer after the backward pass"
             )
         left, scale, right = ctx.factors
-        scaled = left if scale is None else left * scale.unsqueeze(-2)
         # Under autocast the product, and so its gradient, is of a narrower dtype than the factors.
         of_scaled = (gradient @ right.to(gradient.dtype)).to(left.dtype)
-        of_right = (gradient.mT @ scaled.to(gradient.dtype)).to(right.dtype)
-        if scale is None:
-            return of_scaled, None, of_right
-        return of_scaled * scale.unsqueeze(-2), (left * of_scaled).sum(-2), of_right
+        of_right = (gradient.mT @ _scaled(left, scale).to(gradient.dtype)).to(right.dtype)
+        of_scale = None if scale is None else (left * of_scaled).sum(-2)
+        return _scaled(of_scaled, scale), of_scale, of_right
+
+
+def _scaled(columns: Tensor, scale: Tensor | None) -> Tensor:
+    return columns if scale is None else columns * scale.unsqueeze(-2)
+
+
+def _versions(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    return [None if each is None else each._version for each in tensors]

@@ -405,7 +405,7 @@ class ShardedLayers(TrainedLayers):
                 states[name] = state | tensors
         return states
 
-    def by_parameter(self) -> dict[str, nn.Parameter]:
+    def factors_by_name(self) -> dict[str, nn.Parameter]:
         """U, s and V that the optimizers hold, by the names that they have in the model."""
         return {
             f"{name}.{key}".lstrip("."): parameter
@@ -535,7 +535,7 @@ class ShardedTraining(SVDTraining):
 
     def factors_by_name(self) -> dict[str, nn.Parameter]:
         """U, s and V of all layers, sharded, by the names that they have in the model."""
-        return self._trained.by_parameter()
+        return self._trained.factors_by_name()
 
     def _beside(self) -> list[str]:
         of_layers = {f"{name}.{key}" for name in self.layers for key in SVDForm.columns}

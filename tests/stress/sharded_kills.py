@@ -21,6 +21,7 @@ from common import Tally, finish, parser  # isort: skip  # puts the tests' own m
 import test_resume
 import test_sharded as runs
 import torch
+from kills import equal
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.multiprocessing import ProcessExitedException
 
@@ -117,14 +118,6 @@ def try_kills(tally, variants, steps):
                 for expected, resumed in each:
                     differs = differs or equal(resumed[step], expected)
                 tally.add(variant, SAME if differs is None else DIFFERENT, f"step {step}: {differs}")
-
-
-def equal(one, other):
-    try:
-        test_resume.assert_equal(one, other)
-    except AssertionError as error:
-        return str(error).splitlines()[0] or "end"
-    return None
 
 
 def try_long_runs(tally, variants):

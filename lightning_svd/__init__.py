@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from lightning_svd.layers.layer import SVDLayer
     from lightning_svd.lightning.callback import SVDTrainingCallback
     from lightning_svd.lightning.spectrum_monitor import SpectrumMonitor
+    from lightning_svd.model.counting import count_costs
     from lightning_svd.model.export import to_onnx
     from lightning_svd.model.folding import Folding, fold_norms
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, to_dense, to_factored
     from lightning_svd.model.timing import Timing, fastest_forms, profile
+    from lightning_svd.ranks.allocation import keep_by_budget
+    from lightning_svd.ranks.costs import ModelCost
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
     from lightning_svd.ranks.latency import LatencyTable
     from lightning_svd.report.data import BudgetRanks, LatencyReport, LayerReport, RankChange, SVDReport, summarize
@@ -43,6 +46,7 @@ __all__ = [
     "LatencyTable",
     "LayerPlan",
     "LayerReport",
+    "ModelCost",
     "Nested",
     "Outputs",
     "RankChange",
@@ -58,10 +62,12 @@ __all__ = [
     "add_gradients",
     "compact",
     "compress",
+    "count_costs",
     "decompose",
     "fastest_forms",
     "fold_norms",
     "gather_factored",
+    "keep_by_budget",
     "load_low_rank",
     "load_sharded",
     "plan",
@@ -89,6 +95,7 @@ _HOMES = {
     "save_low_rank": "files.low_rank",
     "load_sharded": "files.sharded",
     **dict.fromkeys(("Folding", "fold_norms"), "model.folding"),
+    "count_costs": "model.counting",
     "to_onnx": "model.export",
     "SVDLayer": "layers.layer",
     **dict.fromkeys(("Alternating", "FallToBudget", "Finetune", "GrowAndPrune"), "training.policies"),
@@ -99,6 +106,8 @@ _HOMES = {
     **dict.fromkeys(("compact", "decompose", "to_dense", "to_factored"), "model.surgery"),
     "svd_layers": "layers.compounds",
     **dict.fromkeys(("Timing", "fastest_forms", "profile"), "model.timing"),
+    "keep_by_budget": "ranks.allocation",
+    "ModelCost": "ranks.costs",
     "LatencyTable": "ranks.latency",
     **dict.fromkeys(("BudgetRanks", "LatencyReport", "LayerReport"), "report.data"),
     **dict.fromkeys(("RankChange", "SVDReport", "summarize"), "report.data"),

@@ -320,6 +320,21 @@ def test_a_budget_of_parameters_needs_no_cost(trained):
     assert [type(module) for module in to_factored(model, target_params=0.7, exclude_modules=["2"])][2] is nn.Linear
 
 
+def test_an_example_input_is_as_good_as_a_cost(trained):
+    model, _ = trained
+    twin = copy.deepcopy(model)
+    decompose(twin)
+    x = torch.zeros(1, 12)
+    cost = count_costs(twin, x)
+    known = ({"example_input": x}, {"cost": cost})
+    for arguments in ({"target_macs": 0.5}, {"target_params": 0.5}, {}):
+        by_input, by_cost = (to_factored(twin, **given, **arguments) for given in known)
+        assert all(torch.equal(a, b) for a, b in zip(by_input.parameters(), by_cost.parameters(), strict=True))
+    assert sum(p.numel() for p in to_factored(model, target_macs=0.5, example_input=x).parameters()) < 218
+    with pytest.raises(ValueError, match="give one of `cost`, `example_input`, got both"):
+        to_factored(model, cost, target_macs=0.5, example_input=x)
+
+
 def test_the_page_shows_the_budgets_to_choose_from(trained, tmp_path):
     _, report = trained
     report.to_html(tmp_path / "report.html")
@@ -338,7 +353,7 @@ def test_compress_takes_a_nested_model_too(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_macs": 0.5}, r"`target_macs` needs `cost`, with MACs, from `count_costs\(module, example_input\)`"),
+        ({"target_macs": 0.5}, "`target_macs` needs `example_input`, or `cost` from `count_costs`, to count MACs by"),
         ({"target_macs": 0.5, "target_params": 0.5}, "give one of `target_macs`, `target_params`, got both"),
         ({"target_params": 1.5}, r"`target_params` must be in \(0, 1\], got 1.5"),
         ({"target_params": 0.01}, "the budget must be at least .* of the dense model's cost, got 0.01"),

@@ -148,7 +148,7 @@ class _Candidate(NamedTuple):
         label: How it is called in a report.
         metric: "spectrum", "outputs" or "fisher".
         values: What each rank of each layer carries.
-        adds_up: As of :func:`~lightning_svd.ranks.allocation.keep_by_budget`.
+        adds_up: As of :func:`~lightning_svd.keep_by_budget`.
     """
 
     label: str

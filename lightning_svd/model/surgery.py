@@ -245,7 +245,7 @@ def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
 
     Args:
         module: With factorized layers; not while an optimizer holds them.
-        cost: Of the module with MACs, from :func:`~lightning_svd.model.counting.count_costs`; without it a layer is
+        cost: Of the module with MACs, from :func:`~lightning_svd.count_costs`; without it a layer is
             dense again when its factors have no fewer parameters.
 
     Returns:
@@ -318,6 +318,7 @@ def to_factored(
     *,
     target_macs: float | None = None,
     target_params: float | None = None,
+    example_input: Any = None,
     min_rank: int = 1,
     round_to: int = 1,
     **layers: Any,
@@ -330,14 +331,17 @@ def to_factored(
 
     Args:
         module: With factorized layers, or with the pairs of plain ones that a fit leaves; with a budget, any module.
-        cost: Of the module with its layers factorized, from :func:`~lightning_svd.model.counting.count_costs`; without
-            it a layer is dense again when its factors have no fewer parameters, and no budget of MACs can be met.
+        cost: Of the module with its layers factorized, from :func:`~lightning_svd.count_costs`. Without it and without
+            ``example_input`` a layer is dense again when its factors have no fewer parameters, and no budget of MACs
+            can be met.
         forms: "pair" for plain torch layers only; "identity" for an
             :class:`~lightning_svd.layers.identity.IdentityLinear` in the place of each pair of linear layers, which
             computes the same from fewer numbers; or the form of each layer by its name, "pair", "identity" or "dense",
             as :func:`~lightning_svd.fastest_forms` finds it by measuring.
         target_macs: Share of the dense model's multiply-accumulates to keep, in (0, 1].
         target_params: Share of its parameters to keep instead.
+        example_input: What the module is called with, to count its cost here: a tuple for several arguments, a dict
+            for arguments by keyword; on its device.
         min_rank: The fewest ranks that a layer keeps under a budget.
         round_to: Ranks under a budget are multiples of this.
         layers: Which layers of a module without factorized ones are meant, as for :func:`decompose`:
@@ -352,24 +356,29 @@ def to_factored(
     """
     given = {"target_macs": target_macs, "target_params": target_params}
     asked = {name: share for name, share in given.items() if share is not None}
+    if cost is not None and example_input is not None:
+        raise ValueError("give one of `cost`, `example_input`, got both")
     if not asked:
         if layers:
             raise ValueError(f"`{next(iter(layers))}` is for a budget: give `target_macs` or `target_params` too")
-        return make_factored(factorized_copy(module), cost, forms)
+        twin = factorized_copy(module)
+        return make_factored(twin, cost if example_input is None else count_costs(twin, example_input), forms)
     if len(asked) > 1:
         raise ValueError("give one of `target_macs`, `target_params`, got both")
     ((name, share),) = asked.items()
     check_share(name, share)
     check_count("min_rank", min_rank)
     check_count("round_to", round_to)
-    if target_macs is not None and (cost is None or not cost.counted):
-        raise ValueError("`target_macs` needs `cost`, with MACs, from `count_costs(module, example_input)`")
+    if target_macs is not None and example_input is None and (cost is None or not cost.counted):
+        raise ValueError("`target_macs` needs `example_input`, or `cost` from `count_costs`, to count MACs by")
     twin = factorized_copy(module)
     if not svd_layers(twin):
         decompose(twin, **layers)
     elif layers:
         raise ValueError(f"`{next(iter(layers))}` is for a module without factorized layers, and this one has some")
     found = svd_layers(twin)
+    if example_input is not None:
+        cost = count_costs(twin, example_input)
     if cost is not None and cost.layers.keys() != found.keys():
         differ = sorted(cost.layers.keys() ^ found.keys())
         raise ValueError(f"`cost` is of other layers than those that are factorized, see {', '.join(differ[:5])}")

@@ -21,7 +21,7 @@ class Importance(ABC):
 
     Attributes:
         adds_up: Whether what ranks of different layers carry is in one unit, see
-            :func:`~lightning_svd.ranks.allocation.keep_by_budget`.
+            :func:`~lightning_svd.keep_by_budget`.
     """
 
     adds_up: ClassVar[bool] = False

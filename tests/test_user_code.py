@@ -2885,6 +2885,29 @@ def torchmetrics_in_the_module(fit):
     return Seen([counts.seen[0], [count for count, _ in counts.seen]], [counts.seen, model.losses])
 
 
+@people(LIBRARIES)
+def values_logged_in_forward(fit):
+    """Lightning's `self.log` in `forward`, of a network with dropout: the metrics of each step and epoch"""
+
+    class Logging(Net):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(2, nn.Dropout(0.5))
+
+        def forward(self, x):
+            out = self.net(x)
+            self.log("norm", out.norm().detach(), on_step=True, on_epoch=True, batch_size=len(x))
+            return out
+
+    def metrics(trainer, _):
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    steps, epochs = At("on_train_batch_end", metrics), At("on_train_epoch_end", metrics)
+    torch.manual_seed(3)
+    fit(Logging(), steps, epochs)
+    return Seen([steps.seen[0], [*epochs.seen[0]]], [steps.seen, epochs.seen])
+
+
 # ---------------------------------------------------------------------------------------------------------- the tests
 
 # What other test modules hold in the same way: what it is, the heading on docs/compatibility.md, and the test.

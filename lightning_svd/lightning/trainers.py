@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def connect(trainer: Trainer, run: SVDTraining) -> None:
     if run.distiller is not None:
         for module in run.distiller.teacher.modules():
             if "_trainer" in vars(module):  # which copies leave out; what they log is not the student's
-                vars(module).update(_trainer=trainer, log=_log_nothing, log_dict=_log_nothing)
+                vars(module).update(_trainer=trainer, **_LOGGING)
 
 
 def _loss_scale(trainer: Trainer) -> float:
@@ -108,8 +109,32 @@ def _loss_scale(trainer: Trainer) -> float:
     return scale / trainer.accumulate_grad_batches if automatic else scale
 
 
+@contextmanager
+def running_again(trainer: Trainer) -> Iterator[None]:
+    """The precision of a training step, for calls of the model that are run once more; what they log is not logged.
+
+    A network may log in its forward pass. Here Lightning would take that for another metric of the same name, which
+    would hide the step's own until the epoch is over.
+    """
+    modules = [vars(module) for module in trainer.lightning_module.modules() if _is_a(module, "LightningModule")]
+    before = [{name: own[name] for name in _LOGGING if name in own} for own in modules]
+    for own in modules:
+        own.update(_LOGGING)
+    try:
+        with trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for own, kept in zip(modules, before, strict=True):
+            for name in _LOGGING:
+                own.pop(name, None)
+            own.update(kept)
+
+
 def _log_nothing(*_: Any, **__: Any) -> None:
     pass
+
+
+_LOGGING = {"log": _log_nothing, "log_dict": _log_nothing}
 
 
 def _show_weights_to_finetuning(trainer: Trainer, run: SVDTraining) -> None:

@@ -515,7 +515,8 @@ def _same_randomness(module: nn.Module) -> Iterator[None]:
     others = [random, *([sys.modules["numpy"].random] if "numpy" in sys.modules else [])]
     with torch.random.fork_rng(cuda), ExitStack() as stack:
         for generator in others:
-            stack.callback(_rewinding(generator))
+            if rewind := _rewinding(generator):
+                stack.callback(rewind)
             generator.seed(0)
         torch.default_generator.manual_seed(0)
         for index in cuda:
@@ -702,8 +703,8 @@ class _Kept:
     def _object(self, value: Any) -> None:
         if type(value) is Tensor:
             self.tensors += [] if value.is_inference() else [value]
-        elif rewinding := _rewinding(value):
-            self._rewindings.append(rewinding)
+        elif rewind := _rewinding(value):
+            self._rewindings.append(rewind)
         elif hasattr(value, "__dict__") and not isinstance(value, _NO_PLAIN_OBJECTS):
             self._container(vars(value), DEEP)
 

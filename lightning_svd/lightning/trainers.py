@@ -207,7 +207,19 @@ def total_steps(trainer: Trainer) -> int:
             f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
             "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
         )
-    return int(steps)
+    return int(min(steps, *(_steps_accumulated(trainer, other) for other in callbacks_of(trainer))))
+
+
+def _steps_accumulated(trainer: Trainer, callback: Callback) -> int | float:
+    """Length of a run whose accumulation a callback sets for each epoch; infinity where that does not decide.
+
+    Lightning estimates by the accumulation of the moment. A run that is shorter would end before the last cut.
+    """
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if not _is_a(callback, "GradientAccumulationScheduler") or batches == math.inf or epochs in (None, -1):
+        return math.inf
+    of_epoch: Callable[[int], int] = callback.get_accumulate_grad_batches  # type: ignore[attr-defined]
+    return sum(math.ceil(batches / of_epoch(epoch)) for epoch in range(epochs))
 
 
 def metric(trainer: Trainer, name: str) -> float:

@@ -359,6 +359,8 @@ class Drawing(nn.Module):
         self.generators = [torch.Generator().manual_seed(1), random.Random(2), numpy.random.default_rng(3)]
         self.older, self.system = numpy.random.RandomState(4), random.SystemRandom()
         self.usage, self.by_name = torch.zeros(8), {"norms": torch.zeros(3)}
+        leaving = Annealed()
+        self.gone = weakref.proxy(leaving)  # of an object that is no more, once this is built
 
     def drawn(self):
         of_torch, of_python, of_numpy = self.generators

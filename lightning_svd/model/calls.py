@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 import torch
 from torch import Tensor, nn
@@ -694,10 +695,10 @@ class _Kept:
         self._containers.append((container, {**container} if isinstance(container, dict) else [*container]))
         if len(container) <= MANY:
             for value in container.values() if isinstance(container, dict) else container:
-                if isinstance(value, _CONTAINERS):
+                if issubclass(type(value), _CONTAINERS):  # past what a weak reference says that it is
                     if deep:
                         self._container(value, deep - 1, and_objects)
-                elif and_objects:
+                elif and_objects and not issubclass(type(value), ProxyTypes):
                     self._object(value)
 
     def _object(self, value: Any) -> None:
@@ -705,8 +706,8 @@ class _Kept:
             self.tensors += [] if value.is_inference() else [value]
         elif rewind := _rewinding(value):
             self._rewindings.append(rewind)
-        elif hasattr(value, "__dict__") and not isinstance(value, _NO_PLAIN_OBJECTS):
-            self._container(vars(value), DEEP)
+        elif not isinstance(value, _NO_PLAIN_OBJECTS) and isinstance(own := getattr(value, "__dict__", None), dict):
+            self._container(own, DEEP)
 
     def restore(self) -> None:
         """Have everything as it was noted."""

@@ -333,7 +333,7 @@ def test_runs_of_other_lengths_and_validations_meet_the_budget(options):
 @pytest.mark.combination("Optimization", "GradientAccumulationScheduler({scheduling})")
 def test_accumulation_that_changes_between_epochs_meets_the_budget(scheduling):
     model = SmallNet()
-    quiet_trainer(callbacks=[ours(), GradientAccumulationScheduler(scheduling)]).fit(model, data())
+    quiet_trainer(callbacks=[ours(), GradientAccumulationScheduler({**scheduling})]).fit(model, data())
     assert_budget_met(model)
 
 

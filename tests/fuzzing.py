@@ -1214,11 +1214,13 @@ class Machine(RuleBasedStateMachine):
         run, twin = self.run, self.twin
         before = outputs(run.model, self.case.network)
         missed = run.training.why_not_reached(run.done)
-        report, other = run.training.finish(), twin.training.finish()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* was not reached")  # wherever an example ends
+            report, other = run.training.finish(), twin.training.finish()
         if self.case.options.get("final") != "decomposed":
             assert_equal_states(run.model, twin.model)
         _assert_equal_data(report.to_dict(), other.to_dict(), "report")
-        if run.done == self.case.steps and not run.training.warnings:
+        if run.done == self.case.steps and not {*run.training.warnings} - {missed}:
             assert missed is None or self.case.watched or run.training.cost is None
         check_finished(run, before, report)
         self._count(FINISHED)

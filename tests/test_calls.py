@@ -4,10 +4,12 @@ import contextlib
 import copy
 import gc
 import pickle
+import random
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -334,6 +336,55 @@ def test_a_replay_leaves_nothing_behind():
     assert net.cache is attributes[4] and net.state is attributes[5]
     assert all(p.grad is None for p in net.parameters())
     assert no_hooks(net)
+
+
+class Annealed:
+    """A plain object of a model's, which a pass changes: the weight of a loss, say."""
+
+    def __init__(self):
+        self.passes, self.history = 0, []
+
+    def __call__(self):
+        self.passes += 1
+        self.history.append(self.passes)
+        return 1.0 / self.passes
+
+
+class Drawing(nn.Module):
+    """Random numbers from everywhere, an object, and tensors that are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.annealed = nn.Linear(8, 8), Annealed()
+        self.generators = [torch.Generator().manual_seed(1), random.Random(2), numpy.random.default_rng(3)]
+        self.older, self.system = numpy.random.RandomState(4), random.SystemRandom()
+        self.usage, self.by_name = torch.zeros(8), {"norms": torch.zeros(3)}
+        leaving = Annealed()
+        self.gone = weakref.proxy(leaving)  # of an object that is no more, once this is built
+
+    def drawn(self):
+        of_torch, of_python, of_numpy = self.generators
+        everywhere = [random.random(), numpy.random.rand(), float(torch.rand(()))]
+        own = [float(torch.rand((), generator=of_torch)), of_python.random(), of_numpy.random(), self.older.rand()]
+        return everywhere + own
+
+    def forward(self, x):
+        self.usage += 1
+        self.by_name["norms"][1:].add_(1)
+        return self.fc(x) * sum(self.drawn()) * self.annealed() + self.usage
+
+
+def test_what_a_model_draws_and_what_its_objects_and_tensors_hold_is_as_it_was():
+    def seen(is_replayed):
+        random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
+        net, x = Drawing(), torch.ones(4, 8)
+        net(x)
+        if is_replayed:
+            first, second = (replay(net, [module_of_calls.Call(net, (x,))]) for _ in range(2))
+            assert torch.equal(first[0], second[0])  # the same masks: what then differs is what was changed
+        return net.drawn(), net.annealed.passes, net.annealed.history, net.usage.tolist(), net.by_name["norms"].tolist()
+
+    assert seen(True) == seen(False)
 
 
 class Halved(nn.Module):

@@ -102,6 +102,36 @@ def test_arguments_that_a_class_does_not_take_are_refused():
     assert "`--arguments`: Linear cannot be built" in refused("plan", "--model", "torch.nn:Linear", "--arguments", "{}")
 
 
+CODE = """
+from torch import nn
+
+class Picky(nn.Linear):
+    def __init__(self, size=8):
+        if size > 8:
+            raise RuntimeError("no more than 8")
+        super().__init__(size, size)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "options", "why"),
+    [
+        ("x = (", [], "`--model`: cannot import FILE: SyntaxError: '(' was never closed"),
+        ("{}['home']", [], "`--model`: cannot import FILE: KeyError: 'home'"),
+        (CODE, ["--arguments", '{"size": 9}'], "`--model`: building Picky with {'size': 9} fails: RuntimeError: no"),
+        (CODE, ["--example-input", "2,3"], "`--example-input`: calling the model with 2,3 fails: RuntimeError: mat1"),
+    ],
+    ids=["syntax", "import", "constructor", "input"],
+)
+def test_what_the_users_code_raises_is_said_in_a_line_with_the_option(code, options, why, tmp_path):
+    path = tmp_path / "picky.py"
+    path.write_text(code)
+    command = ["profile", "--out", tmp_path / "out.json", "--example-input", "2,8", "--model", f"{path}:Picky"]
+    message = refused(*command, *options)
+    sys.modules.pop("picky", None)
+    assert why.replace("FILE", str(path)) in message and "\n" not in message
+
+
 # ------------------------------------------------------------------------------------------------------------- inspect
 
 

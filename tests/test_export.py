@@ -51,3 +51,8 @@ def test_what_takes_one_size_of_batch_itself_is_not_warned_of(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         to_onnx(Three().eval(), tmp_path / "net.onnx", torch.randn(3, 16))
+
+
+def test_a_wrong_input_is_refused_by_the_model(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        to_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 5))

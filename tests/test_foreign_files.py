@@ -192,6 +192,8 @@ def written(kind, path):
         torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
     elif kind == "pickle":
         path.write_bytes(pickle.dumps({"model": Trap()}))
+    elif kind == "text":
+        path.write_text("hello")
     elif kind == "noise":
         path.write_bytes(b"PK\x03\x04" + bytes(100))
     else:
@@ -211,6 +213,7 @@ def written(kind, path):
         ("script", ["TorchScript archive", "`torch.save(torch.jit.load(FILE).state_dict(), OTHER)`"]),
         ("pickle", ["a.pt"]),
         ("noise", ["cannot be read as a checkpoint"]),
+        ("text", ["cannot be read as a checkpoint: it is nothing that `torch.save` writes"]),
         ("list", ["must hold weights by name, got a list"]),
         ("nothing", ["must hold weights by name, got no tensors"]),
     ],

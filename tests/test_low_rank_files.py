@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import resource
 
 import pytest
@@ -376,6 +377,44 @@ def test_a_disk_that_is_full_leaves_the_file_that_was_there(there_was_one, tmp_p
     assert "\n" not in str(refused.value)
     assert [*tmp_path.iterdir()] == ([path] if there_was_one else [])
     assert before is None or path.read_bytes() == before
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def with_buffer(buffer):
+    net = nn.Sequential(nn.Linear(4, 4))
+    net.register_buffer("beside", buffer)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (with_buffer(torch.eye(3).to_sparse()), "`beside` is a sparse_coo tensor"),
+        (with_buffer(torch.zeros(3, dtype=torch.complex128)), "`beside` is a complex128 tensor"),
+        (nn.Sequential(WithExtraState(4, 4)), "`0._extra_state` is a dict, from `get_extra_state`,"),
+    ],
+    ids=["sparse", "dtype", "extra state"],
+)
+def test_what_the_format_cannot_hold_is_named(model, what, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"cannot be saved as safetensors: {what} which they cannot hold")):
+        save_low_rank(model, tmp_path / "model.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_loaded_into_a_model_without_values(tmp_path):
+    path = save_low_rank(pruned(Net()), tmp_path / "small.safetensors")
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(ValueError, match=r"`thin\.weight` is on the meta device"):
+        load_low_rank(model, path)
+    assert type(model.conv) is nn.Conv2d
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
@@ -326,6 +327,14 @@ def test_runs_of_other_lengths_and_validations_meet_the_budget(options):
     trainer.fit(model, data(), data())
     assert_budget_met(model)
     assert trainer.validate(model, data(), verbose=False)[0]["val_loss"] > 0
+
+
+@pytest.mark.parametrize("scheduling", [{1: 4}, {0: 4, 1: 2, 3: 1}, {0: 3}], ids=str)
+@pytest.mark.combination("Optimization", "GradientAccumulationScheduler({scheduling})")
+def test_accumulation_that_changes_between_epochs_meets_the_budget(scheduling):
+    model = SmallNet()
+    quiet_trainer(callbacks=[ours(), GradientAccumulationScheduler({**scheduling})]).fit(model, data())
+    assert_budget_met(model)
 
 
 @pytest.mark.combination("Trainer", "`validate` before `fit`")

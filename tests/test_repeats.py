@@ -162,7 +162,7 @@ def test_a_loop_outside_of_the_model_shares_nothing():
     h.square().sum().backward()
     run.step()
     assert run.cost.layers["0"].repeats == 1 and run.layers["0"].repeats is None
-    run.finish()
+    run.abandon()
 
 
 WAYS = ("plain", "checkpoint", "reentrant", "no graph")

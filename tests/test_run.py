@@ -1,6 +1,8 @@
 """A run in a loop of plain PyTorch: what a cut keeps, what a resumed run is told, and that nothing is left behind."""
 
 import copy
+import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -264,6 +266,62 @@ def test_a_loop_that_is_resumed_ends_as_one_that_was_not_interrupted(name, at):
     assert again.timeline == training.timeline
     assert model.state_dict().keys() == resumed.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in resumed.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------- a loop that is not right
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"total_steps": 0}, "`total_steps` must be an integer >= 1, got 0"),
+        ({"total_steps": 10.5}, "`total_steps` must be an integer >= 1, got 10.5"),
+        ({"optimizers": None}, "`optimizers` must be an optimizer of torch, or a list of them, got None"),
+        ({"optimizers": [None]}, "`optimizers` must be an optimizer of torch, or a list of them, got"),
+    ],
+    ids=["none", "half a step", "no optimizer", "a list without"],
+)
+def test_what_a_run_cannot_begin_with_is_named(arguments, why):
+    model = net()
+    given = {"optimizers": OPTIMIZERS["sgd"](model.parameters()), "total_steps": 10} | arguments
+    with pytest.raises(ValueError, match=re.escape(why)):
+        SVDTraining(model, given["optimizers"], given["total_steps"], target_macs=0.5)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("stepped", ["too few times", "past the run"])
+def test_a_budget_that_a_loop_does_not_come_to_is_warned_of(stepped):
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    training = SVDTraining(model, optimizer, 10, target_macs=0.5)
+    for x, y in batches(4):
+        F.cross_entropy(model(x), y).backward()
+        training.step() if stepped == "too few times" else optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(UserWarning, match=r"the fit ended at step . of 10, .* 0\.5 of the macs, was not reached"):
+        report = training.finish()
+    assert any("was not reached" in warning for warning in report.warnings)
+
+
+def test_a_step_past_the_run_says_what_to_call():
+    model = net()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    training = SVDTraining(model, optimizer, 10, target_macs=0.5)
+    for way in (training.step, optimizer.step):
+        F.cross_entropy(model(torch.ones(4, 12)), torch.arange(4)).backward()
+        with nullcontext() if way == training.step else pytest.raises(RuntimeError, match=r"call `SVDTraining\.step`"):
+            way()
+
+
+def test_a_run_that_is_over_says_so():
+    run = begun(total_steps=1)
+    for x, y in batches(1):
+        F.cross_entropy(run.model(x), y).backward()
+        run.step()
+    run.finish()
+    for again in (run.step, run.finish):
+        with pytest.raises(RuntimeError, match="this run of SVD training is over"):
+            again()
 
 
 # ------------------------------------------------------------------------------------------------- of several processes

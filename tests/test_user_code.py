@@ -1937,6 +1937,51 @@ def whole_pickles_in_the_fit(fit):
     return Seen(seen.seen[0][0], seen.seen)
 
 
+@people(FILES)
+def exported_in_the_fit(fit):
+    """`torch.export.export` of the net after each epoch, and `torch.fx.symbolic_trace`, whose nodes are its layers"""
+    x = blobs().dataset.tensors[0]
+
+    def export(trainer, pl_module):
+        graph = torch.fx.symbolic_trace(pl_module.net)
+        for program in (torch.export.export(pl_module.net, (x,)).module(), graph):
+            torch.testing.assert_close(program(x), pl_module(x))
+        return [f"{node.op} {node.target}" for node in graph.graph.nodes]
+
+    nodes = At("on_train_epoch_end", export)
+    fit(Net(), nodes)
+    return Seen(nodes.seen[0])
+
+
+@people(FILES)
+def copies_are_traced(fit):
+    """`torch.jit.trace` and `torch.jit.script` of a `copy.deepcopy` of the net, after each epoch"""
+    x = blobs().dataset.tensors[0]
+
+    def trace(trainer, pl_module):
+        net = copy.deepcopy(pl_module.net)
+        for program in (torch.jit.trace(net, x), torch.jit.script(net)):
+            torch.testing.assert_close(program(x), pl_module(x))
+        return [*program.state_dict()]
+
+    keys = At("on_train_epoch_end", trace)
+    fit(Net(), keys)
+    return Seen(keys.seen)
+
+
+@people(FILES, refused=r"`net.0` cannot be taken by `torch.jit.trace` while it trains .*copy.deepcopy\(model\)")
+def traced_in_the_fit(fit):
+    """`torch.jit.trace(self.net, x)` after an epoch, as `to_onnx(dynamo=False)` traces too: the net itself"""
+    x = blobs().dataset.tensors[0]
+    fit(Net(), At("on_train_epoch_end", lambda _, m: torch.jit.trace(m.net, x)))
+
+
+@people(FILES, refused=r"`net.0` cannot be taken by `torch.jit.script` while it trains .*copy.deepcopy\(model\)")
+def scripted_in_the_fit(fit):
+    """`torch.jit.script(self.net)` after an epoch: the net itself"""
+    fit(Net(), At("on_train_epoch_end", lambda _, m: torch.jit.script(m.net)))
+
+
 # ---------------------------------------------------------------------------------------------------------- optimizers
 
 OPTIMIZERS = "Optimizers"
@@ -2885,6 +2930,29 @@ def torchmetrics_in_the_module(fit):
     return Seen([counts.seen[0], [count for count, _ in counts.seen]], [counts.seen, model.losses])
 
 
+@people(LIBRARIES)
+def values_logged_in_forward(fit):
+    """Lightning's `self.log` in `forward`, of a network with dropout: the metrics of each step and epoch"""
+
+    class Logging(Net):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(2, nn.Dropout(0.5))
+
+        def forward(self, x):
+            out = self.net(x)
+            self.log("norm", out.norm().detach(), on_step=True, on_epoch=True, batch_size=len(x))
+            return out
+
+    def metrics(trainer, _):
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    steps, epochs = At("on_train_batch_end", metrics), At("on_train_epoch_end", metrics)
+    torch.manual_seed(3)
+    fit(Logging(), steps, epochs)
+    return Seen([steps.seen[0], [*epochs.seen[0]]], [steps.seen, epochs.seen])
+
+
 # ---------------------------------------------------------------------------------------------------------- the tests
 
 # What other test modules hold in the same way: what it is, the heading on docs/compatibility.md, and the test.
@@ -3044,7 +3112,7 @@ def test_what_people_write_is_what_it_is_without_the_callback(pattern):
             assert_same(seen.values, reference.values, f"{form}: values")
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.usefixtures("_in_double_precision")
 @pytest.mark.parametrize("pattern", [*cases(refused=True)])
 def test_what_cannot_be_is_refused_by_name(pattern):

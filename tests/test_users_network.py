@@ -861,6 +861,23 @@ def test_a_whole_pickle_in_the_middle_is_a_dense_network():
     assert all(kinds == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear] for kinds in seen.seen)
 
 
+def test_a_process_that_is_spawned_in_the_middle_gets_a_dense_network(tmp_path):
+    def hand_over(trainer, pl_module):
+        process = torch.multiprocessing.get_context("spawn").Process(
+            target=torch.save, args=(pl_module.net, tmp_path / "net.pt")
+        )
+        process.start()
+        process.join()
+        loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+        assert [type(layer) for layer in loaded] == [nn.Linear, nn.ReLU, nn.Linear, nn.ReLU, nn.Linear]
+        x = torch.ones(1, 64)
+        torch.testing.assert_close(loaded(x), pl_module.net(x), rtol=1e-4, atol=1e-5)
+
+    seen = At("on_train_batch_end", hand_over, step=2)
+    fit(Net(), svd(), seen)
+    assert len(seen.seen) == 1
+
+
 # ------------------------------------------------------------------------------------------ A14: degenerate spectra
 
 

@@ -172,7 +172,10 @@ def _why_unreadable(path: str | Path, error: Exception) -> str:
     refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
     if not refused:
         inner = re.search(r"WeightsUnpickler error: (.+)", str(error))
-        return f"{path} cannot be read as a checkpoint: {inner.group(1).strip() if inner else first_line(error)}"
+        why = inner.group(1).strip() if inner else first_line(error)
+        if isinstance(error, KeyError):  # torch's reader, of a byte that begins nothing
+            why = "it is nothing that `torch.save` writes"
+        return f"{path} cannot be read as a checkpoint: {why}"
     if _holds_modules(path):
         return f"{path} holds a whole pickled module (`{refused.group(1)}`), which is not unpickled: {_WRITE_WEIGHTS}"
     return f"{path} holds more than data (`{refused.group(1)}`), which is not unpickled: {_WRITE_WEIGHTS}"

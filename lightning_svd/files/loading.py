@@ -69,7 +69,7 @@ def calibration_batches(spec: str, model: nn.Module) -> Iterator[Any]:
     parameters = inspect.signature(function).parameters.values()
     positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
     needed = [each for each in parameters if each.default is Parameter.empty and each.kind in positional]
-    with _blaming(spec):
+    with _blaming("data", spec):
         batches = function(model) if needed else function()
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str)):
         kind = type(batches).__name__
@@ -78,10 +78,10 @@ def calibration_batches(spec: str, model: nn.Module) -> Iterator[Any]:
 
 
 def _each(batches: Iterable[Any], spec: str) -> Iterator[Any]:
-    with _blaming(spec):
+    with _blaming("data", spec):
         iterator = iter(batches)
     while True:
-        with _blaming(spec):
+        with _blaming("data", spec):
             try:
                 batch = next(iterator)
             except StopIteration:
@@ -90,12 +90,12 @@ def _each(batches: Iterable[Any], spec: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _blaming(spec: str) -> Iterator[None]:
-    """Whatever the user's code raises inside as one line."""
+def _blaming(option: str, what: str) -> Iterator[None]:
+    """Whatever the user's code raises inside as one line, with the option that named it."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"`--data`: {spec} fails: {type(error).__name__}: {first_line(error)}") from error
+        raise ValueError(f"`--{option}`: {what} fails: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _named(option: str, spec: str, what: str) -> tuple[Any, str, str]:
@@ -107,6 +107,9 @@ def _named(option: str, spec: str, what: str) -> tuple[Any, str, str]:
         module = _module_at(Path(source)) if source.endswith(".py") else _module_named(source)
     except (ImportError, FileNotFoundError) as error:
         raise ValueError(f"`--{option}`: cannot import {source}: {error}") from None
+    except Exception as error:  # whatever the user's own code raises
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"`--{option}`: cannot import {source}: {why}") from error
     return getattr(module, name, None), source, name
 
 
@@ -139,7 +142,7 @@ def build(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
         arguments: By keyword.
 
     Raises:
-        ValueError: If the class does not take these arguments.
+        ValueError: If the class does not take these arguments, or fails with them.
     """
     shown = {name: "{...}" if isinstance(value, Mapping) else value for name, value in arguments.items()}
     given = dict(arguments)
@@ -155,6 +158,9 @@ def build(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
         return kind(**given).eval()
     except TypeError as error:
         raise ValueError(f"`--arguments`: {kind.__name__} cannot be built with {shown}: {error}") from None
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"`--model`: building {kind.__name__} with {shown} fails: {why}") from error
 
 
 def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any], key: str | None = None) -> nn.Module:
@@ -249,8 +255,17 @@ def _header(path: str | Path) -> Mapping[str, str]:
 
 
 def example_input(shape: Sequence[int] | None, model: nn.Module) -> Any:
-    """Random numbers of this shape, else the model's own ``example_input_array``, else None."""
-    return torch.randn(*shape) if shape else getattr(model, "example_input_array", None)
+    """Random numbers of this shape, else the model's own ``example_input_array``, else None.
+
+    Raises:
+        ValueError: If the model fails for an input of this shape.
+    """
+    if not shape:
+        return getattr(model, "example_input_array", None)
+    example = torch.randn(*shape)
+    with _blaming("example-input", f"calling the model with {','.join(map(str, shape))}"), torch.no_grad():
+        model(example)
+    return example
 
 
 def convert(

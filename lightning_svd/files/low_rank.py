@@ -61,7 +61,8 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
         The path.
 
     Raises:
-        ValueError: If a parameter holds NaN or infinity, which no reader would take.
+        ValueError: If a parameter holds NaN or infinity, which no reader would take, or the model has what safetensors
+            cannot hold: sparse tensors, extra state that is no tensor.
         OSError: If it cannot be written; a file that was there is as it was.
     """
     plain = to_factored(module, count_params(module)) if svd_layers(module) else module
@@ -80,9 +81,35 @@ def write_weights(module: nn.Module, path: str | Path, header: dict[str, str] | 
         from safetensors import SafetensorError
         from safetensors.torch import save_model
 
+    _check_storable(module.state_dict())
     with whole_file(path, SafetensorError) as beside:
         save_model(module, beside, header)
     return Path(path)
+
+
+def _check_storable(state: Mapping[str, Any]) -> None:
+    """Refuse what safetensors cannot hold, of which it would speak in words of its own making.
+
+    Raises:
+        ValueError: Naming the first of it.
+    """
+    from safetensors.torch import save
+
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            what = f"{type(value).__name__}, from `get_extra_state`,"
+        elif value.layout is not torch.strided or value.is_quantized:
+            what = f"{str(value.dtype if value.is_quantized else value.layout).removeprefix('torch.')} tensor"
+        else:
+            try:
+                save({"": torch.empty(0, dtype=value.dtype)})
+                continue
+            except KeyError:  # its table of dtypes is not public
+                what = f"{str(value.dtype).removeprefix('torch.')} tensor"
+        raise ValueError(
+            f"the model cannot be saved as safetensors: `{key}` is a {what} which they cannot hold: make it no part of "
+            "the state dict, or write the model by `torch.save`"
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -101,9 +128,15 @@ def load_low_rank(module: ModuleT, path: str | Path) -> ModuleT:
         ``module``.
 
     Raises:
-        ValueError: If the file is neither, is damaged, is of another version, or does not fit the model, which is then
-            as it was.
+        ValueError: If the file is neither, is damaged, is of another version, or does not fit the model, or if the
+            model is on the meta device. The model is then as it was.
     """
+    for name, tensor in module.named_parameters():
+        if tensor.is_meta:
+            raise ValueError(
+                f"`{name}` is on the meta device, where nothing can be loaded into it: build the model on the device "
+                "where it is to be"
+            )
     if is_checkpoint(path):
         return load_low_rank_checkpoint(module, read_checkpoint(path), path)
     return _load_safetensors(module, str(path))

@@ -12,6 +12,7 @@ writes, hooks, the values of its gradient, derivatives with respect to it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from multiprocessing.context import get_spawning_popen
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -84,7 +85,12 @@ class DenseWeight(nn.Parameter):
         return _computed(func, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.source.rebuilt().detach(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        values = nn.Parameter(self.source.rebuilt().detach(), self.requires_grad)
+        if (process := get_spawning_popen()) is not None:
+            # A process that is spawned, as a loader's worker is, gets memory that it shares with these values: they
+            # have to be there when it starts, after the pickle is done.
+            vars(process).setdefault("weights_of_factors", []).append(values)
+        return values.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:

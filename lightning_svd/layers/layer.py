@@ -12,10 +12,11 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from lightning_svd.layers.dense_weight import DenseWeight, refuse_in_transforms
 from lightning_svd.layers.forms import FORMS, DenseForm, Form, PairForm, SVDForm, balanced, parameter_of
@@ -30,6 +31,9 @@ Replaced = tuple[list[nn.Parameter], list[nn.Parameter]]  # what is no longer tr
 
 class FactorizedModule(nn.Module):
     """What stands for a module of the user's and trains other parameters than it shows."""
+
+    layer_name: str
+    shows_factors: bool
 
     def shown_parameters(self) -> dict[str, nn.Parameter]:
         """Its own parameters as the rest of the model sees them."""
@@ -56,6 +60,25 @@ class FactorizedModule(nn.Module):
             self._parameters.clear()
             self._parameters.update(shown)
             self.set_true_parameters(true)
+
+    def __prepare_scriptable__(self) -> Any:
+        # torch.jit.script asks every module for what it is to compile.
+        self.refuse_to_be_written_down("torch.jit.script")
+
+    def refuse_to_be_written_down(self, by: str) -> NoReturn:
+        """Refuse a program made of the model, which would hold the weight that is shown and not what is trained.
+
+        Args:
+            by: What writes it.
+
+        Raises:
+            RuntimeError: Naming the layer, and what to give instead.
+        """
+        of_plain_layers = "`to_factored(model)`" if self.shows_factors else "a copy, `copy.deepcopy(model)`"
+        raise RuntimeError(
+            f"`{self.layer_name}` cannot be taken by `{by}` while it trains U, s and V in the place of its weight: "
+            f"give it {of_plain_layers}, which has plain layers, or the model after the fit"
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # torch's one place for .to(), .half(), .cuda(): what is moved are the factors.
@@ -167,8 +190,12 @@ class SVDLayer(FactorizedModule):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The dense layer's output, computed in the cheaper way for this input."""
         (x, *more) = (*args, *kwargs.values())
+        if isinstance(x, Proxy):  # torch.fx: a layer of torch's is taken whole, and not what is inside
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), args, kwargs)  # type: ignore
         if any(value is not None for value in more) or (self.form.name == "dense" and self.watch is None):
             return super().forward(*args, **kwargs)  # type: ignore[no-any-return]  # of the layer's own class
+        if torch.jit.is_tracing() and not self.shows_factors:  # type: ignore[attr-defined, no-untyped-call]
+            self.refuse_to_be_written_down("torch.jit.trace")
         given, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if self.form.name != "dense" and given is not None and type(given) is not DenseWeight:
             refuse_in_transforms(given)

@@ -109,7 +109,7 @@ class SVDTrainingCallback(CallbackWithRun):
         rank_zero_info(plan_table(self.plan))
         if pl_module.example_input_array is not None and run.cost is None:
             run.recorder.start()
-            with trainer.precision_plugin.forward_context():
+            with trainers.running_again(trainer):
                 trainers.forward_example(pl_module)
             self._learn_costs(trainer, run)
         if trainer.is_global_zero:
@@ -131,7 +131,7 @@ class SVDTrainingCallback(CallbackWithRun):
 
     def _learn_costs(self, trainer: Trainer, run: SVDTraining, every_layer: bool = False) -> None:
         if run.cost is None:
-            with trainer.precision_plugin.forward_context():  # as the pass was that is run again
+            with trainers.running_again(trainer):  # as the pass was that is run again
                 run.learn_costs(every_layer)
             for warning in run.warnings:
                 rank_zero_warn(f"SVD training: {warning}")
@@ -171,7 +171,7 @@ class SVDTrainingCallback(CallbackWithRun):
         if (run := self._run) is None:
             return
         self._learn_costs(trainer, run)  # where no backward pass came, or not every layer was used
-        with trainer.precision_plugin.forward_context():  # in which calls may be run again
+        with trainers.running_again(trainer):  # in which calls may be run again
             run.end_batch()
         done = trainers.steps_done(trainer)
         if change := run.after_step(done, trainer.current_epoch, self.should_prune(run.clock(done))):
@@ -221,7 +221,7 @@ class SVDTrainingCallback(CallbackWithRun):
             pl_module.load_state_dict(self._before_trial)
             self._before_trial = {}
             return
-        with trainer.precision_plugin.forward_context():  # layers are timed as they run
+        with trainers.running_again(trainer):  # layers are timed as they run
             self.report = self._finish(run)
         self.plan = run.plan
         self._note_finished(pl_module)

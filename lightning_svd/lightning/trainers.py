@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def connect(trainer: Trainer, run: SVDTraining) -> None:
     if run.distiller is not None:
         for module in run.distiller.teacher.modules():
             if "_trainer" in vars(module):  # which copies leave out; what they log is not the student's
-                vars(module).update(_trainer=trainer, log=_log_nothing, log_dict=_log_nothing)
+                vars(module).update(_trainer=trainer, **_LOGGING)
 
 
 def _loss_scale(trainer: Trainer) -> float:
@@ -108,8 +109,32 @@ def _loss_scale(trainer: Trainer) -> float:
     return scale / trainer.accumulate_grad_batches if automatic else scale
 
 
+@contextmanager
+def running_again(trainer: Trainer) -> Iterator[None]:
+    """The precision of a training step, for calls of the model that are run once more; what they log is not logged.
+
+    A network may log in its forward pass. Here Lightning would take that for another metric of the same name, which
+    would hide the step's own until the epoch is over.
+    """
+    modules = [vars(module) for module in trainer.lightning_module.modules() if _is_a(module, "LightningModule")]
+    before = [{name: own[name] for name in _LOGGING if name in own} for own in modules]
+    for own in modules:
+        own.update(_LOGGING)
+    try:
+        with trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for own, kept in zip(modules, before, strict=True):
+            for name in _LOGGING:
+                own.pop(name, None)
+            own.update(kept)
+
+
 def _log_nothing(*_: Any, **__: Any) -> None:
     pass
+
+
+_LOGGING = {"log": _log_nothing, "log_dict": _log_nothing}
 
 
 def _show_weights_to_finetuning(trainer: Trainer, run: SVDTraining) -> None:
@@ -182,7 +207,19 @@ def total_steps(trainer: Trainer) -> int:
             f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
             "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
         )
-    return int(steps)
+    return int(min(steps, *(_steps_accumulated(trainer, other) for other in callbacks_of(trainer))))
+
+
+def _steps_accumulated(trainer: Trainer, callback: Callback) -> int | float:
+    """Length of a run whose accumulation a callback sets for each epoch; infinity where that does not decide.
+
+    Lightning estimates by the accumulation of the moment. A run that is shorter would end before the last cut.
+    """
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if not _is_a(callback, "GradientAccumulationScheduler") or batches == math.inf or epochs in (None, -1):
+        return math.inf
+    of_epoch: Callable[[int], int] = callback.get_accumulate_grad_batches  # type: ignore[attr-defined]
+    return sum(math.ceil(batches / of_epoch(epoch)) for epoch in range(epochs))
 
 
 def metric(trainer: Trainer, name: str) -> float:

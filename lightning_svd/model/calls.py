@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import random
+import sys
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ProxyTypes
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,7 @@ from lightning_svd.layers.parts import InParts
 ALIKE, KEPT = 32, 10_000
 # What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
 _CONTAINERS = (list, dict, set, deque)
+_NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor, nn.Module)
 DEEP, MANY = 2, 1000
 
 
@@ -418,12 +422,13 @@ def replay(
 ) -> list[Any]:
     """Run calls again as in evaluation, and leave everything as it was.
 
-    Afterwards each module is in its own mode; parameters and buffers, attributes and lists that the model keeps
-    (counters, caches, states), random states and the calls' tensors are as before. Randomness in the model is the same
-    in every replay. Gradients are off, unless the model differentiates in its forward pass. Autocast is as the caller
-    has it. Hooks that the user registered do run, and what they keep (in lists, in objects, in variables of the
-    function that made them) is as before. Objects that a model was given, and what its hooks do elsewhere, in files or
-    global variables, are not undone.
+    Afterwards each module is in its own mode; parameters and buffers, attributes, lists and tensors that the model
+    keeps (counters, caches, states), those of objects among its attributes (the annealed weight of a loss), random
+    states and the calls' tensors are as before. Randomness in the model is the same in every replay, whether it comes
+    from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model differentiates in
+    its forward pass. Autocast is as the caller has it. Hooks that the user registered do run, and what they keep (in
+    lists, in objects, in variables of the function that made them) is as before. Objects that a model was called with,
+    and what is done elsewhere, in files or global variables, are not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -507,7 +512,13 @@ def without_fast_path() -> Iterator[None]:
 def _same_randomness(module: nn.Module) -> Iterator[None]:
     tensors = [*module.parameters(), *module.buffers()]
     cuda = sorted({tensor.device.index for tensor in tensors if tensor.is_cuda})
-    with torch.random.fork_rng(cuda):
+    # Masks of patches and of spectrograms often come from numpy; where nobody has imported it nobody draws from it.
+    others = [random, *([sys.modules["numpy"].random] if "numpy" in sys.modules else [])]
+    with torch.random.fork_rng(cuda), ExitStack() as stack:
+        for generator in others:
+            if rewind := _rewinding(generator):
+                stack.callback(rewind)
+            generator.seed(0)
         torch.default_generator.manual_seed(0)
         for index in cuda:
             with torch.cuda.device(index):
@@ -515,12 +526,28 @@ def _same_randomness(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def _rewinding(generator: Any) -> Callable[[], Any] | None:
+    """What has a generator of random numbers draw again what it draws from now on; None for any other object."""
+    if generator is random or (isinstance(generator, random.Random) and not isinstance(generator, random.SystemRandom)):
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if "numpy" in sys.modules:
+        numpy = sys.modules["numpy"].random
+        if generator is numpy or isinstance(generator, numpy.RandomState):
+            return functools.partial(generator.set_state, generator.get_state())
+        if isinstance(generator, numpy.Generator):
+            return functools.partial(setattr, generator.bit_generator, "state", generator.bit_generator.state)
+    return None
+
+
 @contextmanager
 def _keeping_state(module: nn.Module) -> Iterator[None]:
-    """Parameters, buffers, attributes, and what is in containers among those, as they were afterwards."""
-    kept, written = _Kept(), _Written(module.parameters())
+    """Parameters, buffers, attributes, and what is in containers and objects among those, as they were afterwards."""
+    kept = _Kept()
     for child in module.modules():
-        kept.attributes(child)
+        kept.attributes(child, and_objects=True)
+    written = _Written([*module.parameters(), *kept.tensors])
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     try:
         with written:
@@ -535,21 +562,21 @@ def _keeping_state(module: nn.Module) -> Iterator[None]:
 
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Copies a parameter just before something inside writes into it, to restore it; others cost nothing.
+    """Copies a tensor just before something inside writes into it, to restore it; others cost nothing.
 
     RWKV halves weights when it first evaluates. That is found by where values lie, since ``.data`` hides it.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._at: dict[tuple[torch.device, int], list[nn.Parameter]] = {}
-        self._copies: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._at: dict[tuple[torch.device, int], list[Tensor]] = {}
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._versions = ExitStack()
-        for parameter in parameters:
-            if type(parameter) is nn.Parameter and (place := _place(parameter)):
-                self._at.setdefault(place, []).append(parameter)
+        for tensor in tensors:
+            if type(tensor) in (nn.Parameter, Tensor) and (place := _place(tensor)):
+                self._at.setdefault(place, []).append(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -563,17 +590,17 @@ class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _keep(self, leaf: Any) -> None:
-        for parameter in self._at.get(_place(leaf), ()) if isinstance(leaf, Tensor) else ():  # type: ignore[arg-type]
-            if id(parameter) not in self._copies:
+        for tensor in self._at.get(_place(leaf), ()) if isinstance(leaf, Tensor) else ():  # type: ignore[arg-type]
+            if id(tensor) not in self._copies:
                 # The user's graph, between whose forward and backward pass this may run, must not see it.
-                self._versions.enter_context(same_version(parameter))
-                self._copies[id(parameter)] = parameter, parameter.detach().clone()
+                self._versions.enter_context(same_version(tensor))
+                self._copies[id(tensor)] = tensor, tensor.detach().clone()
 
     def restore(self) -> None:
-        """Have all parameters as they were."""
+        """Have all tensors as they were."""
         with torch.no_grad():
-            for parameter, values in self._copies.values():
-                parameter.copy_(values)
+            for tensor, values in self._copies.values():
+                tensor.copy_(values)
         self._versions.close()
 
 
@@ -614,16 +641,27 @@ def _forward_hooks(module: nn.Module) -> Iterator[Any]:
 
 
 class _Kept:
-    """Containers, attributes and variables as they were, to be restored."""
+    """Containers, attributes, variables and generators of random numbers as they were, to be restored.
+
+    Attributes:
+        tensors: Those of a model that are neither its parameters nor its buffers, which whoever writes into them keeps.
+    """
 
     def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
+        self._rewindings: list[Callable[[], Any]] = []
 
-    def attributes(self, owner: Any) -> None:
-        """Note an object's attributes, and what is in containers among them."""
-        self._container(vars(owner), DEEP)
+    def attributes(self, owner: Any, and_objects: bool = False) -> None:
+        """Note an object's attributes, and what is in containers among them.
+
+        Args:
+            owner: A module, or an object of a hook's.
+            and_objects: Whether tensors, generators and plain objects among them are noted too, as of a model's own.
+        """
+        self._container(vars(owner), DEEP, and_objects)
 
     def function(self, function: Any) -> None:
         """Note what a function keeps: its object's attributes, its arguments, and the variables that it closes over."""
@@ -647,21 +685,34 @@ class _Kept:
             self._container(value, DEEP)
         elif isinstance(value, (FunctionType, MethodType)):
             self.function(value)
-        elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType, Tensor, nn.Module)):
+        elif hasattr(value, "__dict__") and not isinstance(value, _NO_PLAIN_OBJECTS):
             self.attributes(value)
 
-    def _container(self, container: Any, deep: int) -> None:
+    def _container(self, container: Any, deep: int, and_objects: bool = False) -> None:
         if id(container) in self._seen:
             return
         self._seen.add(id(container))
         self._containers.append((container, {**container} if isinstance(container, dict) else [*container]))
-        if deep and len(container) <= MANY:
+        if len(container) <= MANY:
             for value in container.values() if isinstance(container, dict) else container:
-                if isinstance(value, _CONTAINERS):
-                    self._container(value, deep - 1)
+                if issubclass(type(value), _CONTAINERS):  # past what a weak reference says that it is
+                    if deep:
+                        self._container(value, deep - 1, and_objects)
+                elif and_objects and not issubclass(type(value), ProxyTypes):
+                    self._object(value)
+
+    def _object(self, value: Any) -> None:
+        if type(value) is Tensor:
+            self.tensors += [] if value.is_inference() else [value]
+        elif rewind := _rewinding(value):
+            self._rewindings.append(rewind)
+        elif not isinstance(value, _NO_PLAIN_OBJECTS) and isinstance(own := getattr(value, "__dict__", None), dict):
+            self._container(own, DEEP)
 
     def restore(self) -> None:
         """Have everything as it was noted."""
+        for rewind in self._rewindings:
+            rewind()
         for container, before in self._containers:
             _restore(container, before)
         for cell, before in self._cells:

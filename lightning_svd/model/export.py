@@ -67,9 +67,9 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any, fold: bool 
         named = kinds.index(Parameter.VAR_POSITIONAL)
         dynamic = (*dynamic[:named], dynamic[named:])
     with evaluating(plain), torch.no_grad(), _quiet():
+        expected = plain(*inputs)  # first, so that a wrong input is the model's to refuse and not the exporter's
         program = torch.onnx.export(plain, inputs, dynamo=True, dynamic_shapes=dynamic, verbose=False)
         assert program is not None
-        expected = plain(*inputs)
         _save(program, plain, path)
     session = onnx_session(path)
     difference = largest_difference([torch.from_numpy(output) for output in session(inputs)], expected)

@@ -263,7 +263,8 @@ class OptimizerOfFactors:
             raise RuntimeError(
                 f"{type(self.optimizer).__name__}.step() was called on the optimizer itself, so the factors "
                 "missed their regularizers: in `training_step` call it on what `self.optimizers()` "
-                "returns, not on what it returns with `use_pl_optimizer=False`"
+                "returns, not on what it returns with `use_pl_optimizer=False`; in a loop of your own call "
+                "`SVDTraining.step` in its place, where a GradScaler would step by itself"
             )
 
     def _split(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_svd.arguments import check_count, shown
 from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import PairForm, SVDForm
@@ -116,6 +118,7 @@ class SVDTraining:
     ) -> None:
         self.model, self.guard = model, guard
         self.total_steps = total_steps = processes.decide(lambda: total_steps)  # loaders may differ in length
+        check_count("total_steps", total_steps)
         self.recipe = self._settled(recipe or Recipe(**arguments))
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
         self.regularizer = self.recipe.regularization()
@@ -129,7 +132,7 @@ class SVDTraining:
         self.warnings: list[str] = []
         self.spectra_before: dict[str, list[float]] = {}
         self.backwards = self.last_cut = self._steps = 0
-        self._waits = self._observes = False
+        self._waits = self._observes = self._is_over = False
         self._refused: dict[str, str] = {}
         self._costs = CostsOfRun(model, self.recipe)
         self._choose_ranks = choose_ranks or self._by_recipe
@@ -137,7 +140,7 @@ class SVDTraining:
         self.ladder: tuple[dict[str, int], ...] = ()
         self.step_ranks = StepRanks(model)
         self._repeats: RepeatedCalls | None = None
-        trainers = [optimizers] if isinstance(optimizers, Optimizer) else [*optimizers]
+        trainers = _as_list(optimizers)
         processes.agree(partial(self._prepare, trainers, thaws))
         processes.check_same(self._of_all_processes(state is not None))
         self._trained = self._layers_to_train(on_reshape or (lambda: None))
@@ -183,7 +186,11 @@ class SVDTraining:
 
         Returns:
             The change of ranks, if there was one.
+
+        Raises:
+            RuntimeError: If the run is over.
         """
+        self._check_going_on()
         self.step_ranks.restore()
         if self.observer is not None:
             self.observer.end_batch()
@@ -197,6 +204,13 @@ class SVDTraining:
         change = self.after_step(self._steps, epoch)
         self.begin_batch([each.optimizer for each in self.optimizers])
         return change
+
+    def _check_going_on(self) -> None:
+        if self._is_over:
+            raise RuntimeError(
+                "this run of SVD training is over, and its model is of plain layers: train on with the optimizer's own "
+                "`step`, or build another `SVDTraining`"
+            )
 
     # -------------------------------------------------------------------------------------------------- what a layer is
 
@@ -650,9 +664,17 @@ class SVDTraining:
         """Make the model what was asked for, ``final``, and say what happened.
 
         Args:
-            arguments: What the run was asked for, for the report; None for the recipe's.
+            arguments: What the run was asked for, for the report; None for the recipe's, in a loop of one's own.
+
+        Raises:
+            RuntimeError: If the run is over.
         """
+        self._check_going_on()
+        if arguments is None and (missed := self.why_not_reached(self._steps)) is not None:
+            self.warnings.append(missed)  # a callback has said so before, ahead of what other callbacks then do
+            warnings.warn(f"SVD training: {missed}", stacklevel=2)
         self.close()
+        self._is_over = True
         self._release_refused()
         for layer in self.layers.values():
             layer.forget_loaded(goes_on=False)  # an average that was loaded at the end: its nearest of the ranks
@@ -803,6 +825,13 @@ class SVDTraining:
         self._observe()
         self._climb(_ladder_of(self.full_ranks, state.get("ladder", ())))
         self._draw(self._steps)
+
+
+def _as_list(optimizers: Any) -> list[Optimizer]:
+    given = list(optimizers) if isinstance(optimizers, (list, tuple)) else [optimizers]
+    if not all(isinstance(getattr(each, "param_groups", None), list) for each in given):
+        raise ValueError(f"`optimizers` must be an optimizer of torch, or a list of them, got {shown(optimizers)}")
+    return given
 
 
 def _trained_by(optimizers: Sequence[Optimizer], model: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:

@@ -11,7 +11,7 @@ from lightning_svd.ranks.importance import Importance
 from lightning_svd.training.distillation import Distillation
 from lightning_svd.training.schedules import strength
 
-SMALL = 0.15  # share of the dense model from which down ranks judged by the loss end better than those by the spectrum
+SMALL = 0.25  # share of the dense model from which down ranks judged by the loss end better than those by the spectrum
 
 ChooseRanks = Callable[..., dict[str, int]]  # (what each rank carries, the cost, another share of it) -> ranks
 

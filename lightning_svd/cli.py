@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Of the package, that a command needs; its own name otherwise.
 _EXTRAS = {"convert": "export", "compress": "files", "inspect": "files", "plan": "files"}
 
+_MODEL = "package.module:Class or path/to/file.py:Class, or a function there that returns the model"
 _DATA = "package.module:function or path/to/file.py:function that returns batches of inputs, given the model if it asks"
 
 _LONGEST = 1000  # characters of an error
@@ -58,11 +59,11 @@ def _wandb_workspace(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import build, model_class
+    from lightning_svd.files.loading import build, model_maker
     from lightning_svd.model.plan import plan, write_plan
     from lightning_svd.report.data import plan_table
 
-    model = build(model_class(options.model), options.arguments)
+    model = build(model_maker(options.model), options.arguments)
     layers = plan(model, options.target_modules, options.exclude_modules or (), options.conv_mode)
     print(_as_json([asdict(layer) for layer in layers]) if options.json else plan_table(layers))
     if options.out:
@@ -70,11 +71,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import dense_weights, example_input, load, model_class
+    from lightning_svd.files.loading import dense_weights, example_input, load, model_maker
     from lightning_svd.report.inspection import as_table, inspect_model, inspect_weights, left_alone
 
     if options.model:
-        model = load(model_class(options.model), options.file, options.arguments, options.key)
+        model = load(model_maker(options.model), options.file, options.arguments, options.key)
         example = example_input(options.example_input, model)
         report = inspect_model(model, example, options.target_macs, options.target_params)
         compressed = _curve(model, options) if options.data else None
@@ -121,7 +122,7 @@ def _curve(model: Any, options: argparse.Namespace) -> CompressionReport:
 
 def _compress(options: argparse.Namespace) -> None:
     from lightning_svd.compression.compress import compress
-    from lightning_svd.files.loading import calibration_batches, check_output, load, model_class, write_compressed
+    from lightning_svd.files.loading import calibration_batches, check_output, load, model_maker, write_compressed
     from lightning_svd.layers.pairs import low_rank_pairs
     from lightning_svd.model.surgery import to_dense
 
@@ -129,7 +130,7 @@ def _compress(options: argparse.Namespace) -> None:
     for option, path in {"report": options.report, "html": options.html}.items():
         if path and not path.parent.is_dir():
             raise ValueError(f"`--{option}`: there is no folder {path.parent}")
-    model = load(model_class(options.model), options.file, options.arguments, options.key)
+    model = load(model_maker(options.model), options.file, options.arguments, options.key)
     if low_rank_pairs(model):
         model = to_dense(model)  # shares are of the dense model
     batches = calibration_batches(options.data, model)
@@ -163,13 +164,13 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import build, example_input, model_class
+    from lightning_svd.files.loading import build, example_input, model_maker
     from lightning_svd.model.timing import Timing, profile
 
     if not options.out.parent.is_dir():
         raise ValueError(f"`--out`: there is no folder {options.out.parent}")
     timing = Timing(options.batch_size, options.runtime, options.seconds)
-    model = build(model_class(options.model), options.arguments)
+    model = build(model_maker(options.model), options.arguments)
     example = example_input(options.example_input, model)
     if example is None:
         raise ValueError(
@@ -185,9 +186,9 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import convert, example_input, load, model_class
+    from lightning_svd.files.loading import convert, example_input, load, model_maker
 
-    model = load(model_class(options.model), options.file, options.arguments, options.key)
+    model = load(model_maker(options.model), options.file, options.arguments, options.key)
     example = example_input(options.example_input, model)
     result = convert(model, options.to, options.out, example, options.batch_size, options.fold)
     print(_as_json(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -287,9 +288,9 @@ def _add_fold(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--model", required=required, help="package.module:Class or path/to/file.py:Class")
+    parser.add_argument("--model", required=required, help=_MODEL)
     parser.add_argument(
-        "--arguments", type=_json_object, default={}, help="of the class, as JSON; a checkpoint brings its own"
+        "--arguments", type=_json_object, default={}, help="of that, as JSON; a checkpoint brings its own"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

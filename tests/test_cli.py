@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
-from lightning_svd.files.loading import load
+from lightning_svd.files.loading import load, model_maker
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.model.export import TOLERANCE, onnx_session
 from lightning_svd.report.inspection import inspect_model
@@ -90,12 +90,64 @@ def test_a_model_is_found_in_a_file_too(capsys, tmp_path):
         ("SmallNet", "must be `package.module:Class` or"),
         ("nowhere.at_all:Net", "cannot import nowhere.at_all"),
         ("nowhere.py:Net", "there is no such file"),
-        ("models:Missing", "models has no class of modules 'Missing'"),
-        ("models:data", "models has no class of modules 'data'"),
+        ("models:Missing", "models has no class of modules, and no function that returns one, 'Missing'"),
+        ("pathlib:Path", "pathlib has no class of modules, and no function that returns one, 'Path'"),
+        ("sys:path", "sys has no class of modules, and no function that returns one, 'path'"),
+        ("models:data", "`--model`: data must return a module, got a DataLoader"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(model, why):
     assert why in refused("plan", "--model", model)
+
+
+MADE = """
+import functools
+from models import SmallNet
+
+built = SmallNet()
+
+def small(momentum, **options):
+    return SmallNet(momentum=momentum, **options)
+
+sgd = functools.partial(small, momentum=0.5)
+
+def nothing():
+    small(0.9)
+"""
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "made.py").write_text(MADE)
+    yield tmp_path / "made.py"
+    sys.modules.pop("made", None)
+
+
+def test_a_function_that_returns_the_model_does_as_well_as_its_class(made, folder, capsys, tmp_path):
+    arguments = ["--model", f"{made}:small", "--arguments", '{"momentum": 0.9}']
+    plans = [run(capsys, "plan", *model) for model in (MODEL, arguments, ["--model", f"{made}:sgd"])]
+    assert plans[0] == plans[1] == plans[2]
+    out = tmp_path / "out.safetensors"
+    run(capsys, "convert", folder / "end.ckpt", *arguments, "--to", "factored", "--out", out)
+    assert low_rank_pairs(load_low_rank(SmallNet(), out))
+
+
+def test_a_function_gets_the_hyperparameters_that_it_names(made, folder, tmp_path):
+    checkpoint = torch.load(folder / "end.ckpt", weights_only=True)
+    torch.save(checkpoint | {"hyper_parameters": {"momentum": 0.25, "of_the_module_around": 3}}, tmp_path / "a.ckpt")
+    assert load(model_maker(f"{made}:small"), tmp_path / "a.ckpt", {}).options["momentum"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nothing", "`--model`: nothing must return a module, got a NoneType"),
+        ("built", "is a model already: name its class, or a function that returns it"),
+        ("small", "`--arguments`: small cannot be built with {}: small() missing 1 required positional argument"),
+    ],
+)
+def test_a_function_that_returns_no_model_is_named(made, name, why):
+    assert why in refused("plan", "--model", f"{made}:{name}")
 
 
 def test_arguments_that_a_class_does_not_take_are_refused():

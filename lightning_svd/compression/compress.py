@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import check_choice, check_count, check_flag, shown
+from lightning_svd.arguments import check_choice, check_count, check_flag, check_module, shown
 from lightning_svd.compression.batch_norm import Values, put, recalibrated
 from lightning_svd.compression.calibration import NoGradientError, Track, collect, collect_felt
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
@@ -34,7 +34,7 @@ from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.ranks.statistics import Basis, bases_of, sides, spectral_basis
 from lightning_svd.report.data import report_on
-from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.recipe import Recipe, recipe_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -113,8 +113,7 @@ def compress(
     flags = {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}
     for name, flag in flags.items() if correct_bias is None else (flags | {"correct_bias": correct_bias}).items():
         check_flag(name, flag)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a module, got {shown(model)}")
+    check_module("model", model)
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(f"`batches` must be an iterable of inputs, such as a list of batches, got {shown(batches)}")
     if loss is not None and not callable(loss):
@@ -122,7 +121,8 @@ def compress(
     check_count("seed", seed, least=0)
     for name in layers.keys() & _OF_TRAINING:
         raise TypeError(f"`{name}` is of training, which `compress` does without")
-    recipe = Recipe(target_macs=target_macs, target_params=target_params, target_latency=target_latency, **layers)
+    targets = {"target_macs": target_macs, "target_params": target_params, "target_latency": target_latency}
+    recipe = recipe_of(compress, targets | layers)
     with torch.inference_mode(False), tracking(progress) as track:
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from lightning_svd.arguments import needs
+from lightning_svd.arguments import check_module, needs
 from lightning_svd.layers.compounds import evaluating, svd_layers
 from lightning_svd.model.counting import as_arguments, count_params
 from lightning_svd.model.folding import fold_norms
@@ -50,6 +50,7 @@ def to_onnx(module: nn.Module, path: str | Path, example_input: Any, fold: bool 
         RuntimeError: If it is more than 1e-4; the file is left for inspection.
         ModuleNotFoundError: If onnx, onnxscript or onnxruntime is missing.
     """
+    check_module("module", module)
     with needs("export"):
         import onnxruntime  # noqa: F401 - before the work, not after it
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_svd.arguments import check_choice, check_count, check_share
+from lightning_svd.arguments import check_choice, check_count, check_module, check_share
 from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split, svd_layers
 from lightning_svd.layers.forms import DenseForm, SVDForm
 from lightning_svd.layers.identity import IdentityLinear, merged_linear
@@ -73,6 +73,7 @@ def decompose(
     Raises:
         ValueError: If nothing can be factorized, a pattern matches no layer, or a weight holds NaN or infinity.
     """
+    check_module("module", module)
     if layer_plans is None:
         layer_plans = plan(module, target_modules, exclude_modules, conv_mode, include_meta=True)
     layers = begin(module, layer_plans)
@@ -251,6 +252,7 @@ def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
     Returns:
         ``module``.
     """
+    check_module("module", module)
     finish(module, _by_what_pays(module, cost, "decomposed"))
     return module
 
@@ -354,6 +356,7 @@ def to_factored(
         ValueError: If an argument is out of range, the budget is below what can be met, or ``cost`` is of other layers;
             if a form is unknown, is of a layer that is not there, or "identity" of one that is no linear layer.
     """
+    check_module("module", module)
     given = {"target_macs": target_macs, "target_params": target_params}
     asked = {name: share for name, share in given.items() if share is not None}
     if cost is not None and example_input is not None:
@@ -398,6 +401,7 @@ def to_dense(module: ModuleT) -> ModuleT:
 
     Factorized layers, pairs of low-rank layers and linear layers with an identity inside become what they stand for.
     """
+    check_module("module", module)
     dense = make_dense(copy.deepcopy(module))
     for pair in low_rank_pairs(dense).values():
         become(pair, merged(pair))

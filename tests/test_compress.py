@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_svd import CompressionReport, compress
+from lightning_svd import CompressionReport, compress, to_dense, to_factored
 from lightning_svd.compression import compress as compress_module
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer
 from lightning_svd.layers.parts import InParts
@@ -514,6 +515,42 @@ def as_it_was(model, before, gradients, kinds):
 def noted(model):
     kinds = [type(child) for child in model.modules()]
     return copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()], kinds
+
+
+class Locked(nn.Module):
+    """What cannot be copied."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.lock = body, threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return self.body(x)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_and_can_be_changed_itself():
+    model = Locked(trained()[0])
+    why = "`compress` changes a copy of Locked, which cannot be copied .*lock.*: give `inplace=True`"
+    with pytest.raises(ValueError, match=why):
+        quietly(model, vectors())
+    assert quietly(model, vectors(), inplace=True)[1].ranks.macs_ratio <= 0.5
+
+
+@pytest.mark.parametrize("make", [to_dense, to_factored])
+def test_so_is_one_that_another_function_has_to_copy(make):
+    with pytest.raises(ValueError, match=f"`{make.__name__}` .* a copy of Locked, which cannot be copied"):
+        make(Locked(trained()[0]))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layer", [nn.LazyLinear, nn.LazyBatchNorm1d], ids=["weights", "statistics"])
+def test_a_model_that_was_never_called_is_told_to_be(layer, inplace):
+    model = nn.Sequential(trained()[0], layer(*([4] if layer is nn.LazyLinear else [])))
+    with pytest.raises(ValueError, match=r"`model` has a layer without weights yet, `1.weight`: call it once"):
+        quietly(model, vectors(), inplace=inplace)
+    model(vectors()[0])
+    assert quietly(model, vectors(), inplace=inplace)[1].ranks.macs_ratio <= 0.5
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)

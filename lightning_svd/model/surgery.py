@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
@@ -402,7 +403,7 @@ def to_dense(module: ModuleT) -> ModuleT:
     Factorized layers, pairs of low-rank layers and linear layers with an identity inside become what they stand for.
     """
     check_module("module", module)
-    dense = make_dense(copy.deepcopy(module))
+    dense = make_dense(copied(module, "`to_dense` makes"))
     for pair in low_rank_pairs(dense).values():
         become(pair, merged(pair))
     for child in [*dense.modules()]:
@@ -414,7 +415,7 @@ def to_dense(module: ModuleT) -> ModuleT:
 
 def factorized_copy(module: ModuleT) -> ModuleT:
     """A copy whose layers are factorized as those of ``module`` are, where ``copy.deepcopy`` gives dense ones."""
-    twin, layers = copy.deepcopy(module), svd_layers(module)
+    twin, layers = copied(module, "`to_factored` changes"), svd_layers(module)
     missing = {name: layer for name, layer in layers.items() if name not in svd_layers(twin)}
     split(twin, missing)
     found = dict(named_layers(twin))
@@ -441,13 +442,30 @@ def frozen_copy(module: nn.Module, who: str, instead: str) -> nn.Module:
     what = type(module).__name__
     if any(is_lazy(parameter) for parameter in module.parameters()):
         raise ValueError(f"{who} a copy of {what}, which has lazy layers: call it once before the fit")
+    return copied(module, who, instead, shared).eval().requires_grad_(False)
+
+
+def copied(module: ModuleT, who: str, instead: str = "", memo: dict[int, Any] | None = None) -> ModuleT:
+    """A copy, whose factorized layers are dense.
+
+    Args:
+        module: Any module.
+        who: Needs the copy, as an error says it.
+        instead: What to do where there can be none.
+        memo: As of ``copy.deepcopy``.
+
+    Raises:
+        ValueError: If it cannot be copied, as where it holds a lock, or a tensor that is computed.
+    """
     try:
-        twin = copy.deepcopy(module, shared)
+        return copy.deepcopy(module, memo)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
+        what, why = type(module).__name__, f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{who} a copy of {what}, which cannot be copied ({type(error).__name__}: {error}): {instead}"
+            f"{who} a copy of {what}, which cannot be copied ({why}){instead and f': {instead}'}"
         ) from error
-    return twin.eval().requires_grad_(False)
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> str:

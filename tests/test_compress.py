@@ -553,6 +553,52 @@ def test_a_model_that_was_never_called_is_told_to_be(layer, inplace):
     assert quietly(model, vectors(), inplace=inplace)[1].ranks.macs_ratio <= 0.5
 
 
+class Also(nn.Module):
+    """Puts out something else beside what its body does."""
+
+    def __init__(self, body, also):
+        super().__init__()
+        self.body, self.also = body, also
+
+    def forward(self, x):
+        y = self.body(x)
+        return y, self.also(y)
+
+
+def test_an_output_of_zeros_does_not_spoil_what_others_say():
+    model = Also(trained()[0], torch.zeros_like)
+    _, expected = quietly(model, vectors(), importance="fisher")  # those have no gradient
+    _, report = quietly(Also(trained()[0], lambda y: 0 * y), vectors(), importance="fisher")
+    assert report.tried == pytest.approx(expected.tried, rel=0.2)  # other noise is drawn
+
+
+@pytest.mark.parametrize(
+    ("also", "kind"),
+    [
+        (lambda y: y.relu().to_sparse(), "torch.sparse_coo"),
+        (lambda y: torch.nested.as_nested_tensor(y), "nested tensors"),
+    ],
+    ids=["sparse", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_outputs_that_are_no_plain_tensors_are_refused(also, kind):
+    with pytest.raises(ValueError, match=f"the model must put out plain tensors, got one of {kind}, torch.float32"):
+        quietly(Also(trained()[0], also), vectors())
+
+
+def test_a_loss_of_whole_numbers_is_refused_for_what_it_is():
+    why = r"`loss\(model, batch\)` must return a tensor with fractions, got one of torch.strided, torch.int64"
+    with pytest.raises(ValueError, match=why):
+        quietly(trained()[0], vectors(), loss=lambda model, x: model(x).argmax(1).sum())
+
+
+@pytest.mark.parametrize("at", [0, 3, 16], ids=["first", "between", "last"])
+def test_a_batch_without_inputs_is_passed_over(at):
+    model, batches = trained()
+    _, report = quietly(model, [*batches[:at], batches[0][:0], *batches[at:]])
+    assert report.tried == quietly(model, batches)[1].tried
+
+
 @pytest.mark.parametrize("case", BAD_BATCHES)
 def test_an_error_leaves_the_model_as_it_was(case):
     change, message, options = BAD_BATCHES[case]

@@ -122,14 +122,21 @@ def _curve(model: Any, options: argparse.Namespace) -> CompressionReport:
 
 def _compress(options: argparse.Namespace) -> None:
     from lightning_svd.compression.compress import compress
-    from lightning_svd.files.loading import calibration_batches, check_output, load, model_maker, write_compressed
+    from lightning_svd.files.loading import (
+        calibration_batches,
+        check_file,
+        check_output,
+        load,
+        model_maker,
+        write_compressed,
+    )
     from lightning_svd.layers.pairs import low_rank_pairs
     from lightning_svd.model.surgery import to_dense
 
     check_output(options.to, options.out, options.fold)
     for option, path in {"report": options.report, "html": options.html}.items():
-        if path and not path.parent.is_dir():
-            raise ValueError(f"`--{option}`: there is no folder {path.parent}")
+        if path:
+            check_file(option, path)
     model = load(model_maker(options.model), options.file, options.arguments, options.key)
     if low_rank_pairs(model):
         model = to_dense(model)  # shares are of the dense model
@@ -164,11 +171,10 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import build, example_input, model_maker
+    from lightning_svd.files.loading import build, check_file, example_input, model_maker
     from lightning_svd.model.timing import Timing, profile
 
-    if not options.out.parent.is_dir():
-        raise ValueError(f"`--out`: there is no folder {options.out.parent}")
+    check_file("out", options.out)
     timing = Timing(options.batch_size, options.runtime, options.seconds)
     model = build(model_maker(options.model), options.arguments)
     example = example_input(options.example_input, model)
@@ -208,8 +214,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("lightning-svd-demo"), help="folder for the report and the files"
     )
     demo.add_argument("--seeds", type=_integers, default=[0], help="comma-separated, for instance 0,1,2")
-    demo.add_argument("--target-macs", type=float, default=0.35, help="share of the MACs to keep")
-    demo.add_argument("--epochs", type=int, default=30, help="epochs of each training")
+    demo.add_argument("--target-macs", type=_share, default=0.35, help="share of the MACs to keep")
+    demo.add_argument("--epochs", type=_count, default=30, help="epochs of each training")
     demo.add_argument(
         "--logger", choices=("wandb", "tensorboard", "csv", "none"), default="wandb", help="W&B runs offline"
     )
@@ -225,10 +231,10 @@ def _parser() -> argparse.ArgumentParser:
     inspected = command("inspect", _inspect, "spectra and ranks of a file, and what a budget would keep")
     _add_file(inspected)
     _add_model(inspected, required=False)
-    inspected.add_argument("--example-input", type=_integers, help="shape of an input, to count MACs: 1,3,32,32")
+    inspected.add_argument("--example-input", type=_shape, help="shape of an input, to count MACs: 1,3,32,32")
     budget = inspected.add_mutually_exclusive_group()
-    budget.add_argument("--target-macs", type=float, help="share to keep")
-    budget.add_argument("--target-params", type=float, help="share to keep")
+    budget.add_argument("--target-macs", type=_share, help="share to keep")
+    budget.add_argument("--target-params", type=_share, help="share to keep")
     inspected.add_argument("--html", type=Path, help="page to write, with the spectra drawn")
     inspected.add_argument("--data", help=f"{_DATA}: how far outputs would move at each budget")
 
@@ -237,14 +243,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(compressed, required=True)
     compressed.add_argument("--data", required=True, help=_DATA)
     budget = compressed.add_mutually_exclusive_group()
-    budget.add_argument("--target-macs", type=float, help="share to keep; 0.5 if no budget is given")
-    budget.add_argument("--target-params", type=float, help="share to keep")
-    budget.add_argument("--target-latency", type=float, help="share of the time to keep")
+    budget.add_argument("--target-macs", type=_share, help="share to keep; 0.5 if no budget is given")
+    budget.add_argument("--target-params", type=_share, help="share to keep")
+    budget.add_argument("--target-latency", type=_share, help="share of the time to keep")
     compressed.add_argument("--latency-table", type=Path, help="of `lightning-svd profile`; measured if not given")
     compressed.add_argument("--to", choices=("factored", "onnx"), required=True)
     compressed.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
     _add_fold(compressed)
-    compressed.add_argument("--inputs", type=int, default=256, help="how many to take from the data")
+    compressed.add_argument("--inputs", type=_count, default=256, help="how many to take from the data")
     compressed.add_argument("--importance", default="auto", help="auto, fisher, outputs or spectrum")
     compressed.add_argument("--reconstruct", type=int, default=0, help="steps of training towards the original outputs")
     compressed.add_argument("--curve", action="store_true", help="say how far outputs would move at other budgets")
@@ -253,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
 
     profiled = command("profile", _profile, "how long a model takes here, layer by layer: a table to train or cut by")
     _add_model(profiled, required=True)
-    profiled.add_argument("--example-input", type=_integers, help="shape of an input: 1,3,32,32")
-    profiled.add_argument("--batch-size", type=int, help="inputs at a time; those of the example if not given")
+    profiled.add_argument("--example-input", type=_shape, help="shape of an input: 1,3,32,32")
+    profiled.add_argument("--batch-size", type=_count, help="inputs at a time; those of the example if not given")
     profiled.add_argument("--runtime", default="eager", help="eager, compiled or onnx")
     profiled.add_argument("--seconds", type=float, default=30.0, help="about how long to measure")
     profiled.add_argument("--target-modules", nargs="+", help="names, types, patterns, all-linear")
@@ -267,8 +273,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(converted, required=True)
     converted.add_argument("--to", choices=("dense", "factored", "onnx"), required=True)
     converted.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
-    converted.add_argument("--example-input", type=_integers, help="shape of an input, for onnx: 1,3,32,32")
-    converted.add_argument("--batch-size", type=int, default=64, help="for the timing of onnx against dense")
+    converted.add_argument("--example-input", type=_shape, help="shape of an input, for onnx: 1,3,32,32")
+    converted.add_argument("--batch-size", type=_count, default=64, help="for the timing of onnx against dense")
     _add_fold(converted)
 
     workspace = command("wandb-workspace", _wandb_workspace, "save a W&B workspace laid out for SVD training")
@@ -296,7 +302,31 @@ def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def _integers(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, got {text!r}") from None
+
+
+def _shape(text: str) -> list[int]:
+    sizes = _integers(text)
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be integers >= 1, got {text!r}")
+    return sizes
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0.0 < float(text) <= 1.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
 
 
 def _as_json(value: Any) -> str:
@@ -307,9 +337,12 @@ def _as_json(value: Any) -> str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON ({error}): {text!r}") from None
     if not isinstance(value, dict):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"must be a JSON object, such as '{{\"width\": 64}}', got {text!r}")
     return value
 
 

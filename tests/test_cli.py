@@ -170,10 +170,11 @@ class Picky(nn.Linear):
     [
         ("x = (", [], "`--model`: cannot import FILE: SyntaxError: '(' was never closed"),
         ("{}['home']", [], "`--model`: cannot import FILE: KeyError: 'home'"),
+        ("import sys; sys.exit(2)", [], "`--model`: cannot import FILE: SystemExit: 2"),
         (CODE, ["--arguments", '{"size": 9}'], "`--model`: building Picky with {'size': 9} fails: RuntimeError: no"),
         (CODE, ["--example-input", "2,3"], "`--example-input`: calling the model with 2,3 fails: RuntimeError: mat1"),
     ],
-    ids=["syntax", "import", "constructor", "input"],
+    ids=["syntax", "import", "exit", "constructor", "input"],
 )
 def test_what_the_users_code_raises_is_said_in_a_line_with_the_option(code, options, why, tmp_path):
     path = tmp_path / "picky.py"
@@ -310,6 +311,35 @@ def test_onnx_computes_the_same_for_any_batch(file, folder, capsys, tmp_path):
 def test_what_cannot_be_done_is_said_in_a_line(arguments, why, folder):
     message = refused(*(argument.replace("{}", str(folder)) for argument in arguments))
     assert why in message and message.startswith(f"lightning-svd {arguments[0]}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["convert", "--batch-size", "0"], "argument --batch-size: must be an integer >= 1, got '0'"),
+        (["convert", "--example-input", "2,x"], "argument --example-input: must be integers with commas"),
+        (["convert", "--example-input", "0,64"], "argument --example-input: must be integers >= 1, got '0,64'"),
+        (["plan", "--arguments", '{"a"'], "argument --arguments: is no JSON (Expecting ':'"),
+        (["plan", "--arguments", "[1]"], "argument --arguments: must be a JSON object, such as '{\"width\": 64}', got"),
+        (["inspect", "--target-params", "2"], "argument --target-params: must be in (0, 1], got '2'"),
+        (["compress", "--target-latency", "half"], "argument --target-latency: must be in (0, 1], got 'half'"),
+        (["compress", "--inputs", "0"], "argument --inputs: must be an integer >= 1, got '0'"),
+        (["demo", "--epochs", "-1"], "argument --epochs: must be an integer >= 1, got '-1'"),
+        (["demo", "--target-macs", "7"], "argument --target-macs: must be in (0, 1], got '7'"),
+    ],
+)
+def test_an_option_out_of_range_is_named_before_anything_is_done(arguments, why, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        main(arguments)
+    assert refusal.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_a_place_where_no_file_can_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    command = ["profile", *MODEL, *SHAPE, "--out"]
+    assert f"`--out`: {tmp_path} is a folder" in refused(*command, tmp_path)
+    assert f"`--out`: there is no folder {tmp_path}/no" in refused(*command, tmp_path / "no" / "table.json")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert f"`--out`: the folder {tmp_path} cannot be written to" in refused(*command, tmp_path / "table.json")
 
 
 def test_a_missing_extra_is_named(folder, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -98,7 +99,7 @@ def _blaming(option: str, what: str) -> Iterator[None]:
     """Whatever the user's code raises inside as one line, with the option that named it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may parse arguments of its own, and ends where it has none
         raise ValueError(f"`--{option}`: {what} fails: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -111,7 +112,7 @@ def _named(option: str, spec: str, what: str) -> tuple[Any, str, str]:
         module = _module_at(Path(source)) if source.endswith(".py") else _module_named(source)
     except (ImportError, FileNotFoundError) as error:
         raise ValueError(f"`--{option}`: cannot import {source}: {error}") from None
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         why = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"`--{option}`: cannot import {source}: {why}") from error
     return getattr(module, name, None), source, name
@@ -163,7 +164,7 @@ def build(kind: Maker, arguments: Mapping[str, Any]) -> nn.Module:
         model = kind(**given)
     except TypeError as error:
         raise ValueError(f"`--arguments`: {name} cannot be built with {shown}: {error}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"`--model`: building {name} with {shown} fails: {why}") from error
     if not isinstance(model, nn.Module):
@@ -336,6 +337,20 @@ def _convert_to_onnx(model: nn.Module, path: Path, example: Any, batch_size: int
     return result | {f"time / dense, batch {batch_size}": round(mine / theirs, 3)}
 
 
+def check_file(option: str, path: Path) -> None:
+    """Refuse a place where no file could be written, before the work and not after it.
+
+    Raises:
+        ValueError: If its folder is not there or closed, or a folder stands in its place; the message names the option.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"`--{option}`: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"`--{option}`: {path} is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"`--{option}`: the folder {path.parent} cannot be written to")
+
+
 def check_output(form: str, path: Path, fold: bool = False) -> None:
     """Refuse what could not be written, before the work and not after it.
 
@@ -344,8 +359,7 @@ def check_output(form: str, path: Path, fold: bool = False) -> None:
         ModuleNotFoundError: If what writes such a file is not installed.
     """
     _check_fold(form, fold)
-    if not path.parent.is_dir():
-        raise ValueError(f"`--out`: there is no folder {path.parent}")
+    check_file("out", path)
     if form == "onnx":
         with needs("export"):
             import onnxruntime  # noqa: F401

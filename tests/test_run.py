@@ -5,6 +5,7 @@ import inspect
 import re
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -243,6 +244,17 @@ def test_undone_before_its_first_step_all_is_as_it_was():
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_state_loads_without_pickle_where_arguments_are_numbers_of_numpy(tmp_path):
+    model, number = net(), numpy.float64
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    asked = {"regularizer": Regularizer(sparsity_weight=number(0.1)), "target_macs": number(0.5)}
+    run = SVDTraining(model, optimizer, 4, schedule=FallToBudget(start=number(0.5), end=number(0.75)), **asked)
+    model(torch.ones(2, 12)).sum().backward()
+    run.step()
+    torch.save(run.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["strengths"] == run.strengths
 
 
 def test_state_goes_through_a_file_that_loads_without_pickle(tmp_path):

@@ -438,7 +438,7 @@ class SVDTraining:
 
     def _note_strength(self, step: int, strength: float) -> None:
         """Remembered now and then for the report."""
-        self.strength = strength
+        self.strength = strength = float(strength)  # a number of numpy's in a file needs pickle
         if step % max(1, self.total_steps // 100) == 0 and (not self.strengths or self.strengths[-1][0] < step):
             self.strengths.append((step, strength))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import sys
@@ -26,6 +27,9 @@ _LONGEST = 1000  # characters of an error
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, the process's own by default; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every console has the bars of a spectrum
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -38,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())  # those of the user's model may have lines
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         raise SystemExit(f"lightning-svd {options.command}: {text}") from None
+    except KeyboardInterrupt:
+        print(f"lightning-svd {options.command}: interrupted", file=sys.stderr)
+        return 130  # as shells say it
     return 0
 
 

@@ -1,5 +1,6 @@
 """The command reads what a fit leaves, says what is in it, and turns it into other forms that compute the same."""
 
+import io
 import json
 import sys
 
@@ -340,6 +341,26 @@ def test_a_place_where_no_file_can_be_is_refused_before_the_work(tmp_path, monke
     assert f"`--out`: there is no folder {tmp_path}/no" in refused(*command, tmp_path / "no" / "table.json")
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
     assert f"`--out`: the folder {tmp_path} cannot be written to" in refused(*command, tmp_path / "table.json")
+
+
+def test_a_console_without_the_signs_of_a_table_gets_others(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", console)
+    assert main(["plan", *MODEL]) == 0
+    console.flush()
+    assert b"4 of 4 layers" in console.buffer.getvalue()
+
+
+def test_an_interruption_is_said_in_a_line_and_leaves_the_file_that_was_there(folder, capsys, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.safetensors"
+    out.write_text("before")
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    assert main(["convert", str(folder / "end.ckpt"), *MODEL, "--to", "dense", "--out", str(out)]) == 130
+    assert capsys.readouterr().err.endswith("lightning-svd convert: interrupted\n")
+    assert out.read_text() == "before" and [*tmp_path.iterdir()] == [out]
 
 
 def test_a_missing_extra_is_named(folder, tmp_path, monkeypatch):

@@ -522,7 +522,10 @@ def _as_edited(
     if not isinstance(mode, str) or mode not in (*CONV_MODES, "auto"):
         raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {shown(mode)}")
     if entry.get("max_rank") is not None:
-        check_count(f"{where}: max_rank", entry["max_rank"])
+        try:
+            check_count("max_rank", entry["max_rank"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     reason = _Reasons(module, {layer.name}, set(), mode, {layer.name}).why_not(layer.name, child)
     if reason:
         raise ValueError(f"{where} cannot be factorized ({reason}): give it a `skip`")

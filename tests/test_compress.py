@@ -271,7 +271,7 @@ def test_a_loss_of_the_users_says_what_matters():
     assert report.distance == pytest.approx(more, rel=1e-2, abs=1e-4)
     with pytest.raises(ValueError, match=r"`loss\(model, batch\)` fails for a batch of `batches`: TypeError: no"):
         quietly(model, batches, loss=refusing)
-    with pytest.raises(ValueError, match=r"`loss\(model, batch\)` must return a tensor, got float"):
+    with pytest.raises(ValueError, match=r"`loss\(model, batch\)` must return a tensor with fractions, got float"):
         quietly(model, batches, loss=lambda model, batch: float(model(batch).sum()))
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 _MOST = 2**31 - 1  # of what is counted: a larger one is a slip, and arithmetic with it does not end
 _LARGEST = 10**300  # of integers that stand for a float
 _LONGEST = 200  # characters of a value in a message
@@ -63,6 +65,12 @@ def check_targets(name: str, value: Any) -> None:
     items = [value] if isinstance(value, str) else value
     if items is not None and not (isinstance(items, (list, tuple)) and all(map(_is_name, items))):
         raise ValueError(f"`{name}` must be a name or a pattern, or a list of them, got {shown(value)}")
+
+
+def check_module(name: str, value: Any) -> None:
+    """A module of torch, and not its class, its weights, or a tuple with one in it."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"`{name}` must be a module, got {shown(value)}")
 
 
 def check_path(name: str, value: Any) -> None:

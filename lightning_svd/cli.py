@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 # Of the package, that a command needs; its own name otherwise.
 _EXTRAS = {"convert": "export", "compress": "files", "inspect": "files", "plan": "files"}
 
+_MODEL = "package.module:Class or path/to/file.py:Class, or a function there that returns the model"
 _DATA = "package.module:function or path/to/file.py:function that returns batches of inputs, given the model if it asks"
 
 _LONGEST = 1000  # characters of an error
@@ -25,6 +27,9 @@ _LONGEST = 1000  # characters of an error
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with these arguments, the process's own by default; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every console has the bars of a spectrum
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -37,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())  # those of the user's model may have lines
         text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
         raise SystemExit(f"lightning-svd {options.command}: {text}") from None
+    except KeyboardInterrupt:
+        print(f"lightning-svd {options.command}: interrupted", file=sys.stderr)
+        return 130  # as shells say it
     return 0
 
 
@@ -58,11 +66,11 @@ def _wandb_workspace(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import build, model_class
+    from lightning_svd.files.loading import build, model_maker
     from lightning_svd.model.plan import plan, write_plan
     from lightning_svd.report.data import plan_table
 
-    model = build(model_class(options.model), options.arguments)
+    model = build(model_maker(options.model), options.arguments)
     layers = plan(model, options.target_modules, options.exclude_modules or (), options.conv_mode)
     print(_as_json([asdict(layer) for layer in layers]) if options.json else plan_table(layers))
     if options.out:
@@ -70,11 +78,11 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import dense_weights, example_input, load, model_class
+    from lightning_svd.files.loading import dense_weights, example_input, load, model_maker
     from lightning_svd.report.inspection import as_table, inspect_model, inspect_weights, left_alone
 
     if options.model:
-        model = load(model_class(options.model), options.file, options.arguments, options.key)
+        model = load(model_maker(options.model), options.file, options.arguments, options.key)
         example = example_input(options.example_input, model)
         report = inspect_model(model, example, options.target_macs, options.target_params)
         compressed = _curve(model, options) if options.data else None
@@ -121,15 +129,22 @@ def _curve(model: Any, options: argparse.Namespace) -> CompressionReport:
 
 def _compress(options: argparse.Namespace) -> None:
     from lightning_svd.compression.compress import compress
-    from lightning_svd.files.loading import calibration_batches, check_output, load, model_class, write_compressed
+    from lightning_svd.files.loading import (
+        calibration_batches,
+        check_file,
+        check_output,
+        load,
+        model_maker,
+        write_compressed,
+    )
     from lightning_svd.layers.pairs import low_rank_pairs
     from lightning_svd.model.surgery import to_dense
 
     check_output(options.to, options.out, options.fold)
     for option, path in {"report": options.report, "html": options.html}.items():
-        if path and not path.parent.is_dir():
-            raise ValueError(f"`--{option}`: there is no folder {path.parent}")
-    model = load(model_class(options.model), options.file, options.arguments, options.key)
+        if path:
+            check_file(option, path)
+    model = load(model_maker(options.model), options.file, options.arguments, options.key)
     if low_rank_pairs(model):
         model = to_dense(model)  # shares are of the dense model
     batches = calibration_batches(options.data, model)
@@ -163,13 +178,12 @@ def _compress(options: argparse.Namespace) -> None:
 
 
 def _profile(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import build, example_input, model_class
+    from lightning_svd.files.loading import build, check_file, example_input, model_maker
     from lightning_svd.model.timing import Timing, profile
 
-    if not options.out.parent.is_dir():
-        raise ValueError(f"`--out`: there is no folder {options.out.parent}")
+    check_file("out", options.out)
     timing = Timing(options.batch_size, options.runtime, options.seconds)
-    model = build(model_class(options.model), options.arguments)
+    model = build(model_maker(options.model), options.arguments)
     example = example_input(options.example_input, model)
     if example is None:
         raise ValueError(
@@ -185,9 +199,9 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    from lightning_svd.files.loading import convert, example_input, load, model_class
+    from lightning_svd.files.loading import convert, example_input, load, model_maker
 
-    model = load(model_class(options.model), options.file, options.arguments, options.key)
+    model = load(model_maker(options.model), options.file, options.arguments, options.key)
     example = example_input(options.example_input, model)
     result = convert(model, options.to, options.out, example, options.batch_size, options.fold)
     print(_as_json(result) if options.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -207,8 +221,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("lightning-svd-demo"), help="folder for the report and the files"
     )
     demo.add_argument("--seeds", type=_integers, default=[0], help="comma-separated, for instance 0,1,2")
-    demo.add_argument("--target-macs", type=float, default=0.35, help="share of the MACs to keep")
-    demo.add_argument("--epochs", type=int, default=30, help="epochs of each training")
+    demo.add_argument("--target-macs", type=_share, default=0.35, help="share of the MACs to keep")
+    demo.add_argument("--epochs", type=_count, default=30, help="epochs of each training")
     demo.add_argument(
         "--logger", choices=("wandb", "tensorboard", "csv", "none"), default="wandb", help="W&B runs offline"
     )
@@ -224,10 +238,10 @@ def _parser() -> argparse.ArgumentParser:
     inspected = command("inspect", _inspect, "spectra and ranks of a file, and what a budget would keep")
     _add_file(inspected)
     _add_model(inspected, required=False)
-    inspected.add_argument("--example-input", type=_integers, help="shape of an input, to count MACs: 1,3,32,32")
+    inspected.add_argument("--example-input", type=_shape, help="shape of an input, to count MACs: 1,3,32,32")
     budget = inspected.add_mutually_exclusive_group()
-    budget.add_argument("--target-macs", type=float, help="share to keep")
-    budget.add_argument("--target-params", type=float, help="share to keep")
+    budget.add_argument("--target-macs", type=_share, help="share to keep")
+    budget.add_argument("--target-params", type=_share, help="share to keep")
     inspected.add_argument("--html", type=Path, help="page to write, with the spectra drawn")
     inspected.add_argument("--data", help=f"{_DATA}: how far outputs would move at each budget")
 
@@ -236,14 +250,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(compressed, required=True)
     compressed.add_argument("--data", required=True, help=_DATA)
     budget = compressed.add_mutually_exclusive_group()
-    budget.add_argument("--target-macs", type=float, help="share to keep; 0.5 if no budget is given")
-    budget.add_argument("--target-params", type=float, help="share to keep")
-    budget.add_argument("--target-latency", type=float, help="share of the time to keep")
+    budget.add_argument("--target-macs", type=_share, help="share to keep; 0.5 if no budget is given")
+    budget.add_argument("--target-params", type=_share, help="share to keep")
+    budget.add_argument("--target-latency", type=_share, help="share of the time to keep")
     compressed.add_argument("--latency-table", type=Path, help="of `lightning-svd profile`; measured if not given")
     compressed.add_argument("--to", choices=("factored", "onnx"), required=True)
     compressed.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
     _add_fold(compressed)
-    compressed.add_argument("--inputs", type=int, default=256, help="how many to take from the data")
+    compressed.add_argument("--inputs", type=_count, default=256, help="how many to take from the data")
     compressed.add_argument("--importance", default="auto", help="auto, fisher, outputs or spectrum")
     compressed.add_argument("--reconstruct", type=int, default=0, help="steps of training towards the original outputs")
     compressed.add_argument("--curve", action="store_true", help="say how far outputs would move at other budgets")
@@ -252,8 +266,8 @@ def _parser() -> argparse.ArgumentParser:
 
     profiled = command("profile", _profile, "how long a model takes here, layer by layer: a table to train or cut by")
     _add_model(profiled, required=True)
-    profiled.add_argument("--example-input", type=_integers, help="shape of an input: 1,3,32,32")
-    profiled.add_argument("--batch-size", type=int, help="inputs at a time; those of the example if not given")
+    profiled.add_argument("--example-input", type=_shape, help="shape of an input: 1,3,32,32")
+    profiled.add_argument("--batch-size", type=_count, help="inputs at a time; those of the example if not given")
     profiled.add_argument("--runtime", default="eager", help="eager, compiled or onnx")
     profiled.add_argument("--seconds", type=float, default=30.0, help="about how long to measure")
     profiled.add_argument("--target-modules", nargs="+", help="names, types, patterns, all-linear")
@@ -266,8 +280,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(converted, required=True)
     converted.add_argument("--to", choices=("dense", "factored", "onnx"), required=True)
     converted.add_argument("--out", type=Path, required=True, help="file to write; safetensors but for onnx")
-    converted.add_argument("--example-input", type=_integers, help="shape of an input, for onnx: 1,3,32,32")
-    converted.add_argument("--batch-size", type=int, default=64, help="for the timing of onnx against dense")
+    converted.add_argument("--example-input", type=_shape, help="shape of an input, for onnx: 1,3,32,32")
+    converted.add_argument("--batch-size", type=_count, default=64, help="for the timing of onnx against dense")
     _add_fold(converted)
 
     workspace = command("wandb-workspace", _wandb_workspace, "save a W&B workspace laid out for SVD training")
@@ -287,15 +301,39 @@ def _add_fold(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--model", required=required, help="package.module:Class or path/to/file.py:Class")
+    parser.add_argument("--model", required=required, help=_MODEL)
     parser.add_argument(
-        "--arguments", type=_json_object, default={}, help="of the class, as JSON; a checkpoint brings its own"
+        "--arguments", type=_json_object, default={}, help="of that, as JSON; a checkpoint brings its own"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _integers(text: str) -> list[int]:
-    return [int(item) for item in text.split(",")]
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be integers with commas between them, got {text!r}") from None
+
+
+def _shape(text: str) -> list[int]:
+    sizes = _integers(text)
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"must be integers >= 1, got {text!r}")
+    return sizes
+
+
+def _count(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0.0 < float(text) <= 1.0:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"must be in (0, 1], got {text!r}")
 
 
 def _as_json(value: Any) -> str:
@@ -306,9 +344,12 @@ def _as_json(value: Any) -> str:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is no JSON ({error}): {text!r}") from None
     if not isinstance(value, dict):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"must be a JSON object, such as '{{\"width\": 64}}', got {text!r}")
     return value
 
 

@@ -1,5 +1,6 @@
 """The command reads what a fit leaves, says what is in it, and turns it into other forms that compute the same."""
 
+import io
 import json
 import sys
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file, save_model
 
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
-from lightning_svd.files.loading import load
+from lightning_svd.files.loading import load, model_maker
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.model.export import TOLERANCE, onnx_session
 from lightning_svd.report.inspection import inspect_model
@@ -90,12 +91,64 @@ def test_a_model_is_found_in_a_file_too(capsys, tmp_path):
         ("SmallNet", "must be `package.module:Class` or"),
         ("nowhere.at_all:Net", "cannot import nowhere.at_all"),
         ("nowhere.py:Net", "there is no such file"),
-        ("models:Missing", "models has no class of modules 'Missing'"),
-        ("models:data", "models has no class of modules 'data'"),
+        ("models:Missing", "models has no class of modules, and no function that returns one, 'Missing'"),
+        ("pathlib:Path", "pathlib has no class of modules, and no function that returns one, 'Path'"),
+        ("sys:path", "sys has no class of modules, and no function that returns one, 'path'"),
+        ("models:data", "`--model`: data must return a module, got a DataLoader"),
     ],
 )
 def test_a_model_that_is_not_there_is_named(model, why):
     assert why in refused("plan", "--model", model)
+
+
+MADE = """
+import functools
+from models import SmallNet
+
+built = SmallNet()
+
+def small(momentum, **options):
+    return SmallNet(momentum=momentum, **options)
+
+sgd = functools.partial(small, momentum=0.5)
+
+def nothing():
+    small(0.9)
+"""
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "made.py").write_text(MADE)
+    yield tmp_path / "made.py"
+    sys.modules.pop("made", None)
+
+
+def test_a_function_that_returns_the_model_does_as_well_as_its_class(made, folder, capsys, tmp_path):
+    arguments = ["--model", f"{made}:small", "--arguments", '{"momentum": 0.9}']
+    plans = [run(capsys, "plan", *model) for model in (MODEL, arguments, ["--model", f"{made}:sgd"])]
+    assert plans[0] == plans[1] == plans[2]
+    out = tmp_path / "out.safetensors"
+    run(capsys, "convert", folder / "end.ckpt", *arguments, "--to", "factored", "--out", out)
+    assert low_rank_pairs(load_low_rank(SmallNet(), out))
+
+
+def test_a_function_gets_the_hyperparameters_that_it_names(made, folder, tmp_path):
+    checkpoint = torch.load(folder / "end.ckpt", weights_only=True)
+    torch.save(checkpoint | {"hyper_parameters": {"momentum": 0.25, "of_the_module_around": 3}}, tmp_path / "a.ckpt")
+    assert load(model_maker(f"{made}:small"), tmp_path / "a.ckpt", {}).options["momentum"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("nothing", "`--model`: nothing must return a module, got a NoneType"),
+        ("built", "is a model already: name its class, or a function that returns it"),
+        ("small", "`--arguments`: small cannot be built with {}: small() missing 1 required positional argument"),
+    ],
+)
+def test_a_function_that_returns_no_model_is_named(made, name, why):
+    assert why in refused("plan", "--model", f"{made}:{name}")
 
 
 def test_arguments_that_a_class_does_not_take_are_refused():
@@ -118,10 +171,11 @@ class Picky(nn.Linear):
     [
         ("x = (", [], "`--model`: cannot import FILE: SyntaxError: '(' was never closed"),
         ("{}['home']", [], "`--model`: cannot import FILE: KeyError: 'home'"),
+        ("import sys; sys.exit(2)", [], "`--model`: cannot import FILE: SystemExit: 2"),
         (CODE, ["--arguments", '{"size": 9}'], "`--model`: building Picky with {'size': 9} fails: RuntimeError: no"),
         (CODE, ["--example-input", "2,3"], "`--example-input`: calling the model with 2,3 fails: RuntimeError: mat1"),
     ],
-    ids=["syntax", "import", "constructor", "input"],
+    ids=["syntax", "import", "exit", "constructor", "input"],
 )
 def test_what_the_users_code_raises_is_said_in_a_line_with_the_option(code, options, why, tmp_path):
     path = tmp_path / "picky.py"
@@ -258,6 +312,55 @@ def test_onnx_computes_the_same_for_any_batch(file, folder, capsys, tmp_path):
 def test_what_cannot_be_done_is_said_in_a_line(arguments, why, folder):
     message = refused(*(argument.replace("{}", str(folder)) for argument in arguments))
     assert why in message and message.startswith(f"lightning-svd {arguments[0]}: ") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["convert", "--batch-size", "0"], "argument --batch-size: must be an integer >= 1, got '0'"),
+        (["convert", "--example-input", "2,x"], "argument --example-input: must be integers with commas"),
+        (["convert", "--example-input", "0,64"], "argument --example-input: must be integers >= 1, got '0,64'"),
+        (["plan", "--arguments", '{"a"'], "argument --arguments: is no JSON (Expecting ':'"),
+        (["plan", "--arguments", "[1]"], "argument --arguments: must be a JSON object, such as '{\"width\": 64}', got"),
+        (["inspect", "--target-params", "2"], "argument --target-params: must be in (0, 1], got '2'"),
+        (["compress", "--target-latency", "half"], "argument --target-latency: must be in (0, 1], got 'half'"),
+        (["compress", "--inputs", "0"], "argument --inputs: must be an integer >= 1, got '0'"),
+        (["demo", "--epochs", "-1"], "argument --epochs: must be an integer >= 1, got '-1'"),
+        (["demo", "--target-macs", "7"], "argument --target-macs: must be in (0, 1], got '7'"),
+    ],
+)
+def test_an_option_out_of_range_is_named_before_anything_is_done(arguments, why, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        main(arguments)
+    assert refusal.value.code == 2 and why in capsys.readouterr().err
+
+
+def test_a_place_where_no_file_can_be_is_refused_before_the_work(tmp_path, monkeypatch):
+    command = ["profile", *MODEL, *SHAPE, "--out"]
+    assert f"`--out`: {tmp_path} is a folder" in refused(*command, tmp_path)
+    assert f"`--out`: there is no folder {tmp_path}/no" in refused(*command, tmp_path / "no" / "table.json")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert f"`--out`: the folder {tmp_path} cannot be written to" in refused(*command, tmp_path / "table.json")
+
+
+def test_a_console_without_the_signs_of_a_table_gets_others(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", console)
+    assert main(["plan", *MODEL]) == 0
+    console.flush()
+    assert b"4 of 4 layers" in console.buffer.getvalue()
+
+
+def test_an_interruption_is_said_in_a_line_and_leaves_the_file_that_was_there(folder, capsys, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.safetensors"
+    out.write_text("before")
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
+    assert main(["convert", str(folder / "end.ckpt"), *MODEL, "--to", "dense", "--out", str(out)]) == 130
+    assert capsys.readouterr().err.endswith("lightning-svd convert: interrupted\n")
+    assert out.read_text() == "before" and [*tmp_path.iterdir()] == [out]
 
 
 def test_a_missing_extra_is_named(folder, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_svd import CompressionReport, compress
+from lightning_svd import CompressionReport, compress, to_dense, to_factored
 from lightning_svd.compression import compress as compress_module
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer
 from lightning_svd.layers.parts import InParts
@@ -270,7 +271,7 @@ def test_a_loss_of_the_users_says_what_matters():
     assert report.distance == pytest.approx(more, rel=1e-2, abs=1e-4)
     with pytest.raises(ValueError, match=r"`loss\(model, batch\)` fails for a batch of `batches`: TypeError: no"):
         quietly(model, batches, loss=refusing)
-    with pytest.raises(ValueError, match=r"`loss\(model, batch\)` must return a tensor, got float"):
+    with pytest.raises(ValueError, match=r"`loss\(model, batch\)` must return a tensor with fractions, got float"):
         quietly(model, batches, loss=lambda model, batch: float(model(batch).sum()))
 
 
@@ -514,6 +515,88 @@ def as_it_was(model, before, gradients, kinds):
 def noted(model):
     kinds = [type(child) for child in model.modules()]
     return copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()], kinds
+
+
+class Locked(nn.Module):
+    """What cannot be copied."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.lock = body, threading.Lock()
+
+    def forward(self, x):
+        with self.lock:
+            return self.body(x)
+
+
+def test_a_model_that_cannot_be_copied_is_refused_and_can_be_changed_itself():
+    model = Locked(trained()[0])
+    why = "`compress` changes a copy of Locked, which cannot be copied .*lock.*: give `inplace=True`"
+    with pytest.raises(ValueError, match=why):
+        quietly(model, vectors())
+    assert quietly(model, vectors(), inplace=True)[1].ranks.macs_ratio <= 0.5
+
+
+@pytest.mark.parametrize("make", [to_dense, to_factored])
+def test_so_is_one_that_another_function_has_to_copy(make):
+    with pytest.raises(ValueError, match=f"`{make.__name__}` .* a copy of Locked, which cannot be copied"):
+        make(Locked(trained()[0]))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layer", [nn.LazyLinear, nn.LazyBatchNorm1d], ids=["weights", "statistics"])
+def test_a_model_that_was_never_called_is_told_to_be(layer, inplace):
+    model = nn.Sequential(trained()[0], layer(*([4] if layer is nn.LazyLinear else [])))
+    with pytest.raises(ValueError, match=r"`model` has a layer without weights yet, `1.weight`: call it once"):
+        quietly(model, vectors(), inplace=inplace)
+    model(vectors()[0])
+    assert quietly(model, vectors(), inplace=inplace)[1].ranks.macs_ratio <= 0.5
+
+
+class Also(nn.Module):
+    """Puts out something else beside what its body does."""
+
+    def __init__(self, body, also):
+        super().__init__()
+        self.body, self.also = body, also
+
+    def forward(self, x):
+        y = self.body(x)
+        return y, self.also(y)
+
+
+def test_an_output_of_zeros_does_not_spoil_what_others_say():
+    model = Also(trained()[0], torch.zeros_like)
+    _, expected = quietly(model, vectors(), importance="fisher")  # those have no gradient
+    _, report = quietly(Also(trained()[0], lambda y: 0 * y), vectors(), importance="fisher")
+    assert report.tried == pytest.approx(expected.tried, rel=0.2)  # other noise is drawn
+
+
+@pytest.mark.parametrize(
+    ("also", "kind"),
+    [
+        (lambda y: y.relu().to_sparse(), "torch.sparse_coo"),
+        (lambda y: torch.nested.as_nested_tensor(y), "nested tensors"),
+    ],
+    ids=["sparse", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_outputs_that_are_no_plain_tensors_are_refused(also, kind):
+    with pytest.raises(ValueError, match=f"the model must put out plain tensors, got one of {kind}, torch.float32"):
+        quietly(Also(trained()[0], also), vectors())
+
+
+def test_a_loss_of_whole_numbers_is_refused_for_what_it_is():
+    why = r"`loss\(model, batch\)` must return a tensor with fractions, got one of torch.strided, torch.int64"
+    with pytest.raises(ValueError, match=why):
+        quietly(trained()[0], vectors(), loss=lambda model, x: model(x).argmax(1).sum())
+
+
+@pytest.mark.parametrize("at", [0, 3, 16], ids=["first", "between", "last"])
+def test_a_batch_without_inputs_is_passed_over(at):
+    model, batches = trained()
+    _, report = quietly(model, [*batches[:at], batches[0][:0], *batches[at:]])
+    assert report.tried == quietly(model, batches)[1].tried
 
 
 @pytest.mark.parametrize("case", BAD_BATCHES)

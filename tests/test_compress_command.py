@@ -182,8 +182,6 @@ def test_the_curve_of_a_model_that_can_fall_little(mine, capsys):
         (["--data", "mine.py:only_labels"], "the model fails for a batch"),
         ([*DATA, "--key", "ema"], "`--key`: trained.pth has no weights at 'ema', got `net` (6 tensors)"),
         ([*DATA, "--arguments", '{"width": 33}'], "trained.pth does not fit Mine at `net`"),
-        ([*DATA, "--target-macs", "1.5"], "`target_macs`"),
-        ([*DATA, "--inputs", "0"], "`inputs`"),
         ([*DATA, "--importance", "luck"], "`importance`"),
         ([*DATA, "--out", "nowhere/x.safetensors"], "`--out`: there is no folder nowhere"),
         ([*DATA, "--report", "nowhere/x.json"], "`--report`: there is no folder nowhere"),

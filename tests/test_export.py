@@ -56,3 +56,47 @@ def test_what_takes_one_size_of_batch_itself_is_not_warned_of(tmp_path):
 def test_a_wrong_input_is_refused_by_the_model(tmp_path):
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         to_onnx(nn.Linear(4, 4), tmp_path / "net.onnx", torch.randn(2, 5))
+
+
+class Several(nn.Module):
+    """Puts out what is given to a function, and what the function makes of it."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.body, self.outputs = nn.Linear(16, 16), outputs
+
+    def forward(self, x, other=None):
+        return self.outputs(self.body(x if other is None else x + other))
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        lambda y: {"y": y, "rest": (y.relu(), [y + 1])},
+        lambda y: (y, y.argmax(1)),
+        lambda y: (y > 0, y),
+        lambda y: (y, None),
+        lambda y: (y, y[:, :0]),
+    ],
+    ids=["nested", "indices", "a mask", "None", "nothing"],
+)
+def test_outputs_of_any_kind_are_compared(outputs, tmp_path):
+    torch.manual_seed(0)
+    assert to_onnx(Several(outputs).eval(), tmp_path / "net.onnx", torch.randn(3, 16)) < 1e-5
+
+
+@pytest.mark.parametrize("example", [None, {"x": torch.ones(3, 16)}, (torch.ones(3, 16), 2), ([torch.ones(3, 16)],)])
+def test_an_example_that_is_no_tensors_by_position_is_refused(example, tmp_path):
+    with pytest.raises(ValueError, match=r"^`example_input` must be a tensor, or a tuple of tensors by position, got "):
+        to_onnx(Several(torch.relu), tmp_path / "net.onnx", example)
+
+
+def test_half_precision_may_differ_by_its_rounding(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)).half()
+    assert to_onnx(model, tmp_path / "net.onnx", torch.randn(32, 64).half()) <= 4 * torch.finfo(torch.half).eps
+
+
+def test_what_onnxruntime_cannot_run_is_said_in_a_line(tmp_path):
+    with pytest.raises(RuntimeError, match=r"net.onnx does not run in onnxruntime: \S[^\n]*$"):
+        to_onnx(nn.Linear(8, 8).bfloat16(), tmp_path / "net.onnx", torch.randn(2, 8).bfloat16())

@@ -108,6 +108,15 @@ def test_saving_leaves_a_factorized_model_as_it_is(tmp_path):
     assert unchanged(model, before)
 
 
+@pytest.mark.parametrize("name", ["small.pt", "small.bin", "small.ckpt", "small", "small.safetensors"])
+def test_a_file_of_any_name_is_read_for_what_is_in_it(name, tmp_path):
+    model = Net()
+    decompose(model)
+    small = to_factored(model)
+    save_low_rank(small, tmp_path / name)
+    assert same_state(load_low_rank(Net(), tmp_path / name).state_dict(), small.state_dict())
+
+
 def test_a_layer_on_its_own_is_saved_and_loaded(tmp_path):
     layer = nn.Linear(32, 16)
     decompose(layer)

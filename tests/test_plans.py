@@ -102,7 +102,7 @@ def test_an_edited_plan_is_followed(tmp_path):
         (lambda layers: layers.update(tail=layers.pop("head")), "ModuleDict has no layer 'tail'"),
         (lambda layers: layers["head"].update(weight=[12, 17]), r"a weight \[12, 17\], the model's is \[12, 16\]"),
         (lambda layers: layers["stem"].update(conv_mode="wide"), "`stem`: `conv_mode` must be one of .*, got 'wide'"),
-        (lambda layers: layers["head"].update(max_rank=0), "`head`: max_rank` must be an integer >= 1, got 0"),
+        (lambda layers: layers["head"].update(max_rank=0), "`head`: `max_rank` must be an integer >= 1, got 0"),
         (lambda layers: layers["head"].update(rank=3), "`head`: expected .*, got 'rank'"),
         (lambda layers: layers["embed"].pop("skip"), r"`embed` cannot be factorized \(unsupported type\)"),
     ],

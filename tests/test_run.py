@@ -1,18 +1,51 @@
 """A run in a loop of plain PyTorch: what a cut keeps, what a resumed run is told, and that nothing is left behind."""
 
 import copy
+import inspect
 import re
 from contextlib import nullcontext
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_same
 from torch import nn
 
-from lightning_svd import FallToBudget, Fisher, Outputs, Regularizer, SVDTraining, svd_layers
+import lightning_svd
+from lightning_svd import (
+    FallToBudget,
+    Fisher,
+    Outputs,
+    Regularizer,
+    SVDTraining,
+    SVDTrainingCallback,
+    compress,
+    svd_layers,
+)
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.training import processes, trained_layers
+from lightning_svd.training.recipe import OF_CALLBACK, Recipe
+
+X = torch.ones(2, 8)
+# Of what takes a model first, how it is called with it and the path of a file.
+TAKING_MODULES = {
+    **{
+        name: lambda model, _, name=name: getattr(lightning_svd, name)(model)
+        for name in ("compact", "decompose", "plan", "summarize", "svd_layers", "to_dense", "to_factored")
+    },
+    **{
+        name: lambda model, _, name=name: getattr(lightning_svd, name)(model, X)
+        for name in ("count_costs", "fastest_forms", "fold_norms", "profile")
+    },
+    **{
+        name: lambda model, path, name=name: getattr(lightning_svd, name)(model, path)
+        for name in ("load_low_rank", "load_sharded", "save_low_rank")
+    },
+    "compress": lambda model, _: compress(model, [X]),
+    "to_onnx": lambda model, path: lightning_svd.to_onnx(model, path, X),
+    "SVDTraining": lambda model, _: SVDTraining(model, torch.optim.SGD([nn.Parameter(X)], 0.1), 10),
+}
 
 
 def net(scale=1.0):
@@ -213,6 +246,17 @@ def test_undone_before_its_first_step_all_is_as_it_was():
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
+def test_state_loads_without_pickle_where_arguments_are_numbers_of_numpy(tmp_path):
+    model, number = net(), numpy.float64
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    asked = {"regularizer": Regularizer(sparsity_weight=number(0.1)), "target_macs": number(0.5)}
+    run = SVDTraining(model, optimizer, 4, schedule=FallToBudget(start=number(0.5), end=number(0.75)), **asked)
+    model(torch.ones(2, 12)).sum().backward()
+    run.step()
+    torch.save(run.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["strengths"] == run.strengths
+
+
 def test_state_goes_through_a_file_that_loads_without_pickle(tmp_path):
     run = begun(2, total_steps=40)
     run.cut(25, 1)
@@ -287,6 +331,44 @@ def test_what_a_run_cannot_begin_with_is_named(arguments, why):
     with pytest.raises(ValueError, match=re.escape(why)):
         SVDTraining(model, given["optimizers"], given["total_steps"], target_macs=0.5)
     assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"max_metric_drop": 0.1}, "SVDTraining has no argument `max_metric_drop`: it is one of SVDTrainingCallback"),
+        ({"importence": "fisher"}, "SVDTraining has no argument `importence`: did you mean `importance`?"),
+        ({"total_step": 3}, "SVDTraining has no argument `total_step`: did you mean `total_steps`?"),
+        ({"xyz": 3}, "SVDTraining has no argument `xyz`"),
+        ({"recipe": {"target_macs": 0.5}}, "`recipe` must be a Recipe, got {'target_macs': 0.5}"),
+        ({"recipe": Recipe(), "round_to": 8}, "give either `recipe` or its fields, got both: `recipe`, `round_to`"),
+    ],
+)
+def test_an_argument_that_a_run_does_not_have_is_named(arguments, why):
+    model = net()
+    with pytest.raises(TypeError, match=f"^{re.escape(why)}$"):
+        SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 10, **arguments)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+@pytest.mark.parametrize("owner", [SVDTrainingCallback, lambda **given: compress(net(), [torch.randn(2, 8)], **given)])
+def test_so_is_one_that_the_callback_or_compress_does_not_have(owner):
+    with pytest.raises(TypeError, match=r" has no argument `min_ranks`: did you mean `min_rank`\?$"):
+        owner(min_ranks=2)
+
+
+def test_what_only_the_callback_takes_is_known():
+    own = inspect.signature(SVDTrainingCallback).parameters.keys() - inspect.signature(Recipe).parameters.keys()
+    assert own == set(OF_CALLBACK)
+
+
+@pytest.mark.parametrize("name", sorted(TAKING_MODULES))
+@pytest.mark.parametrize(
+    "given", ["net.pt", (nn.Linear(8, 8), None), nn.Linear, {}], ids=["file", "pair", "class", "dict"]
+)
+def test_what_is_no_module_is_named(name, given, tmp_path):
+    with pytest.raises(TypeError, match=r"^`(module|model)` must be a module, got "):
+        TAKING_MODULES[name](given, tmp_path / "file")
 
 
 @pytest.mark.parametrize("stepped", ["too few times", "past the run"])

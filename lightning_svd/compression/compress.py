@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import Counter
@@ -12,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_svd.arguments import check_choice, check_count, check_flag, shown
+from lightning_svd.arguments import check_choice, check_count, check_flag, check_module, shown
 from lightning_svd.compression.batch_norm import Values, put, recalibrated
 from lightning_svd.compression.calibration import NoGradientError, Track, collect, collect_felt
 from lightning_svd.compression.data import CalibrationData, CallError, Loss
@@ -28,13 +28,13 @@ from lightning_svd.model.calls import CallRecorder, cut
 from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.plan import with_reasons
-from lightning_svd.model.surgery import begin, check_dense, finish, trained_weights, undo
+from lightning_svd.model.surgery import begin, check_dense, copied, finish, trained_weights, undo
 from lightning_svd.model.timing import corrected
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.ranks.statistics import Basis, bases_of, sides, spectral_basis
 from lightning_svd.report.data import report_on
-from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.recipe import Recipe, recipe_of
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -113,8 +113,10 @@ def compress(
     flags = {"recalibrate": recalibrate, "curve": curve, "inplace": inplace, "progress": progress}
     for name, flag in flags.items() if correct_bias is None else (flags | {"correct_bias": correct_bias}).items():
         check_flag(name, flag)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a module, got {shown(model)}")
+    check_module("model", model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"`model` has a layer without weights yet, `{name}`: call it once with a batch")
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str)):
         raise TypeError(f"`batches` must be an iterable of inputs, such as a list of batches, got {shown(batches)}")
     if loss is not None and not callable(loss):
@@ -122,7 +124,8 @@ def compress(
     check_count("seed", seed, least=0)
     for name in layers.keys() & _OF_TRAINING:
         raise TypeError(f"`{name}` is of training, which `compress` does without")
-    recipe = Recipe(target_macs=target_macs, target_params=target_params, target_latency=target_latency, **layers)
+    targets = {"target_macs": target_macs, "target_params": target_params, "target_latency": target_latency}
+    recipe = recipe_of(compress, targets | layers)
     with torch.inference_mode(False), tracking(progress) as track:
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
         run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
@@ -552,7 +555,7 @@ def _twin(model: ModuleT, recipe: Recipe) -> tuple[ModuleT, set[int]]:
             if type(parameter) is nn.Parameter and parameter.ndim > 1 and not parameter.is_inference():
                 memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
                 shared.add(parameter.untyped_storage().data_ptr())
-    return copy.deepcopy(model, memo), shared
+    return copied(model, "`compress` changes", "give `inplace=True`, which needs none", memo), shared
 
 
 def _nearest(model: nn.Module, name: str) -> nn.Module:

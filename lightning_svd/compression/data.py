@@ -57,6 +57,8 @@ class CalibrationData:
         taken: list[Any] = []
         seen = 0
         for batch in batches:
+            if _is_empty(batch):
+                continue  # as a filter leaves that let nothing through
             taken.append(mapped(batch, lambda tensor: tensor.detach().to(device)))
             seen += inputs_in(batch)
             if seen >= inputs:
@@ -106,7 +108,10 @@ class CalibrationData:
                     self.measure = DIVERGENCE
                 if not numbers:
                     what = "`loss(model, batch)` must return" if self.loss else "the model must put out"
-                    raise ValueError(f"{what} a tensor, got {type(output).__name__}")
+                    raise ValueError(f"{what} a tensor{' with fractions' if self.loss else ''}, got {_kind(output)}")
+                for tensor in numbers:
+                    if tensor.layout is not torch.strided or tensor.is_nested:
+                        raise ValueError(f"the model must put out plain tensors, got {_kind(tensor)}")
                 found.append([tensor.detach() for tensor in numbers])
         return found
 
@@ -140,6 +145,19 @@ class CalibrationData:
         if self.loss is not None:
             return float((other - one).sum()), float(entries), entries
         return float((other - one).square().sum()), float(one.square().sum()), entries
+
+
+def _is_empty(batch: Any) -> bool:
+    """Whether there are tensors in a batch, and no number in them."""
+    tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    return bool(tensors) and not any(tensor.numel() for tensor in tensors)
+
+
+def _kind(output: Any) -> str:
+    """What an output is, for an error."""
+    if not isinstance(output, Tensor):
+        return type(output).__name__
+    return f"one of {'nested tensors' if output.is_nested else output.layout}, {output.dtype}"
 
 
 def _divergence(logits: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

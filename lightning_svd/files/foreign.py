@@ -68,7 +68,10 @@ def is_checkpoint(path: str | Path) -> bool:
     if not path.is_file():
         return path.suffix in _READABLE
     with path.open("rb") as file:
-        return file.read(len(_ZIP)) == _ZIP or path.suffix in _READABLE
+        head = file.read(9)
+    # Safetensors begin with the length of a JSON object, by whatever name the file goes.
+    is_safetensors = head[8:] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size
+    return head.startswith(_ZIP) or (path.suffix in _READABLE and not is_safetensors)
 
 
 def read_contents(path: str | Path) -> Mapping[str, Any]:

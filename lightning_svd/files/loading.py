@@ -6,13 +6,14 @@ import importlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,17 +41,21 @@ from lightning_svd.model.counting import as_arguments
 from lightning_svd.model.export import largest_difference, onnx_seconds, to_onnx
 from lightning_svd.model.surgery import to_dense
 
+Maker = Callable[..., nn.Module]
 
-def model_class(spec: str) -> type[nn.Module]:
-    """The class that ``package.module:Class`` or ``path/to/file.py:Class`` names.
+
+def model_maker(spec: str) -> Maker:
+    """The class, or the function that returns a model, that ``package.module:name`` or ``path/to/file.py:name`` names.
 
     Raises:
         ValueError: If there is none; the message says what is missing.
     """
     found, source, name = _named("model", spec, "Class")
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
-        raise ValueError(f"`--model`: {source} has no class of modules {name!r}")
-    return found
+    if isinstance(found, nn.Module):
+        raise ValueError(f"`--model`: {spec} is a model already: name its class, or a function that returns it")
+    if not callable(found) or (isinstance(found, type) and not issubclass(found, nn.Module)):
+        raise ValueError(f"`--model`: {source} has no class of modules, and no function that returns one, {name!r}")
+    return cast("Maker", found)
 
 
 def calibration_batches(spec: str, model: nn.Module) -> Iterator[Any]:
@@ -94,7 +99,7 @@ def _blaming(option: str, what: str) -> Iterator[None]:
     """Whatever the user's code raises inside as one line, with the option that named it."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may parse arguments of its own, and ends where it has none
         raise ValueError(f"`--{option}`: {what} fails: {type(error).__name__}: {first_line(error)}") from error
 
 
@@ -107,7 +112,7 @@ def _named(option: str, spec: str, what: str) -> tuple[Any, str, str]:
         module = _module_at(Path(source)) if source.endswith(".py") else _module_named(source)
     except (ImportError, FileNotFoundError) as error:
         raise ValueError(f"`--{option}`: cannot import {source}: {error}") from None
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         why = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"`--{option}`: cannot import {source}: {why}") from error
     return getattr(module, name, None), source, name
@@ -133,17 +138,18 @@ def _module_at(path: Path) -> Any:
     return module
 
 
-def build(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
+def build(kind: Maker, arguments: Mapping[str, Any]) -> nn.Module:
     """A new model in evaluation.
 
     Args:
-        kind: Its class. Where it says the class of its configuration, as those of transformers do, ``config`` may be a
-            dict.
+        kind: Its class, or a function that returns it. Where it says the class of its configuration, as those of
+            transformers do, ``config`` may be a dict.
         arguments: By keyword.
 
     Raises:
-        ValueError: If the class does not take these arguments, or fails with them.
+        ValueError: If it does not take these arguments, fails with them, or returns no module.
     """
+    name = getattr(kind, "__name__", type(kind).__name__)
     shown = {name: "{...}" if isinstance(value, Mapping) else value for name, value in arguments.items()}
     given = dict(arguments)
     config_class = getattr(kind, "config_class", None)
@@ -155,22 +161,25 @@ def build(kind: type[nn.Module], arguments: Mapping[str, Any]) -> nn.Module:
             why = " ".join(str(error).split())[:200]
             raise ValueError(f"`--arguments`: `config` is no {config_class.__name__}: {why}") from None
     try:
-        return kind(**given).eval()
+        model = kind(**given)
     except TypeError as error:
-        raise ValueError(f"`--arguments`: {kind.__name__} cannot be built with {shown}: {error}") from None
-    except Exception as error:
+        raise ValueError(f"`--arguments`: {name} cannot be built with {shown}: {error}") from None
+    except (Exception, SystemExit) as error:
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"`--model`: building {kind.__name__} with {shown} fails: {why}") from error
+        raise ValueError(f"`--model`: building {name} with {shown} fails: {why}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`--model`: {name} must return a module, got a {type(model).__name__}")
+    return model.eval()
 
 
-def load(kind: type[nn.Module], path: str | Path, arguments: Mapping[str, Any], key: str | None = None) -> nn.Module:
+def load(kind: Maker, path: str | Path, arguments: Mapping[str, Any], key: str | None = None) -> nn.Module:
     """The model of a file or folder, on the CPU: dense or low-rank, written by this package, Lightning or others.
 
     Args:
-        kind: Its class; hyperparameters that a Lightning checkpoint holds are its arguments, and so is the
-            ``config.json`` in a folder, for a class that says what its configuration is.
+        kind: Its class, or a function that returns it; hyperparameters that a Lightning checkpoint holds are its
+            arguments, and so is the ``config.json`` in a folder, for a class that says what its configuration is.
         path: A file of ``torch.save`` or safetensors, the index of several, or the folder where they are.
-        arguments: Of the class, in addition to those in the file.
+        arguments: Of that, in addition to those in the file.
         key: Where in the file the weights are, dots between keys; found without it if one place fits.
 
     Raises:
@@ -196,7 +205,7 @@ def _is_lightning(contents: Mapping[str, Any]) -> bool:
     return known and isinstance(contents.get("state_dict"), Mapping)
 
 
-def _config_beside(kind: type[nn.Module], path: Path) -> dict[str, Any]:
+def _config_beside(kind: Maker, path: Path) -> dict[str, Any]:
     """The configuration that a folder of transformers holds beside the weights."""
     beside = path.with_name("config.json")
     if not isinstance(getattr(kind, "config_class", None), type) or not beside.is_file():
@@ -208,13 +217,14 @@ def _config_beside(kind: type[nn.Module], path: Path) -> dict[str, Any]:
     return {"config": config}
 
 
-def _hyperparameters(kind: type[nn.Module], checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that a checkpoint holds and the class takes; what Lightning adds for itself is left out."""
+def _hyperparameters(kind: Maker, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a checkpoint holds and a class or function takes; what Lightning adds for itself is left out."""
     saved = checkpoint.get("hyper_parameters")
     if not isinstance(saved, Mapping):
         return {}
     parameters = inspect.signature(kind).parameters.values()
-    if any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
+    # What a function passes on by ``**kwargs`` goes to another class than the checkpoint's as likely as to its own.
+    if isinstance(kind, type) and any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters):
         return {str(name): value for name, value in saved.items() if not str(name).startswith("_")}
     return {parameter.name: saved[parameter.name] for parameter in parameters if parameter.name in saved}
 
@@ -327,6 +337,20 @@ def _convert_to_onnx(model: nn.Module, path: Path, example: Any, batch_size: int
     return result | {f"time / dense, batch {batch_size}": round(mine / theirs, 3)}
 
 
+def check_file(option: str, path: Path) -> None:
+    """Refuse a place where no file could be written, before the work and not after it.
+
+    Raises:
+        ValueError: If its folder is not there or closed, or a folder stands in its place; the message names the option.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"`--{option}`: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"`--{option}`: {path} is a folder")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"`--{option}`: the folder {path.parent} cannot be written to")
+
+
 def check_output(form: str, path: Path, fold: bool = False) -> None:
     """Refuse what could not be written, before the work and not after it.
 
@@ -335,8 +359,7 @@ def check_output(form: str, path: Path, fold: bool = False) -> None:
         ModuleNotFoundError: If what writes such a file is not installed.
     """
     _check_fold(form, fold)
-    if not path.parent.is_dir():
-        raise ValueError(f"`--out`: there is no folder {path.parent}")
+    check_file("out", path)
     if form == "onnx":
         with needs("export"):
             import onnxruntime  # noqa: F401

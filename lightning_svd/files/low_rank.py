@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import needs
+from lightning_svd.arguments import check_module, needs
 from lightning_svd.files.checkpoints import (
     KEY,
     State,
@@ -65,6 +65,7 @@ def save_low_rank(module: nn.Module, path: str | Path) -> Path:
             cannot hold: sparse tensors, extra state that is no tensor.
         OSError: If it cannot be written; a file that was there is as it was.
     """
+    check_module("module", module)
     plain = to_factored(module, count_params(module)) if svd_layers(module) else module
     pairs = low_rank_pairs(plain)
     _check_finite(dict(plain.named_parameters()), dict(plain.named_parameters()), "the model cannot be saved")
@@ -131,6 +132,7 @@ def load_low_rank(module: ModuleT, path: str | Path) -> ModuleT:
         ValueError: If the file is neither, is damaged, is of another version, or does not fit the model, or if the
             model is on the meta device. The model is then as it was.
     """
+    check_module("module", module)
     for name, tensor in module.named_parameters():
         if tensor.is_meta:
             raise ValueError(

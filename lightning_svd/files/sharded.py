@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import needs
+from lightning_svd.arguments import check_module, needs
 from lightning_svd.files.foreign import first_line, is_index, read_index, weights_file
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.forms import SVDForm
@@ -62,6 +62,7 @@ def load_sharded(module: ModuleT, folder: str | Path, device: torch.device | str
             as it was; if a weight holds NaN or infinity, when a part is loaded.
         FileNotFoundError: If one of them is not there.
     """
+    check_module("module", module)
     reshard(module)
     layers = svd_layers(module)
     found: dict[str, _Entry] = {}

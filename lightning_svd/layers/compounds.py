@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_svd.arguments import check_module
 from lightning_svd.layers.attention import SplitAttention
 from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.pairs import is_pair
@@ -100,6 +101,7 @@ def named_layers(module: nn.Module, remove_duplicate: bool = True) -> Iterator[t
 
 def svd_layers(module: nn.Module) -> dict[str, SVDLayer]:
     """The factorized layers in ``module`` by name, parts of attention and recurrent modules among them."""
+    check_module("module", module)
     return {name: layer for name, layer in named_layers(module) if isinstance(layer, SVDLayer)}
 
 

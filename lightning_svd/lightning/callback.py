@@ -18,7 +18,7 @@ from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.data import plan_table
 from lightning_svd.training import processes
 from lightning_svd.training.guard import guard_on
-from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.recipe import recipe_of
 from lightning_svd.training.run import SVDTraining
 
 
@@ -65,7 +65,7 @@ class SVDTrainingCallback(CallbackWithRun):
         **recipe: Any,
     ) -> None:
         super().__init__()
-        self.recipe = Recipe(**recipe)
+        self.recipe = recipe_of(type(self), recipe)
         guard_on(monitor, mode, max_metric_drop)
         if log_every_n_steps is not None:
             check_count("log_every_n_steps", log_every_n_steps)

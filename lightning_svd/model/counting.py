@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lightning_svd.arguments import check_module
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import DenseForm
@@ -71,6 +72,7 @@ def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
         example_input: What it is called with: a tuple for several arguments, a dict for arguments by keyword. The
             first tensor's first dimension is the batch.
     """
+    check_module("module", module)
     return count_calls(module, svd_layers(module), [example_call(module, example_input)])
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_svd.arguments import check_module
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.model.calls import Call, leaves, replay
 from lightning_svd.model.checks import difference, differing
@@ -67,6 +68,7 @@ def fold_norms(module: ModuleT, example_input: Any) -> tuple[ModuleT, Folding]:
     Raises:
         ValueError: If the module is in training, cannot be copied, or fails on the example input.
     """
+    check_module("module", module)
     if module.training:
         raise ValueError(
             f"`fold_norms`: {type(module).__name__} is in training, where a normalization depends on the batch: "

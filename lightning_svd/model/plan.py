@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_svd.arguments import check_count, check_rank_pattern, needs, shown
+from lightning_svd.arguments import check_count, check_module, check_rank_pattern, needs, shown
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
@@ -91,6 +91,7 @@ def plan(
     Raises:
         ValueError: If the mode is unknown, an item matches no layer, or a rank is not a positive integer.
     """
+    check_module("module", module)
     if conv_mode not in (*CONV_MODES, "auto"):
         raise ValueError(f"`conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {conv_mode!r}")
     layers = layers_of(module)
@@ -521,7 +522,10 @@ def _as_edited(
     if not isinstance(mode, str) or mode not in (*CONV_MODES, "auto"):
         raise ValueError(f"{where}: `conv_mode` must be one of {', '.join(CONV_MODES)}, auto, got {shown(mode)}")
     if entry.get("max_rank") is not None:
-        check_count(f"{where}: max_rank", entry["max_rank"])
+        try:
+            check_count("max_rank", entry["max_rank"])
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     reason = _Reasons(module, {layer.name}, set(), mode, {layer.name}).why_not(layer.name, child)
     if reason:
         raise ValueError(f"{where} cannot be factorized ({reason}): give it a `skip`")

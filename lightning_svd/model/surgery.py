@@ -12,11 +12,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_svd.arguments import check_choice, check_count, check_share
+from lightning_svd.arguments import check_choice, check_count, check_module, check_share
 from lightning_svd.layers.compounds import join, named_layers, open_up, owners_of, split, svd_layers
 from lightning_svd.layers.forms import DenseForm, SVDForm
 from lightning_svd.layers.identity import IdentityLinear, merged_linear
@@ -73,6 +74,7 @@ def decompose(
     Raises:
         ValueError: If nothing can be factorized, a pattern matches no layer, or a weight holds NaN or infinity.
     """
+    check_module("module", module)
     if layer_plans is None:
         layer_plans = plan(module, target_modules, exclude_modules, conv_mode, include_meta=True)
     layers = begin(module, layer_plans)
@@ -251,6 +253,7 @@ def compact(module: ModuleT, cost: ModelCost | None = None) -> ModuleT:
     Returns:
         ``module``.
     """
+    check_module("module", module)
     finish(module, _by_what_pays(module, cost, "decomposed"))
     return module
 
@@ -354,6 +357,7 @@ def to_factored(
         ValueError: If an argument is out of range, the budget is below what can be met, or ``cost`` is of other layers;
             if a form is unknown, is of a layer that is not there, or "identity" of one that is no linear layer.
     """
+    check_module("module", module)
     given = {"target_macs": target_macs, "target_params": target_params}
     asked = {name: share for name, share in given.items() if share is not None}
     if cost is not None and example_input is not None:
@@ -398,7 +402,8 @@ def to_dense(module: ModuleT) -> ModuleT:
 
     Factorized layers, pairs of low-rank layers and linear layers with an identity inside become what they stand for.
     """
-    dense = make_dense(copy.deepcopy(module))
+    check_module("module", module)
+    dense = make_dense(copied(module, "`to_dense` makes"))
     for pair in low_rank_pairs(dense).values():
         become(pair, merged(pair))
     for child in [*dense.modules()]:
@@ -410,7 +415,7 @@ def to_dense(module: ModuleT) -> ModuleT:
 
 def factorized_copy(module: ModuleT) -> ModuleT:
     """A copy whose layers are factorized as those of ``module`` are, where ``copy.deepcopy`` gives dense ones."""
-    twin, layers = copy.deepcopy(module), svd_layers(module)
+    twin, layers = copied(module, "`to_factored` changes"), svd_layers(module)
     missing = {name: layer for name, layer in layers.items() if name not in svd_layers(twin)}
     split(twin, missing)
     found = dict(named_layers(twin))
@@ -437,13 +442,30 @@ def frozen_copy(module: nn.Module, who: str, instead: str) -> nn.Module:
     what = type(module).__name__
     if any(is_lazy(parameter) for parameter in module.parameters()):
         raise ValueError(f"{who} a copy of {what}, which has lazy layers: call it once before the fit")
+    return copied(module, who, instead, shared).eval().requires_grad_(False)
+
+
+def copied(module: ModuleT, who: str, instead: str = "", memo: dict[int, Any] | None = None) -> ModuleT:
+    """A copy, whose factorized layers are dense.
+
+    Args:
+        module: Any module.
+        who: Needs the copy, as an error says it.
+        instead: What to do where there can be none.
+        memo: As of ``copy.deepcopy``.
+
+    Raises:
+        ValueError: If it cannot be copied, as where it holds a lock, or a tensor that is computed.
+    """
     try:
-        twin = copy.deepcopy(module, shared)
+        return copy.deepcopy(module, memo)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
+        what, why = type(module).__name__, f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"{who} a copy of {what}, which cannot be copied ({type(error).__name__}: {error}): {instead}"
+            f"{who} a copy of {what}, which cannot be copied ({why}){instead and f': {instead}'}"
         ) from error
-    return twin.eval().requires_grad_(False)
 
 
 def _nothing_to_do(module: nn.Module, layer_plans: Iterable[LayerPlan]) -> str:

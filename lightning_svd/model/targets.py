@@ -46,5 +46,6 @@ def _from_logits(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _noise(values: Tensor, generator: torch.Generator) -> Tensor:
-    size = wide(values).square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return torch.randn(values.shape, generator=generator).to(values) / size.to(values)
+    size = wide(values).square().mean().sqrt()
+    noise = torch.randn(values.shape, generator=generator).to(values)
+    return torch.where(size > 0, noise / size.to(values), 0.0)  # an output of zeros has no size of its own

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import check_choice, check_count, check_positive
+from lightning_svd.arguments import check_choice, check_count, check_module, check_positive
 from lightning_svd.layers.identity import IdentityLinear, is_linear_pair
 from lightning_svd.layers.layer import SVDLayer, plain_dense, plain_pair
 from lightning_svd.layers.matrices import Factors
@@ -90,6 +90,7 @@ def profile(
     Raises:
         ValueError: If the model cannot be copied or run, or has nothing to factorize.
     """
+    check_module("model", model)
     plans = plan(model, target_modules, exclude_modules, conv_mode, include_frozen=True)
     return profile_calls(model, plans, [example_call(model, example_input)], timing)
 
@@ -268,6 +269,7 @@ def fastest_forms(
     Raises:
         ValueError: If an argument is out of range, or the module cannot be copied.
     """
+    check_module("module", module)
     check_choice("runtime", runtime, ("eager", "compiled"))
     check_positive("seconds", seconds)
     names = dict.fromkeys(called_layers(module), "pair")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_svd.arguments import needs
+from lightning_svd.arguments import check_module, needs
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.counting import count_costs, count_params
@@ -441,6 +441,7 @@ def summarize(module: nn.Module, example_input: Any = None) -> SVDReport:
         example_input: What ``module`` is called with, a tuple for several arguments, its first dimension the batch;
                 without it MACs are not known: they are 0, and their ratio is NaN.
     """
+    check_module("module", module)
     return summarize_planned(module, (), example_input)
 
 

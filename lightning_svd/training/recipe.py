@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import NoneType
 from typing import Any, Literal
@@ -38,6 +39,8 @@ from lightning_svd.training.regularizers import SPARSITY, Regularizer
 DEFAULT_TARGET_MACS = 0.5
 FINAL = ("factored", "dense", "decomposed")
 Target = Literal["macs", "params", "latency", "energy"]
+# What only the callback takes, which has a Trainer to ask.
+OF_CALLBACK = ("monitor", "mode", "max_metric_drop", "log_every_n_steps", "log_spectrum_every_n_epochs")
 TARGETS: dict[str, Target] = {
     "target_macs": "macs",
     "target_params": "params",
@@ -257,6 +260,32 @@ class Recipe:
         costly = [of for of in plans if of.kind != "Embedding" or self.target[0] != "macs"]
         rest = large_left_alone(costly, cost.dense("params"))
         return f"; left alone are {rest}" if rest else ""
+
+
+def recipe_of(owner: Callable[..., Any], arguments: Mapping[str, Any]) -> Recipe:
+    """The recipe of what a function or class was given by keyword beside its own arguments.
+
+    Raises:
+        TypeError: If one of them is no field of a recipe; the message names it, and what may have been meant.
+        ValueError: If one is out of range.
+    """
+    known = {field.name for field in fields(Recipe)}
+    own = known | {
+        name for name in inspect.signature(owner).parameters if name not in ("arguments", "recipe", "layers")
+    }
+    for name in arguments:
+        if name in known:
+            continue
+        meant = difflib.get_close_matches(name, sorted(own), n=1)
+        hint = (
+            "it is one of SVDTrainingCallback"
+            if name in OF_CALLBACK
+            else f"did you mean `{meant[0]}`?"
+            if meant
+            else ""
+        )
+        raise TypeError(f"{owner.__name__} has no argument `{name}`{hint and f': {hint}'}")
+    return Recipe(**arguments)
 
 
 def _described(value: Any) -> Any:

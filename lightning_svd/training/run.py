@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_svd.arguments import check_count, shown
+from lightning_svd.arguments import check_count, check_module, shown
 from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import PairForm, SVDForm
@@ -46,7 +46,7 @@ from lightning_svd.training.judging import Verdict
 from lightning_svd.training.observation import Observer, observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
-from lightning_svd.training.recipe import Recipe
+from lightning_svd.training.recipe import Recipe, recipe_of
 from lightning_svd.training.regularizers import Penalties, centralize
 from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
@@ -100,6 +100,7 @@ class SVDTraining:
 
     Raises:
         ValueError: If a layer, an optimizer or the budget is refused; the model is then as it was.
+        TypeError: If ``model`` is no module, or an argument is none of a run.
     """
 
     def __init__(
@@ -116,10 +117,15 @@ class SVDTraining:
         state: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
+        check_module("model", model)
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TypeError(f"`recipe` must be a Recipe, got {shown(recipe)}")
+        if recipe is not None and arguments:
+            raise TypeError(f"give either `recipe` or its fields, got both: `recipe`, `{'`, `'.join(arguments)}`")
         self.model, self.guard = model, guard
         self.total_steps = total_steps = processes.decide(lambda: total_steps)  # loaders may differ in length
         check_count("total_steps", total_steps)
-        self.recipe = self._settled(recipe or Recipe(**arguments))
+        self.recipe = self._settled(recipe or recipe_of(type(self), arguments))
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
         self.regularizer = self.recipe.regularization()
         self.policy.begin(total_steps)
@@ -432,7 +438,7 @@ class SVDTraining:
 
     def _note_strength(self, step: int, strength: float) -> None:
         """Remembered now and then for the report."""
-        self.strength = strength
+        self.strength = strength = float(strength)  # a number of numpy's in a file needs pickle
         if step % max(1, self.total_steps // 100) == 0 and (not self.strengths or self.strengths[-1][0] < step):
             self.strengths.append((step, strength))
 

@@ -270,21 +270,16 @@ def recipe_of(owner: Callable[..., Any], arguments: Mapping[str, Any]) -> Recipe
         ValueError: If one is out of range.
     """
     known = {field.name for field in fields(Recipe)}
-    own = known | {
-        name for name in inspect.signature(owner).parameters if name not in ("arguments", "recipe", "layers")
-    }
+    own = known | {*inspect.signature(owner).parameters} - {"arguments", "recipe", "layers"}
     for name in arguments:
         if name in known:
             continue
-        meant = difflib.get_close_matches(name, sorted(own), n=1)
-        hint = (
-            "it is one of SVDTrainingCallback"
-            if name in OF_CALLBACK
-            else f"did you mean `{meant[0]}`?"
-            if meant
-            else ""
-        )
-        raise TypeError(f"{owner.__name__} has no argument `{name}`{hint and f': {hint}'}")
+        hint = ""
+        if name in OF_CALLBACK:
+            hint = ": it is one of SVDTrainingCallback"
+        elif meant := difflib.get_close_matches(name, sorted(own), n=1):
+            hint = f": did you mean `{meant[0]}`?"
+        raise TypeError(f"{owner.__name__} has no argument `{name}`{hint}")
     return Recipe(**arguments)
 
 

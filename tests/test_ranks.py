@@ -378,3 +378,13 @@ def test_the_cheapest_layers_are_as_many_as_do_not_cost_more_together(most, expe
     cost = ModelCost({name: LayerCost(price, price) for name, price in {"a": 10, "b": 40, "c": 20}.items()}, 100)
     full = dict.fromkeys("abc", 1)
     assert cheapest(cost.by("params"), full, most) == expected
+
+
+def test_what_is_left_of_a_budget_is_spent_by_a_trade():
+    wide, small = LayerCost(6400, 160, 6400, 160), LayerCost(1600, 80, 1600, 80)
+    cost = ModelCost({"wide": wide, "small": small}, 0, 0, batch_size=1)
+    energies = {"wide": torch.tensor([9.0, 8.0, 7.0, 6.0]), "small": torch.tensor([9.0, 5.0, 4.0])}
+    # 4 ranks of "small" could be paid beside one of "wide", and there are 3: two of "wide" leave room for 2.
+    for budget in (480.0, 470.0):
+        ranks = keep_by_budget(energies, cost.by("params"), budget, adds_up=True)
+        assert ranks == {480.0: {"wide": 2, "small": 2}, 470.0: {"wide": 1, "small": 3}}[budget]

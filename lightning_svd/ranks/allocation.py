@@ -15,6 +15,8 @@ from torch import Tensor
 from lightning_svd.layers.matrices import energy_rank
 from lightning_svd.ranks.costs import Cost
 
+WORTH_A_TRADE = 0.01  # share of a budget that is not left unspent if layers can make room for one another
+
 
 def keep_by_energy(
     energies: Mapping[str, Tensor],
@@ -108,6 +110,8 @@ def keep_by_budget(
     curves = {name: _curve(cost, name, energies[name], ladders[name], adds_up) for name in ladders}
     for only_hull in (True, False):
         spent = _fill(ranks, curves, spent, budget, only_hull)
+    while budget - spent > WORTH_A_TRADE * budget and (gained := _trade(ranks, curves, budget - spent)):
+        spent += gained
     return ranks
 
 
@@ -167,6 +171,37 @@ def _fill(ranks: dict[str, int], curves: Mapping[str, Curve], spent: float, budg
             spent += price
             ranks[name] = steps[name][index][0]
             offer(name, index + 1)
+    return spent
+
+
+def _trade(ranks: dict[str, int], curves: Mapping[str, Curve], left: float) -> float:
+    """Spend what is left on a step up of one layer that a step down of another makes room for, if more is carried then.
+
+    Args:
+        ranks: Changed in place, by the trade that spends most.
+        curves: Of the layers.
+        left: Of the budget.
+
+    Returns:
+        What it spends; 0 if there is none.
+    """
+    ups, downs = [], []
+    for name, curve in curves.items():
+        at = next(index for index, point in enumerate(curve) if point[0] == ranks[name])
+        here = curve[at]
+        if at + 1 < len(curve):
+            ups.append((curve[at + 1][1] - here[1], curve[at + 1][2] - here[2], name, curve[at + 1][0]))
+        if at:
+            downs.append((here[1] - curve[at - 1][1], here[2] - curve[at - 1][2], name, curve[at - 1][0]))
+    trades = (
+        (price - saved, name, rank, other, lower)
+        for price, gain, name, rank in ups
+        for saved, loss, other, lower in downs
+        if name != other and 0 < price - saved <= left and gain > loss
+    )
+    spent, name, rank, other, lower = max(trades, default=(0.0, "", 0, "", 0))
+    if spent:
+        ranks.update({name: rank, other: lower})
     return spent
 
 

@@ -6,6 +6,7 @@ may hold is run.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -94,23 +95,31 @@ def _check_storable(state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the first of it.
     """
-    from safetensors.torch import save
-
     for key, value in state.items():
         if not isinstance(value, Tensor):
             what = f"{type(value).__name__}, from `get_extra_state`,"
         elif value.layout is not torch.strided or value.is_quantized:
             what = f"{str(value.dtype if value.is_quantized else value.layout).removeprefix('torch.')} tensor"
+        elif not _is_storable(value.dtype):
+            what = f"{str(value.dtype).removeprefix('torch.')} tensor"
         else:
-            try:
-                save({"": torch.empty(0, dtype=value.dtype)})
-                continue
-            except KeyError:  # its table of dtypes is not public
-                what = f"{str(value.dtype).removeprefix('torch.')} tensor"
+            continue
         raise ValueError(
             f"the model cannot be saved as safetensors: `{key}` is a {what} which they cannot hold: make it no part of "
             "the state dict, or write the model by `torch.save`"
         )
+
+
+@functools.cache
+def _is_storable(dtype: torch.dtype) -> bool:
+    """Whether safetensors hold it, which is asked by writing some, once: their table of dtypes is not public."""
+    from safetensors.torch import save
+
+    try:
+        save({"": torch.empty(0, dtype=dtype)})
+    except KeyError:
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

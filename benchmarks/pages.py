@@ -29,6 +29,7 @@ import heads
 import inputs
 import latency
 import nested
+import policies
 import pretrained
 import quality
 import real_models
@@ -59,6 +60,7 @@ SCRIPTS = {
         inputs,
         time_budget,
         nested,
+        policies,
         deployment,
         forms,
         heads,
@@ -77,6 +79,7 @@ PAGES = {
     "inputs": "trained.md",
     "time_budget": "latency.md",
     "nested": "schedules.md",
+    "policies": "schedules.md",
     "deployment": "deployment.md",
     "forms": "deployment.md",
     "heads": "deployment.md",

@@ -271,6 +271,8 @@ class Variants:
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
 
+STEPS = 10_000  # of a run, as it is told: more than any that is measured
+
 
 class Cuts(PlannedPolicy):
     """Cuts after the steps of a plan, each to a share of every layer's ranks, or for None to the budget.
@@ -304,13 +306,14 @@ class Run:
         batch: tuple[Tensor, Tensor],
         optimizer: Callable[[Any], torch.optim.Optimizer],
         setting: Setting,
+        steps: int = STEPS,
         **arguments: Any,
     ) -> None:
         self.model, (self.x, self.y), self.setting = model.train(), batch, setting
         if setting.channels_last:
             model.to(memory_format=torch.channels_last)
         self.optimizer = optimizer(model.parameters())
-        self.training = SVDTraining(model, self.optimizer, STEPS, **arguments) if arguments else None
+        self.training = SVDTraining(model, self.optimizer, steps, **arguments) if arguments else None
 
     def backward(self, inputs: int | None = None) -> None:
         """Forward and backward, on the first ``inputs`` of the batch."""
@@ -332,9 +335,6 @@ class Run:
     def parameters(self) -> list[nn.Parameter]:
         """What is trained."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-
-STEPS = 10_000  # of a run, as it is told: more than any that is measured
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

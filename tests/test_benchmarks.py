@@ -21,6 +21,7 @@ import nested
 import nets
 import orthogonalize
 import pages
+import policies
 import pretrained
 import pytest
 import quality
@@ -177,6 +178,19 @@ def test_a_step_is_observed_for_each_importance_that_needs_data(tmp_path):
     rows = rows_written(step_cost.main, tmp_path / "r.json", "--parts", "observed", "--rounds", "1")["rows"]
     assert [row["variant"] for row in rows] == ["not observed", *step_cost.OBSERVERS]
     assert all(row["ratio"] > 0 and row["cut"] > 0 for row in rows)
+
+
+def test_every_change_of_ranks_of_a_policy_is_timed(tmp_path):
+    rows = rows_written(policies.main, tmp_path / "r.json", "--rounds", "1", "--nets", "small")["rows"]
+    assert {row["policy"]: row["changes"] for row in rows} == {
+        "fall": policies.FallToBudget().cuts,
+        "finetune": 1,
+        "alternating": 2 * policies.Alternating().cycles + 1,
+        "grow_and_prune": policies.GrowAndPrune().cuts + policies.GrowAndPrune().groups * policies.GrowAndPrune().rounds,
+        "nested": policies.Nested().cuts + 1,
+    }
+    assert all(row["all_changes"] >= row["change"] > 0 for row in rows)
+    assert [row["policy"] for row in rows if "step" in row and row["passes"]["ratio"] > 0] == ["nested"]
 
 
 @pytest.mark.skipif(

@@ -486,11 +486,11 @@ def method_named(name: str) -> Callable[[Setting], nn.Module]:
 
 
 def built(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with the objects that JSON cannot hold: ``schedule`` and ``regularizer`` made of their own.
+    """The arguments with the objects that JSON cannot hold, made of their own.
 
-    A schedule is a ``FallToBudget`` unless it names another "class".
+    A schedule is a ``FallToBudget``, an importance a ``Fisher``, unless it names another "class".
     """
-    kinds = {"schedule": "FallToBudget", "regularizer": "Regularizer"}
+    kinds = {"schedule": "FallToBudget", "regularizer": "Regularizer", "importance": "Fisher"}
     return {
         name: _made(kinds[name], **value) if name in kinds and isinstance(value, dict) else value
         for name, value in arguments.items()
@@ -706,8 +706,8 @@ def accuracies_against(key: str, axes: Any, rows: list[Row], looks: dict[str, di
 
 
 def numbers(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """A parser of values separated by commas."""
-    return lambda text: [kind(item) for item in text.split(",")]
+    """A parser of values separated by commas, or none."""
+    return lambda text: [kind(item) for item in text.split(",") if item]
 
 
 def main() -> None:

@@ -182,11 +182,13 @@ def test_a_step_is_observed_for_each_importance_that_needs_data(tmp_path):
 
 def test_every_change_of_ranks_of_a_policy_is_timed(tmp_path):
     rows = rows_written(policies.main, tmp_path / "r.json", "--rounds", "1", "--nets", "small")["rows"]
+    growing = policies.GrowAndPrune()
     assert {row["policy"]: row["changes"] for row in rows} == {
         "fall": policies.FallToBudget().cuts,
         "finetune": 1,
         "alternating": 2 * policies.Alternating().cycles + 1,
-        "grow_and_prune": policies.GrowAndPrune().cuts + policies.GrowAndPrune().groups * policies.GrowAndPrune().rounds,
+        "grow_and_prune": policies.GrowAndPrune().cuts
+        + policies.GrowAndPrune().groups * policies.GrowAndPrune().rounds,
         "nested": policies.Nested().cuts + 1,
     }
     assert all(row["all_changes"] >= row["change"] > 0 for row in rows)

@@ -351,7 +351,7 @@ class Annealed:
 
 
 class Drawing(nn.Module):
-    """Random numbers from everywhere, an object, and tensors that are no buffers."""
+    """Random numbers from everywhere, an object, and tensors and an array that are no buffers."""
 
     def __init__(self):
         super().__init__()
@@ -359,6 +359,7 @@ class Drawing(nn.Module):
         self.generators = [torch.Generator().manual_seed(1), random.Random(2), numpy.random.default_rng(3)]
         self.older, self.system = numpy.random.RandomState(4), random.SystemRandom()
         self.usage, self.by_name = torch.zeros(8), {"norms": torch.zeros(3)}
+        self.codes = {"seen": numpy.zeros(8, int)}
         leaving = Annealed()
         self.gone = weakref.proxy(leaving)  # of an object that is no more, once this is built
 
@@ -371,6 +372,7 @@ class Drawing(nn.Module):
     def forward(self, x):
         self.usage += 1
         self.by_name["norms"][1:].add_(1)
+        self.codes["seen"][x.argmax(1).numpy()] += 1
         return self.fc(x) * sum(self.drawn()) * self.annealed() + self.usage
 
 
@@ -382,7 +384,8 @@ def test_what_a_model_draws_and_what_its_objects_and_tensors_hold_is_as_it_was()
         if is_replayed:
             first, second = (replay(net, [module_of_calls.Call(net, (x,))]) for _ in range(2))
             assert torch.equal(first[0], second[0])  # the same masks: what then differs is what was changed
-        return net.drawn(), net.annealed.passes, net.annealed.history, net.usage.tolist(), net.by_name["norms"].tolist()
+        arrays = net.usage, net.by_name["norms"], net.codes["seen"]
+        return net.drawn(), net.annealed.passes, net.annealed.history, [array.tolist() for array in arrays]
 
     assert seen(True) == seen(False)
 

@@ -38,6 +38,7 @@ ALIKE, KEPT = 32, 10_000
 _CONTAINERS = (list, dict, set, deque)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor, nn.Module)
 DEEP, MANY = 2, 1000
+LARGE = 1 << 26  # bytes of an array of numpy's from which on it is taken to be data, and not copied
 
 
 @dataclass(eq=False)
@@ -641,7 +642,7 @@ def _forward_hooks(module: nn.Module) -> Iterator[Any]:
 
 
 class _Kept:
-    """Containers, attributes, variables and generators of random numbers as they were, to be restored.
+    """Containers, attributes, variables, arrays and generators of random numbers as they were, to be restored.
 
     Attributes:
         tensors: Those of a model that are neither its parameters nor its buffers, which whoever writes into them keeps.
@@ -652,6 +653,7 @@ class _Kept:
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
+        self._arrays: list[tuple[Any, Any]] = []
         self._rewindings: list[Callable[[], Any]] = []
 
     def attributes(self, owner: Any, and_objects: bool = False) -> None:
@@ -659,7 +661,8 @@ class _Kept:
 
         Args:
             owner: A module, or an object of a hook's.
-            and_objects: Whether tensors, generators and plain objects among them are noted too, as of a model's own.
+            and_objects: Whether tensors, arrays, generators and plain objects among them are noted too, as of a
+                model's own.
         """
         self._container(vars(owner), DEEP, and_objects)
 
@@ -706,6 +709,8 @@ class _Kept:
             self.tensors += [] if value.is_inference() else [value]
         elif rewind := _rewinding(value):
             self._rewindings.append(rewind)
+        elif _is_small_array(value):
+            self._arrays.append((value, value.copy()))
         elif not isinstance(value, _NO_PLAIN_OBJECTS) and isinstance(own := getattr(value, "__dict__", None), dict):
             self._container(own, DEEP)
 
@@ -713,11 +718,20 @@ class _Kept:
         """Have everything as it was noted."""
         for rewind in self._rewindings:
             rewind()
+        for array, before in self._arrays:
+            array[...] = before
         for container, before in self._containers:
             _restore(container, before)
         for cell, before in self._cells:
             if cell.cell_contents is not before:
                 cell.cell_contents = before
+
+
+def _is_small_array(value: Any) -> bool:
+    """Whether it is an array of numpy's that a model may write into: a memory that it keeps, and no data set."""
+    if "numpy" not in sys.modules or type(value) is not sys.modules["numpy"].ndarray:
+        return False
+    return bool(value.flags.writeable) and value.nbytes <= LARGE
 
 
 def _restore(container: Any, before: Any) -> None:

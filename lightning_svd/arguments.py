@@ -18,7 +18,8 @@ _LONGEST = 200  # characters of a value in a message
 def check_share(name: str, value: Any, zero: bool = False) -> None:
     """A number in (0, 1], or in [0, 1] if ``zero`` is allowed."""
     if not _is_number(value) or not (0.0 <= value <= 1.0) or (value == 0.0 and not zero):
-        raise ValueError(f"`{name}` must be in {'[' if zero else '('}0, 1], got {shown(value)}")
+        kind = "" if _is_number(value) else "a float "  # which numpy's smaller numbers are not
+        raise ValueError(f"`{name}` must be {kind}in {'[' if zero else '('}0, 1], got {shown(value)}")
 
 
 def check_weight(name: str, value: Any) -> None:

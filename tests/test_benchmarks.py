@@ -187,8 +187,7 @@ def test_every_change_of_ranks_of_a_policy_is_timed(tmp_path):
         "fall": policies.FallToBudget().cuts,
         "finetune": 1,
         "alternating": 2 * policies.Alternating().cycles + 1,
-        "grow_and_prune": policies.GrowAndPrune().cuts
-        + policies.GrowAndPrune().groups * policies.GrowAndPrune().rounds,
+        "grow_and_prune": growing.cuts + growing.groups * growing.rounds,
         "nested": policies.Nested().cuts + 1,
     }
     assert all(row["all_changes"] >= row["change"] > 0 for row in rows)

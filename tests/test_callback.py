@@ -500,7 +500,7 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"target_macs": 35}, r"`target_macs` must be in \(0, 1\], got 35"),
         ({"target_macs": 0}, r"`target_macs` must be in \(0, 1\], got 0"),
         ({"target_params": float("nan")}, "`target_params` must be in"),
-        ({"energy_threshold": "0.9"}, "`energy_threshold` must be in .* got '0.9'"),
+        ({"energy_threshold": "0.9"}, "`energy_threshold` must be a float in .* got '0.9'"),
         ({"target_macs": 0.5, "target_params": 0.5}, "give one of `target_macs`, `target_params`, `target_latency`, "),
         ({"conv_mode": "depth"}, "`conv_mode` must be one of 'channel', 'spatial', 'auto', got 'depth'"),
         (

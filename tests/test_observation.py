@@ -391,3 +391,11 @@ def test_a_compiled_module_is_left_as_it_was_found():
         optimizer.zero_grad()
     assert run.timeline and run.ratio("macs") <= 0.4
     assert model._compiled_call_impl is compiled
+
+
+@pytest.mark.parametrize("targets", ["drawn", "given"])
+def test_the_last_step_cuts_by_what_there_is(targets):
+    """A run that is too short to observe as many batches as were asked for is cut all the same."""
+    callback = SVDTrainingCallback(target_macs=0.4, importance=Fisher(steps=3, targets=targets))
+    quiet_trainer(callbacks=[callback], max_epochs=None, max_steps=2).fit(SmallNet(), data())
+    assert callback.report.macs_ratio <= 0.4 and not callback.report.warnings

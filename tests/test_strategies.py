@@ -113,6 +113,9 @@ class WithUnused(SmallNet):
         self.unused = nn.Linear(16, 16)
 
 
+GROWS = {"schedule": GrowAndPrune(start=0.1, grow=0.2, end=0.8, groups=2)}
+
+
 @pytest.mark.parametrize(
     ("net", "options", "before", "arguments"),
     [
@@ -124,12 +127,14 @@ class WithUnused(SmallNet):
         (SmallNet, {}, [Unseeded()], {"full_rank_as": "dense"}),
         (SmallNet, {}, [Unseeded()], {"importance": "fisher"}),
         (SmallNet, {}, [Unseeded()], {"schedule": Alternating(start=0.2, last_full=0.2, cycles=2)}),
-        (SmallNet, {}, [Unseeded()], {"schedule": GrowAndPrune(start=0.1, grow=0.2, end=0.8, groups=2)}),
+        (SmallNet, {}, [Unseeded()], GROWS),
+        (SmallNet, {}, [Unseeded()], GROWS | {"importance": "fisher"}),
+        (SmallNet, {}, [Unseeded()], GROWS | {"importance": Fisher(targets="given")}),
         (SmallNet, {}, [Unseeded()], {"schedule": Nested(cuts=3)}),
     ],
     ids=[
         *("seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first", "by-data"),
-        *("alternating", "grow-and-prune", "nested"),
+        *("alternating", "grow-and-prune", "grow-and-prune-by-data", "grow-and-prune-by-the-loss", "nested"),
     ],
 )
 @pytest.mark.combination("Strategies", "DDP, 2 processes: {id}")

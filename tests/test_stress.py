@@ -83,6 +83,7 @@ OF_PROCESSES = [
     "a loop, no_sync",
     "fewer batches, in the last",
     "fewer batches, a loop in Join, before a cut, in the last",
+    "fewer batches, a loop in Join, before a cut, by data, in the last",
 ]
 
 

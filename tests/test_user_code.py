@@ -12,7 +12,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from models import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_svd import FallToBudget, Regularizer, SVDTrainingCallback, svd_layers
+from lightning_svd import FallToBudget, Fisher, Regularizer, SVDTrainingCallback, svd_layers
 
 # ------------------------------------------------------------------------------------------------------ the harness
 
@@ -3110,6 +3110,28 @@ def test_what_people_write_is_what_it_is_without_the_callback(pattern):
             assert_same(seen.same, reference.same, f"{form}: same")
         if form == "dense":
             assert_same(seen.values, reference.values, f"{form}: values")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.usefixtures("_in_double_precision")
+@pytest.mark.parametrize(
+    ("run", "unseen"),
+    [
+        (function_transforms_of_the_net, False),
+        (gradients_of_each_sample, False),
+        (maml_by_function_transforms, True),
+        (compiled_in_the_fit, False),
+    ],
+)
+def test_ranks_can_be_judged_by_the_loss_of_what_people_write(run, unseen):
+    """What is computed inside a transform leaves nothing to judge by: with no more than that, weights judge."""
+    pattern = next(pattern for pattern in PATTERNS if pattern.run is run)
+    by_loss = replace(pattern, options=pattern.options | {"importance": Fisher(targets="given")})
+    _, fit = seen_by(by_loss, "cut")
+    report = fit.callback.report
+    assert report.timeline and report.macs_ratio <= pattern.target
+    assert any("met no data" in warning for warning in report.warnings) is unseen
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")

@@ -24,7 +24,7 @@ class Verdict:
     Args:
         layers: By name, of finite parameters, in the form in which statistics were collected.
         importance: The metric.
-        seen: Statistics of every layer. They are let go of one by one.
+        seen: Statistics of layers. They are let go of one by one.
 
     Raises:
         ValueError: If what a layer does on data cannot be decomposed; the message names it.
@@ -36,20 +36,24 @@ class Verdict:
     """
 
     def __init__(self, layers: Mapping[str, SVDLayer], importance: OnData, seen: dict[str, Statistics]) -> None:
-        self.layers, self.unseen = layers, [name for name in layers if not seen[name].positions]
+        self.layers = layers
+        self.unseen = [name for name in layers if name not in seen or not seen[name].positions]
         self._bases: dict[str, Basis] = {}  # of the layers that this process judges
         self._names = [*layers]
         found = {}
 
         def judge(name: str) -> list[Tensor]:
-            mine = seen.pop(name)
-            if name in self.unseen:
-                return [importance.values(importance.factors(layers[name]))]
-            try:
-                self._bases[name] = importance.basis(layers[name], mine)
-            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in __all__
-                raise ValueError(f"`{name}`: what it does on data cannot be decomposed: {error}") from None
-            return [self._bases[name].carried]
+            mine = seen.pop(name, None)
+            if mine is None or name in self.unseen:
+                carried = importance.values(importance.factors(layers[name]))
+            else:
+                try:
+                    self._bases[name] = importance.basis(layers[name], mine)
+                except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but not in __all__
+                    raise ValueError(f"`{name}`: what it does on data cannot be decomposed: {error}") from None
+                carried = self._bases[name].carried
+            # What was inverted in float64 is sent as the others expect it.
+            return [carried.to(_like(layers[name], ()).dtype)]
 
         for name, (values,) in processes.shared_out(self._names, judge, lambda name: [_like(layers[name], ())]):
             found[name] = values

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_svd.layers.dense_weight import in_transform
 from lightning_svd.layers.layer import SVDLayer, Watch, watching
 from lightning_svd.model.calls import (
     Call,
@@ -166,7 +167,7 @@ class Listener(Observer, CallWatcher):
     """Notes the gradients of the very loss that is trained, in its own backward pass.
 
     A call counts when its gradient comes, so that neither validation nor a replay does, and what an activation
-    checkpoint computes again does once.
+    checkpoint computes again does once. What is computed in a transform of ``torch.func`` does not.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
@@ -211,7 +212,7 @@ class Listener(Observer, CallWatcher):
         self._most = max(self._most, self._inputs)
 
     def _watch(self, layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-        if out.requires_grad:
+        if out.requires_grad and not in_transform():
             # Features now, not when the gradient comes: by then the model may have written into x.
             between, inputs = features_of(layer, x, out, bias), self._inputs or len(x)
 

@@ -198,8 +198,7 @@ class SVDTraining:
         """
         self._check_going_on()
         self.step_ranks.restore()
-        if self.observer is not None:
-            self.observer.end_batch()
+        self._end_observation()
         if self.cost is None:
             self.recorder.keep_one_batch()
         self.learn_costs()
@@ -487,8 +486,7 @@ class SVDTraining:
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
         self.step_ranks.restore()
-        if self.observer is not None:
-            self.observer.end_batch()
+        self._end_observation()
         for optimizer in self.optimizers:
             optimizer.merge()
             optimizer.enforced = False
@@ -533,7 +531,8 @@ class SVDTraining:
             self._waits = False  # whatever waited, the policy has gone on meanwhile
             self.observer.forget()  # which was collected at other ranks
         else:
-            change = self.cut(step, epoch) if self._is_ready(due, self.observer) else None
+            is_ready = self._is_ready(due, self.observer, step >= self.total_steps)
+            change = self.cut(step, epoch) if is_ready else None
         self._plan_observation(step)
         return change
 
@@ -555,13 +554,22 @@ class SVDTraining:
         elif self.observer is not None:
             self.observer.rest()
 
-    def _is_ready(self, due: bool, observer: Observer) -> bool:
-        """Whether there is enough to judge ranks by: the first cut waits for that, an unforeseen one, one after NaN."""
+    def _end_observation(self) -> None:
+        """The batch is over that was observed, if one was."""
+        if self.observer is not None and self.observer.is_open:
+            processes.meet(self._device)
+            self.observer.end_batch()
+
+    def _is_ready(self, due: bool, observer: Observer, is_last: bool) -> bool:
+        """Whether there is enough to judge ranks by: the first cut waits for that, an unforeseen one, one after NaN.
+
+        None waits after the last step, since nothing comes any more.
+        """
         assert isinstance(self.importance, OnData)
         if due and not (observer.batches and self.last_cut):
             self._waits = True
         if self._waits:
-            due = not self.paused and observer.batches >= self.importance.steps
+            due = not self.paused and (is_last or observer.batches >= self.importance.steps)
         if due:
             self._costs.not_finite = processes.decide(observer.not_finite)
             if self._costs.not_finite:

@@ -152,7 +152,7 @@ def fit(rank, count, svd, *, net=Net, callbacks=(), arguments=None, ddp=None, ba
     return keep.digest.hexdigest()
 
 
-def loop(rank, count, svd, *, batches=BATCHES, joins=False, accumulate=1):
+def loop(rank, count, svd, *, batches=BATCHES, joins=False, accumulate=1, arguments=None):
     """Train in a loop of one's own, with DDP around the model."""
     dist.init_process_group("gloo", rank=rank, world_size=count)
     torch.manual_seed(0)
@@ -165,7 +165,7 @@ def loop(rank, count, svd, *, batches=BATCHES, joins=False, accumulate=1):
 
     run = None
     if svd:
-        ours = {"target_macs": 0.4, "schedule": FallToBudget(**SCHEDULE)}
+        ours = {"target_macs": 0.4, "schedule": FallToBudget(**SCHEDULE)} | (arguments or {})
         run = SVDTraining(model, optimizer, STEPS // accumulate, on_reshape=wrap_again, **ours)
     step = run.step if run else optimizer.step
     with Join([wrapped["model"]]) if joins else contextlib.nullcontext():
@@ -354,6 +354,10 @@ SITUATIONS = {
     **both(
         "fewer batches, a loop in Join, before a cut", NAMED, "Join", one={"batches": 1}, train=loop, joins=True,
         others="by peer",
+    ),
+    **both(
+        "fewer batches, a loop in Join, before a cut, by data", NAMED, "Join", one={"batches": 1}, train=loop,
+        joins=True, others="by peer", **BY_DATA,
     ),
     **both("fewer batches, a loop in Join, after a cut", KNOWN, None, one={"batches": 5}, train=loop, joins=True),
 }  # fmt: skip

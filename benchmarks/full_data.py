@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from quality import (
     Epochs,
     Setting,
     accuracy,
+    built,
     cosine,
     macs_of,
     numbers,
@@ -105,10 +107,17 @@ class Runs:
         """A dense net of fewer channels."""
         return self.fit(f"narrow-{target}", self.whole(self.setting.build(width_in_macs(at(self.setting, target)))))
 
-    def ours(self, target: float) -> nn.Module:
-        """The callback, default arguments."""
-        callback = SVDTrainingCallback(target_macs=target, conv_mode=self.setting.conv_mode)
-        return self.fit(f"ours-{target}", self.whole(self.setting.build()), callback)
+    def ours(self, target: float, as_text: str = "") -> nn.Module:
+        """The callback, default arguments and those that are given as JSON."""
+        arguments = built(json.loads(as_text or "{}"))
+        callback = SVDTrainingCallback(target_macs=target, conv_mode=self.setting.conv_mode, **arguments)
+        name = "-".join(["ours", str(target), *re.findall(r"[\w.]+", as_text)])
+        return self.fit(name, self.whole(self.setting.build()), callback)
+
+    def of(self, method: str, target: float) -> nn.Module:
+        """The trained net of a key of ``METHODS``, or of "ours {...}"."""
+        kind, *arguments = method.split(" ", 1)
+        return METHODS[kind](self, target, *arguments)
 
     def ours_from_trained(self, target: float) -> nn.Module:
         """The callback on the trained dense net, which teaches the smaller one."""
@@ -136,7 +145,7 @@ class Runs:
         )
 
 
-METHODS: dict[str, Callable[[Runs, float], nn.Module]] = {
+METHODS: dict[str, Callable[..., nn.Module]] = {
     "dense": Runs.dense,
     "ours": Runs.ours,
     "ours_from_trained": Runs.ours_from_trained,
@@ -172,7 +181,7 @@ def epochs_of(method: str, setting: Setting) -> int:
 
 def row_of(method: str, runs: Runs, target: float) -> Row:
     """What a run came to; it is trained now unless it was before."""
-    model, setting = METHODS[method](runs, target), runs.setting
+    model, setting = runs.of(method, target), runs.setting
     report = summarize(model.eval(), setting.images.test[0][:1])
     return {
         "method": method,
@@ -211,6 +220,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--targets", type=numbers(float), default=[0.33, 0.25, 0.46])
     parser.add_argument("--methods", type=numbers(str), default=list(METHODS))
+    parser.add_argument("--ours", nargs="*", default=[], help="further rows: the callback's arguments, each as JSON")
     parser.add_argument("--precision", default="bf16-mixed", choices=["32-true", "bf16-mixed"])
     parser.add_argument("--times", action="store_true", help="only measure how long the final models take")
     options = parser.parse_args()
@@ -229,10 +239,11 @@ def main() -> None:
     if options.times:
         with Clock(options.threads) as clock:
             for row in rows:
-                row |= time_of(METHODS[row["method"]](runs, row["target"]), setting, clock)
+                row |= time_of(runs.of(row["method"], row["target"]), setting, clock)
         finish(options, rows)
         return
-    units = [(method, target) for target in options.targets for method in options.methods if method != "dense"]
+    methods = [*(method for method in options.methods if method != "dense"), *(f"ours {text}" for text in options.ours)]
+    units = [(method, target) for target in options.targets for method in methods]
     for method, target in [*([("dense", 1.0)] if "dense" in options.methods else []), *units]:
         if not any((row["method"], row["target"]) == (method, target) for row in rows):
             rows.append(row_of(method, runs, target))

@@ -17,23 +17,15 @@ import argparse
 import copy
 import statistics
 from collections.abc import Sequence
-from typing import Any
 
 import step_cost
 import torch
 from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
-from step_cost import Cuts, Run, Setting, batch_of, sgd
+from step_cost import Changes, Cuts, Run, Setting, batch_of, sgd
 
-from lightning_svd import Alternating, FallToBudget, Finetune, GrowAndPrune, Nested
-from lightning_svd.training.policies import RankPolicy
+from lightning_svd import Nested
+from lightning_svd.training.policies import SCHEDULES, RankPolicy
 
-POLICIES: dict[str, type[RankPolicy]] = {
-    "fall": FallToBudget,
-    "finetune": Finetune,
-    "alternating": Alternating,
-    "grow_and_prune": GrowAndPrune,
-    "nested": Nested,
-}
 TARGET = 0.25  # of the MACs
 STEPS = 100  # of a run whose changes are timed
 INPUTS = 8  # of a step in between
@@ -45,21 +37,6 @@ class SmallestRung(Nested):
 
     def rung(self, step: int) -> int:
         return 0
-
-
-class Changes:
-    """The seconds of each change of ranks of a run."""
-
-    def __init__(self, run: Run) -> None:
-        assert run.training is not None
-        self.seconds: list[float] = []
-        self.cut, self.device = run.training.cut, run.x.device
-        run.training.cut = self.timed  # type: ignore[method-assign]
-
-    def timed(self, *arguments: Any) -> Any:
-        made: list[Any] = []
-        self.seconds += in_turns({"": lambda: made.append(self.cut(*arguments))}, 1, self.device, warm_up=0)[""]
-        return made[0]
 
 
 def measure(net: str, options: argparse.Namespace, setting: Setting) -> list[Row]:
@@ -75,7 +52,7 @@ def measure(net: str, options: argparse.Namespace, setting: Setting) -> list[Row
     progress(f"{net}: steps of a rung")
     of_rung, plain = smallest_rung(run(SmallestRung(start=0.0)), run(Cuts({})), run(Cuts({})), options.rounds)
     rows: list[Row] = []
-    for name, policy in POLICIES.items():
+    for name, policy in SCHEDULES.items():
         progress(f"{net}: {name}")
         made = run(policy())
         changes = Changes(made)
@@ -90,9 +67,9 @@ def measure(net: str, options: argparse.Namespace, setting: Setting) -> list[Row
                 "changes": len(in_steps),
                 "change": statistics.median(in_steps),
                 "all_changes": sum(in_steps),
+                **(of_rung if policy is Nested else {}),
             }
         )
-    rows[-1] |= of_rung
     return rows
 
 

@@ -337,6 +337,25 @@ class Run:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+class Changes:
+    """The seconds of each change of ranks that a run makes from now on.
+
+    Args:
+        run: With an :class:`SVDTraining`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        assert run.training is not None
+        self.seconds: list[float] = []
+        self._cut, self._device = run.training.cut, run.x.device
+        run.training.cut = self._timed  # type: ignore[method-assign]
+
+    def _timed(self, *arguments: Any) -> Any:
+        made: list[Any] = []
+        self.seconds += in_turns({"": lambda: made.append(self._cut(*arguments))}, 1, self._device, warm_up=0)[""]
+        return made[0]
+
+
 def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=5e-4)
 
@@ -409,8 +428,8 @@ def observed(net: str, options: argparse.Namespace, setting: Setting) -> list[Ro
     runs |= {name: run({STEPS: None}, importance=make(STEPS)) for name, make in OBSERVERS.items()}
     progress(f"{net}: observed steps")
     seconds = in_turns({name: each.step for name, each in runs.items()}, options.rounds, torch.device(setting.device))
-    cuts = {"not observed": cut_seconds(run({2: 0.5}), setting)}
-    cuts |= {name: cut_seconds(run({2: 0.5}, importance=make(1)), setting) for name, make in OBSERVERS.items()}
+    cuts = {"not observed": cut_seconds(run({2: 0.5}))}
+    cuts |= {name: cut_seconds(run({2: 0.5}, importance=make(1))) for name, make in OBSERVERS.items()}
     plain = statistics.median(seconds["not observed"])
     return [
         {
@@ -425,19 +444,11 @@ def observed(net: str, options: argparse.Namespace, setting: Setting) -> list[Ro
     ]
 
 
-def cut_seconds(run: Run, setting: Setting) -> float:
+def cut_seconds(run: Run) -> float:
     """Seconds of the cut after a run's second step."""
-    assert run.training is not None
-    cut_ranks, device = run.training.cut, torch.device(setting.device)
-    seconds: list[float] = []
-
-    def timed(*args: Any) -> Any:
-        taken = in_turns({"cut": lambda: cut_ranks(*args)}, 1, device, warm_up=0)
-        seconds.extend(taken["cut"])
-
-    run.training.cut = timed  # type: ignore[method-assign]
+    changes = Changes(run)
     run.step()
-    return seconds[0]
+    return changes.seconds[0]
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

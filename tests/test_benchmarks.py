@@ -37,7 +37,7 @@ import torch
 import trained_nets
 import whole_run
 
-from lightning_svd import FallToBudget, Regularizer, svd_layers
+from lightning_svd import Alternating, FallToBudget, GrowAndPrune, Nested, Regularizer, svd_layers
 from lightning_svd.model.counting import count_costs
 
 ROOT = Path(__file__).parents[1]
@@ -182,13 +182,13 @@ def test_a_step_is_observed_for_each_importance_that_needs_data(tmp_path):
 
 def test_every_change_of_ranks_of_a_policy_is_timed(tmp_path):
     rows = rows_written(policies.main, tmp_path / "r.json", "--rounds", "1", "--nets", "small")["rows"]
-    growing = policies.GrowAndPrune()
+    growing = GrowAndPrune()
     assert {row["policy"]: row["changes"] for row in rows} == {
-        "fall": policies.FallToBudget().cuts,
+        "fall": FallToBudget().cuts,
         "finetune": 1,
-        "alternating": 2 * policies.Alternating().cycles + 1,
+        "alternating": 2 * Alternating().cycles + 1,
         "grow_and_prune": growing.cuts + growing.groups * growing.rounds,
-        "nested": policies.Nested().cuts + 1,
+        "nested": Nested().cuts + 1,
     }
     assert all(row["all_changes"] >= row["change"] > 0 for row in rows)
     assert [row["policy"] for row in rows if "step" in row and row["passes"]["ratio"] > 0] == ["nested"]

@@ -38,7 +38,7 @@ ALIKE, KEPT = 32, 10_000
 _CONTAINERS = (list, dict, set, deque)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor, nn.Module)
 DEEP, MANY = 2, 1000
-LARGE = 1 << 26  # bytes of an array of numpy's from which on it is taken to be data, and not copied
+LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
 
 
 @dataclass(eq=False)

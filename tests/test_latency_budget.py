@@ -319,6 +319,55 @@ def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatc
     assert report.latency.measured <= 0.72
 
 
+@pytest.mark.parametrize(("fast", "target", "share"), [(0.5, 0.7, 0.5), (0.5, 0.4, 0.4), (0.9, 0.85, 0.85)])
+def test_ranks_are_some_that_were_measured_where_time_jumps(monkeypatch, fast, target, share):
+    """Nothing is between the dense model and a share of its time: what is chosen is the slowest of what is faster."""
+    model, ranks = net(), [*range(1, 18)]
+    x = torch.randn(4, 40)
+    cost = count_costs(_factorized(copy.deepcopy(model)), x)
+    made = {name: LayerLatency(1e-4, tuple((r, 5e-6 * r) for r in ranks)) for name in cost.layers}
+    prices = {name: replace(price, latency=made[name]) for name, price in cost.layers.items()}
+    dense = sum(latency.dense for latency in made.values())
+    cost = replace(cost, layers=prices, latency=ModelLatency(dense, ((0.1 * dense, 0.1 * dense), (dense, dense))))
+    seen = []
+
+    def seconds(whole, choices):
+        taken = [sum(made[name].at(pairs[name]) if name in pairs else 1e-4 for name in made) for pairs in choices]
+        seen.append(choices[-1])
+        return [each if each in (dense,) or each < fast * dense else 1.2 * dense for each in taken]
+
+    def choose(cost):
+        priced = cost.by("latency")
+        return keep_by_budget({n: torch.arange(40, 0, -1.0) for n in made}, priced, priced.budget(target))
+
+    monkeypatch.setattr(timing._Whole, "seconds", seconds)
+    call = Call(model, (x,), {})
+    found, priced = timing.corrected(model, plan(model), [call], QUICK, cost, target, choose)
+    kept = {name: rank for name, rank in found.items() if prices[name].pays(rank)}
+    assert kept in seen and len(seen) <= timing.CORRECTIONS
+    promised = priced.by("latency").share(priced.by("latency").total(found))
+    assert promised == pytest.approx(seconds(None, [kept])[0] / dense)
+    assert 0.8 * share < promised <= min(share, target) * (1 + timing.CLOSE)
+
+
+def lstm(width):
+    torch.manual_seed(0)
+    return nn.LSTM(8, width, batch_first=True)
+
+
+def test_a_recurrent_part_is_timed_step_by_step_and_saves_nothing_where_torch_computes_with_dense_weights(clock):
+    model, x = lstm(320), torch.randn(2, 6, 8)
+    cost = count_costs(_factorized(copy.deepcopy(model)), x)
+    assert cost.layers["ih_l0"].input_shapes == ((12, 8),) and cost.layers["hh_l0"].input_shapes == ((2, 320),) * 6
+    latency = profile(model, x, QUICK).layers["hh_l0"].latency
+    most = (4 * 320 * 320 - (1 << 18) - 1) // (5 * 320)
+    assert latency.at(most) < latency.at(most + 1) == latency.dense
+    small = profile(lstm(64), x, QUICK)
+    assert all(layer.latency.at(1) == layer.latency.dense for layer in small.layers.values())
+    with pytest.raises(ValueError, match="`target_latency`"):
+        compress(lstm(64), [x, x], target_latency=0.7, latency_table=small, progress=False)
+
+
 @pytest.mark.parametrize(("seconds", "runs"), [(0.0, 3), (1.0, 100)])
 def test_what_is_measured_runs_three_times_and_then_as_long_as_there_is_time(seconds, runs, monkeypatch):
     now, done = [0.0], {"a": 0, "b": 0}

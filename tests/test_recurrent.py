@@ -162,7 +162,7 @@ def test_cells_compute_what_torch_computes(kind, bias):
         assert_alike(module(x, state), whole(x, state))
         for low_rank in (pruned, pairs):
             assert_alike(low_rank(x, state), dense(x, state))
-    assert module.input_shapes(torch.zeros(ROWS, INPUTS)) == {"ih": (ROWS, INPUTS), "hh": (ROWS, HIDDEN)}
+    assert module.input_shapes(torch.zeros(ROWS, INPUTS)) == {"ih": [(ROWS, INPUTS)], "hh": [(ROWS, HIDDEN)]}
     before = ids(whole)
     begin(whole, plan(whole))
     for layer in svd_layers(whole).values():
@@ -426,9 +426,14 @@ def test_parts_are_told_what_they_get():
     module = factorized(recurrent("projected", num_layers=2, bidirectional=True))
     shapes = module.input_shapes(torch.zeros(STEPS, ROWS, INPUTS))
     rows = STEPS * ROWS
-    assert shapes["ih_l0_reverse"] == (rows, INPUTS) and shapes["ih_l1"] == (rows, 14)
-    assert shapes["hh_l1"] == (rows, 7) and shapes["hr_l0"] == (rows, HIDDEN)
+    assert shapes["ih_l0_reverse"] == [(rows, INPUTS)] and shapes["ih_l1"] == [(rows, 14)]
+    assert shapes["hh_l1"] == [(ROWS, 7)] * STEPS and shapes["hr_l0"] == [(ROWS, HIDDEN)] * STEPS
     assert shapes.keys() == linears_of(module).keys()
+    assert module.input_shapes(torch.zeros(STEPS, INPUTS))["hh_l0"] == [(1, 7)] * STEPS
+    packed = nn.utils.rnn.pack_sequence([torch.zeros(steps, INPUTS) for steps in (3, 2, 2)])
+    assert module.input_shapes(packed)["hh_l0"] == [(3, 7), (3, 7), (1, 7)]
+    first = factorized(recurrent("lstm", batch_first=True))
+    assert first.input_shapes(torch.zeros(ROWS, STEPS, INPUTS))["hh_l0"] == [(ROWS, HIDDEN)] * STEPS
 
 
 # -------------------------------------------------------------------------------------------------------- which ones

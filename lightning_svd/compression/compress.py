@@ -252,7 +252,7 @@ class _Compression:
 
         def judge(candidates: Sequence[_Candidate]) -> None:
             ranks = [self._ranks(candidate.values, candidate.adds_up) for candidate in candidates]
-            if not other_budgets:
+            if not other_budgets and not self.recipe.timing:  # which may yet want other ranks
                 for candidate in candidates:
                     self._forget(
                         bases[candidate.metric],
@@ -269,7 +269,9 @@ class _Compression:
                 chosen[candidate.label] = mine
 
         of_weights = self._decompose("spectrum" in importances)
-        self._correct_latency()
+        if self.recipe.timing:
+            energies = {name: torch.tensor(spectrum).square() for name, spectrum in self.spectra.items()}
+            _, self.cost = self._of_measured_time(energies, False)
         if "spectrum" in importances:
             bases["spectrum"] = of_weights
             judge([_Candidate("spectrum", "spectrum", _carried(of_weights), False)])
@@ -292,18 +294,18 @@ class _Compression:
         self.ranks, self.bases = chosen[best.label], bases[best.metric]
         if best.metric == "spectrum":
             self.means = {}
+        if self.recipe.timing:
+            self.ranks, self.cost = self._of_measured_time(best.values, best.adds_up)
 
-    def _correct_latency(self) -> None:
-        """Measure the whole at about the ranks that a budget of time will give."""
+    def _of_measured_time(self, values: Mapping[str, Tensor], adds_up: bool) -> tuple[dict[str, int], ModelCost]:
+        """Ranks by what they carry, of which the whole was measured, and the cost that says how long it takes."""
         timing = self.recipe.timing
-        if timing is None:
-            return
-        energies = {name: torch.tensor(spectrum).square() for name, spectrum in self.spectra.items()}
+        assert timing is not None
 
         def choose(cost: ModelCost) -> dict[str, int]:
-            return self._ranks(energies, False, cost=cost)
+            return self._ranks(values, adds_up, cost=cost)
 
-        self.cost = corrected(self.model, self.plan, self.calls, timing, self.cost, choose)
+        return corrected(self.model, self.plan, self.calls, timing, self.cost, self.recipe.target[1], choose)
 
     def _forget(self, bases: dict[str, Basis], used: Sequence[Mapping[str, int]]) -> None:
         """Let go of what is not used with any of these ranks; a dense layer uses none."""

@@ -74,9 +74,11 @@ class SplitAttention(InParts):
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out if self.batch_first else out.transpose(0, 1), weights
 
-    def input_shapes(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> dict[str, tuple[int, ...]]:
+    def input_shapes(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+    ) -> dict[str, list[tuple[int, ...]]]:
         shapes = [tuple(x.shape) for x in (query, key, value)] + [(*query.shape[:-1], self.embed_dim)]
-        return dict(zip((*PROJECTIONS, "out_proj"), shapes, strict=True))
+        return {name: [shape] for name, shape in zip((*PROJECTIONS, "out_proj"), shapes, strict=True)}
 
     def _heads(self, x: Tensor) -> Tensor:
         """(batch, positions, width) -> (batch, heads, positions, width of a head)."""

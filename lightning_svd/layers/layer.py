@@ -101,6 +101,9 @@ class Whole(Protocol):
     def parts_changed(self) -> None:
         """A part trains other parameters by now."""
 
+    def factored_up_to(self, part: Any) -> int:
+        """The highest rank at which two factors of a part are multiplied with: above it they are multiplied out."""
+
 
 @contextmanager
 def watching(layers: Iterable[SVDLayer], watch: Watch) -> Iterator[None]:

@@ -77,8 +77,12 @@ class InParts(nn.Module):
         """Whether its low-rank parts are multiplied out in each call, which saves no time."""
         return False
 
-    def input_shapes(self, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
-        """What each part gets when the module is called with these arguments."""
+    def factored_up_to(self, part: SVDLayer) -> int:
+        """The highest rank at which two factors of a part are multiplied with: above it they are multiplied out."""
+        return part.full_rank
+
+    def input_shapes(self, *args: Any, **kwargs: Any) -> dict[str, list[tuple[int, ...]]]:
+        """Of what each part gets, one product after the other, when the module is called with these arguments."""
         raise NotImplementedError
 
     def _relink(self) -> None:

@@ -147,12 +147,29 @@ class SplitRecurrent(_Split):
         """Whether torch's kernel computes with weights that low-rank parts are multiplied out to."""
         return self.fused and not self.is_dense
 
-    def input_shapes(self, input: Tensor | PackedSequence, *_: Any, **__: Any) -> dict[str, tuple[int, ...]]:
-        data = input.data if isinstance(input, PackedSequence) else input
-        positions = data.numel() // data.shape[-1]
+    def factored_up_to(self, part: SVDLayer) -> int:
+        """As in :class:`InParts`: where no recurrent part can save enough, or on CUDA, none at all."""
+        recurrent = [each for name, each in self.parts().items() if name.startswith("hh")]
+        most = {id(each): _by_steps_up_to(each) for each in recurrent if isinstance(each, SVDLayer)}
+        if next(self.parameters()).is_cuda or not any(most.values()):
+            return 0
+        return most.get(id(part), part.full_rank)
+
+    def input_shapes(self, input: Tensor | PackedSequence, *_: Any, **__: Any) -> dict[str, list[tuple[int, ...]]]:
+        """As in :class:`InParts`: all steps of a sequence at once, and what takes the hidden states step by step."""
+        if isinstance(input, PackedSequence):
+            rows = input.batch_sizes.tolist()
+        elif input.ndim == 2:
+            rows = [1] * len(input)
+        else:
+            rows = [input.shape[0 if self.batch_first else 1]] * input.shape[1 if self.batch_first else 0]
         hidden = self.proj_size or self.hidden_size
         widths = {"ih_l0": self.input_size, "ih": hidden * len(self._directions), "hh": hidden, "hr": self.hidden_size}
-        return {name: (positions, widths.get(name.removesuffix("_reverse"), widths[name[:2]])) for name in self.parts()}
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        for name in self.parts():
+            width = widths.get(name.removesuffix("_reverse"), widths[name[:2]])
+            shapes[name] = [(count, width) for count in ([sum(rows)] if name.startswith("ih") else rows)]
+        return shapes
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -299,6 +316,11 @@ def _saved(part: Any) -> int:
     return 0
 
 
+def _by_steps_up_to(part: SVDLayer) -> int:
+    """The highest rank at which two factors save enough for steps of our own; 0 if there is none."""
+    return max(0, part.dense_params - SAVED_BY_KERNEL - 1) // part.params_per_rank
+
+
 class SplitCell(_Split):
     """What an ``nn.LSTMCell``, ``nn.GRUCell`` or ``nn.RNNCell`` computes, by two linear layers: ih and hh.
 
@@ -316,8 +338,8 @@ class SplitCell(_Split):
             return "LSTM"
         return "GRU" if issubclass(kind, nn.GRUCell) else f"RNN_{self.nonlinearity.upper()}"
 
-    def input_shapes(self, input: Tensor, *_: Any, **__: Any) -> dict[str, tuple[int, ...]]:
-        return {"ih": tuple(input.shape), "hh": (*input.shape[:-1], self.hidden_size)}
+    def input_shapes(self, input: Tensor, *_: Any, **__: Any) -> dict[str, list[tuple[int, ...]]]:
+        return {"ih": [tuple(input.shape)], "hh": [(*input.shape[:-1], self.hidden_size)]}
 
     def forward(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None

@@ -131,7 +131,7 @@ class _Notes:
         self.shapes: dict[str, list[tuple[int, ...]]] = {name: [] for name in layers}
         self.repeats: dict[str, list[int]] = {name: [] for name in layers}
         self._names = {id(layer): name for name, layer in layers.items()}
-        self._now: list[tuple[str, tuple[int, ...]]] = []
+        self._now: list[tuple[str, list[tuple[int, ...]]]] = []
         self._meter = _Meter()
         self._handles: list[Any] = []
 
@@ -157,22 +157,23 @@ class _Notes:
         with self._meter:
             yield
         self.macs += call.times * self._meter.macs
-        for name, shape in self._now:
-            self.shapes[name] += [shape] * call.times
+        for name, shapes in self._now:
+            self.shapes[name] += shapes * call.times
         for name, repeats in Counter(name for name, _ in self._now).items():
             self.repeats[name].append(repeats)
 
     def _enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         first = (*args, *kwargs.values())[0]
-        self._now.append((self._names[id(layer)], tuple(first.shape)))
+        self._now.append((self._names[id(layer)], [tuple(first.shape)]))
 
     def _enter_owner(self, owner: InParts, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         parts = owner.parts()
-        for name, shape in owner.input_shapes(*args, **kwargs).items():
+        for name, shapes in owner.input_shapes(*args, **kwargs).items():
             if id(parts[name]) in self._names:
-                self._now.append((self._names[id(parts[name])], shape))
+                self._now.append((self._names[id(parts[name])], shapes))
             elif _computes_merged(owner):
-                self._meter.macs += shape[0] * sum(p.numel() for p in parts[name].parameters() if p.ndim == 2)
+                positions = sum(shape[0] for shape in shapes)
+                self._meter.macs += positions * sum(p.numel() for p in parts[name].parameters() if p.ndim == 2)
         self._meter.paused += _computes_merged(owner)
 
     def _leave_merged(self, *_: Any) -> None:

@@ -34,7 +34,8 @@ SECONDS = 0.05  # for the two forms of a layer of a known rank
 LEVELS = 3  # of looking for steps between the ranks that were timed
 OF_LAYERS = 0.6  # share of the time that layers are measured in; the rest is for the whole
 SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of each layer's break-even rank, at which the whole is measured
-CORRECTIONS = 2  # of a budget of time, by the whole model's at the ranks that it would give
+CORRECTIONS = 4  # of a budget of time at most, by the whole model's at the ranks that it would give
+CLOSE = 0.02  # by which the time of the whole may be off what was asked for
 BEND = 0.05  # by which a time is off the line between its neighbors where a staircase has a step
 
 
@@ -124,9 +125,14 @@ def corrected(
     calls: Sequence[Call],
     timing: Timing,
     cost: ModelCost,
-    choose: Callable[[ModelCost], Mapping[str, int]],
-) -> ModelCost:
-    """The cost corrected by how long the whole takes at the very ranks that are chosen by it.
+    target: float,
+    choose: Callable[[ModelCost], dict[str, int]],
+) -> tuple[dict[str, int], ModelCost]:
+    """Ranks at which the whole was measured to take the time that was asked for, and the cost that says so.
+
+    The whole is measured at the very ranks that are chosen by the cost, which is corrected by what it takes, until it
+    is about what was asked for. Where no ranks take that long, as with a module that computes in another way beyond
+    some rank, these are the slowest of those that take less.
 
     Args:
         model: As for :func:`profile_calls`.
@@ -134,20 +140,42 @@ def corrected(
         calls: As there.
         timing: As there.
         cost: With latencies.
+        target: The share of the dense model's time.
         choose: The rank of each factorized layer at a cost.
     """
+    measured: list[tuple[float, dict[str, int]]] = []
     with _measuring():
         whole = _Whole(model, plans, calls, timing)
         for _ in range(CORRECTIONS):
-            assert cost.latency is not None
-            ranks, priced = choose(cost), cost.by("latency")
+            try:
+                ranks = choose(cost)
+            except ValueError:  # as it turned out, no ranks are as fast as that
+                if not measured:
+                    raise
+                break
             pairs = {name: rank for name, rank in ranks.items() if cost.layers[name].pays(rank)}
+            if not pairs or any(ranks == other for _, other in measured):
+                measured += [] if pairs else [(1.0, ranks)]
+                break
             dense, now = whole.seconds([{}, pairs])
-            one_by_one, seconds = priced.total(ranks) / 1e6, cost.latency.dense * now / dense
-            others = [(x, y) for x, y in cost.latency.samples if (x - one_by_one) * (y - seconds) > 0]
-            samples = tuple(sorted([*others, (one_by_one, seconds)]))
-            cost = replace(cost, latency=replace(cost.latency, samples=samples))
-    return cost
+            measured.append((now / dense, ranks))
+            cost = _having_measured(cost, *measured[-1])
+            if abs(now / dense - target) <= CLOSE * target:
+                break
+    share, ranks = min(measured, key=lambda each: (each[0] > (1 + CLOSE) * target, abs(each[0] - target)))
+    return ranks, _having_measured(cost, share, ranks)
+
+
+def _having_measured(cost: ModelCost, share: float, ranks: Mapping[str, int]) -> ModelCost:
+    """The cost by which the whole takes this share of the dense model's time at these ranks."""
+    assert cost.latency is not None
+    dense, others = cost.latency.samples[-1], cost.latency.samples[:-1]
+    # One that is slower than the dense model says no more than that it is not faster.
+    mine = (cost.by("latency").total(ranks) / 1e6, min(share, 1 - CLOSE / 2) * cost.latency.dense)
+    if mine[0] >= dense[0]:
+        return cost
+    alike = [each for each in others if (each[0] - mine[0]) * (each[1] - mine[1]) > 0]
+    return replace(cost, latency=replace(cost.latency, samples=(*sorted([*alike, mine]), dense)))
 
 
 def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> float:
@@ -314,7 +342,13 @@ def _timed(price: LayerCost, layer: SVDLayer) -> LayerCost:
     if not price.dense_macs:  # not used, or a lookup
         return price
     dense, factored = _race((plain_dense(layer), plain_pair(layer)), _inputs(price, layer))
-    return replace(price, latency=LayerLatency(dense, ((max(1, layer.rank), factored),)))
+    taken = dense if layer.rank > _factored_up_to(layer) else factored
+    return replace(price, latency=LayerLatency(dense, ((max(1, layer.rank), taken),)))
+
+
+def _factored_up_to(layer: SVDLayer) -> int:
+    """The highest rank at which two factors are multiplied with."""
+    return layer.full_rank if layer._part_of is None else layer._part_of.factored_up_to(layer)
 
 
 def _inputs(price: LayerCost, layer: SVDLayer) -> list[Tensor]:
@@ -349,9 +383,9 @@ def _layers_timed(cost: ModelCost, layers: Mapping[str, SVDLayer], seconds: floa
     for name, price in cost.layers.items():
         if price.dense_macs and price.break_even:
             layer = layers[name]
-            like = layer.form.trained[0]
+            like, most = layer.form.trained[0], min(price.break_even, _factored_up_to(layer))
             view = repr(sorted(layer.view.to_dict().items(), key=lambda item: item[0]))
-            key = view, price.input_shapes, like.dtype, like.device, layer.layout, bias_of(layer) is not None
+            key = view, price.input_shapes, like.dtype, like.device, layer.layout, bias_of(layer) is not None, most
             alike.setdefault(key, []).append(name)
     # Each gets of the time what it has of the MACs, and half of it all are shared out evenly.
     macs = sum(cost.layers[names[0]].dense_macs for names in alike.values())
@@ -365,11 +399,15 @@ def _layers_timed(cost: ModelCost, layers: Mapping[str, SVDLayer], seconds: floa
 
 
 def _staircase(price: LayerCost, layer: SVDLayer, seconds: float) -> LayerLatency:
-    """Seconds of a layer, dense and at a few ranks: more of them where its time does not lie on a line."""
+    """Seconds of a layer, dense and at a few ranks: more of them where its time does not lie on a line.
+
+    Ranks at which factors are multiplied out take as long as dense.
+    """
     inputs = _inputs(price, layer)
     taken: dict[int, float] = {}
     actions = {0: _on(inputs, plain_dense(layer))}
-    asked, start = _coarse(price.break_even), time.perf_counter()
+    most = min(price.break_even, _factored_up_to(layer))
+    asked, start = _coarse(most) if most else [], time.perf_counter()
     for _ in range(LEVELS):
         actions |= {rank: _on(inputs, _random_pair(layer, rank)) for rank in asked}
         mine = {rank: actions[rank] for rank in (0, *asked)}
@@ -378,7 +416,10 @@ def _staircase(price: LayerCost, layer: SVDLayer, seconds: float) -> LayerLatenc
         asked = _bent({rank: taken[rank] for rank in sorted(taken) if rank})
         if not asked or time.perf_counter() - start > seconds:
             break
-    return LayerLatency(taken.pop(0), tuple(sorted(taken.items())))
+    dense = taken.pop(0)
+    if most < price.break_even:
+        taken[most + 1] = dense
+    return LayerLatency(dense, tuple(sorted(taken.items())))
 
 
 def _bent(taken: Mapping[int, float]) -> list[int]:

@@ -82,9 +82,9 @@ class CostsOfRun:
         return cost, refused
 
     def corrected(
-        self, cost: ModelCost, plans: Sequence[LayerPlan], choose: Callable[[ModelCost], Mapping[str, int]]
-    ) -> ModelCost:
-        """The cost with the time of the whole at the very ranks that are chosen by it, where this run times its model.
+        self, cost: ModelCost, plans: Sequence[LayerPlan], choose: Callable[[ModelCost], dict[str, int]]
+    ) -> tuple[dict[str, int], ModelCost]:
+        """The ranks, and the cost; where this run times its model, ranks of which the whole was measured.
 
         Args:
             cost: By which they are chosen.
@@ -93,8 +93,8 @@ class CostsOfRun:
         """
         timing = self.recipe.timing
         if timing is None or not self._timed:
-            return cost
-        return corrected(self.model, plans, self._timed, timing, cost, choose)
+            return choose(cost), cost
+        return corrected(self.model, plans, self._timed, timing, cost, self.recipe.target[1], choose)
 
     def share_of_dense(self) -> float | None:
         """How long the model takes by now, as a share of the dense one; None where this run did not time that."""

@@ -631,7 +631,8 @@ class SVDTraining:
             if relief:
                 return by_cost(cost, self._share(relief))
             if pending is not None and clock >= pending:
-                cost = self._costs.corrected(cost, self.plan, by_cost)
+                ranks, cost = self._costs.corrected(cost, self.plan, by_cost)
+                return ranks
             return by_cost(cost)
 
         return self.policy.change(clock, self.full_ranks, before, choose), cost

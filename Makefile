@@ -8,12 +8,14 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS    ?= constraints.txt
 INSTALL_FLAGS  ?=
 PYTEST_FLAGS   ?=
+CHROMIUM       ?= chromium
 # How long `make fuzz` looks for what nobody thought of.
 MINUTES        ?= 30
 # Old versions know what has been deprecated since; that is not what they are tried for.
 OLD_WARNINGS   := $(foreach kind,Deprecation PendingDeprecation Future,-W default::$(kind)Warning)
 
-.PHONY: help install demo test lint types contracts docs unit notebooks compatibility user-code stress fuzz format clean
+.PHONY: help install demo test lint types contracts docs unit notebooks compatibility user-code interface stress fuzz
+.PHONY: pictures format clean
 .PHONY: test-oldest test-newest wheel release
 
 help:
@@ -25,6 +27,8 @@ help:
 	@echo "make stress  kill runs and processes, damage files, spoil numbers; write docs/reliability.md (about 40 minutes)"
 	@echo "make fuzz    random networks through random events; MINUTES=30, or as many as you like"
 	@echo "make user-code  write docs/user-code.md from the tests"
+	@echo "make interface  write tests/interface.txt, what versions promise about, from the package"
+	@echo "make pictures  run the demo and take the pictures of its report, in Chromium"
 	@echo "make test-oldest  the tests with the oldest versions that pyproject.toml allows, in .venv-oldest"
 	@echo "make test-newest  the tests with the newest versions there are, in .venv-newest"
 	@echo "make wheel   build the wheel, install it by itself, and test that"
@@ -93,6 +97,15 @@ compatibility: install
 
 user-code: install
 	@$(BIN)/python tests/user_code.py
+
+interface: install
+	@$(BIN)/python tests/interface.py
+
+pictures: demo
+	@for scheme in report:1 report-dark:0; do \
+		$(CHROMIUM) --headless --no-sandbox --hide-scrollbars --window-size=1280,1404 --virtual-time-budget=8000 \
+			--blink-settings=preferredColorScheme=$${scheme#*:} --screenshot=docs/images/$${scheme%:*}.png \
+			"file://$(CURDIR)/lightning-svd-demo/report.html" || exit 1; done
 
 stress: install
 	@for script in constructors damage kills sharded_kills processes not_finite; do \

@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import interface
 import pytest
 
 import lightning_svd
@@ -51,6 +52,11 @@ def test_every_public_name_is_in_the_reference():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     entries = re.findall(r"^\.\. auto(?:class|function):: (\w+)$", page, re.MULTILINE)
     assert sorted(entries) == sorted(lightning_svd.__all__)
+
+
+def test_what_versions_promise_about_changes_on_purpose():
+    listed = interface.LIST.read_text(encoding="utf-8")
+    assert listed == interface.interface(), "say it in CHANGELOG.md, deprecate what goes, and run `make interface`"
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])

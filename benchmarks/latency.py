@@ -27,7 +27,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from lightning_svd import svd_layers, to_factored, to_onnx
 from lightning_svd.layers.layer import plain_dense, plain_pair
 from lightning_svd.model.export import onnx_session
-from lightning_svd.model.timing import time_layers
+from lightning_svd.model.layer_times import time_layers
 
 MODES = ("eager", "channels-last", "folded", "folded, channels-last", "compiled", "compiled, channels-last", "onnx")
 EXPONENTS = (0.2, 1.2)  # between these lie the power laws of the layers' spectra

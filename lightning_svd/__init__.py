@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from lightning_svd.model.counting import count_costs
     from lightning_svd.model.export import to_onnx
     from lightning_svd.model.folding import Folding, fold_norms
+    from lightning_svd.model.layer_times import fastest_forms
     from lightning_svd.model.plan import LayerPlan, plan, read_plan, write_plan
     from lightning_svd.model.surgery import compact, decompose, to_dense, to_factored
-    from lightning_svd.model.timing import Timing, fastest_forms, profile
+    from lightning_svd.model.timing import Timing, profile
     from lightning_svd.ranks.allocation import keep_by_budget
     from lightning_svd.ranks.costs import ModelCost
     from lightning_svd.ranks.importance import Fisher, Importance, Outputs, Spectrum
@@ -105,7 +106,8 @@ _HOMES = {
     **dict.fromkeys(("LayerPlan", "plan", "read_plan", "write_plan"), "model.plan"),
     **dict.fromkeys(("compact", "decompose", "to_dense", "to_factored"), "model.surgery"),
     "svd_layers": "layers.compounds",
-    **dict.fromkeys(("Timing", "fastest_forms", "profile"), "model.timing"),
+    "fastest_forms": "model.layer_times",
+    **dict.fromkeys(("Timing", "profile"), "model.timing"),
     "keep_by_budget": "ranks.allocation",
     "ModelCost": "ranks.costs",
     "LatencyTable": "ranks.latency",

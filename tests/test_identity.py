@@ -17,7 +17,7 @@ from lightning_svd.layers.layer import factorize, plain_pair
 from lightning_svd.layers.matrices import roundoff
 from lightning_svd.layers.pairs import merged
 from lightning_svd.layers.views import View
-from lightning_svd.model import timing
+from lightning_svd.model import stopwatch
 
 
 def pair_of(outputs, inputs, rank, bias=True, dtype=torch.float64, seed=0):
@@ -275,12 +275,14 @@ def test_the_fastest_form_of_each_layer_is_measured(monkeypatch):
     def fastest(actions, seconds, rounds=1):
         return {name: {"pair": 3.0, "identity": 2.0, "dense": 2.5}[name] for name in actions}
 
-    monkeypatch.setattr(timing, "_fastest", fastest)
+    monkeypatch.setattr(stopwatch, "fastest", fastest)
     for net in (cut(), to_factored(cut())):
         forms = fastest_forms(net, X)
         assert forms == {"first": "identity", "second": "identity", "conv": "dense"}
         assert identities(to_factored(net, forms=forms)) == LINEAR
-    monkeypatch.setattr(timing, "_fastest", lambda actions, *_: {name: 1 - 0.01 * (name != "pair") for name in actions})
+    monkeypatch.setattr(
+        stopwatch, "fastest", lambda actions, *_: {name: 1 - 0.01 * (name != "pair") for name in actions}
+    )
     assert set(fastest_forms(cut(), {"x": X}).values()) == {"pair"}
 
 

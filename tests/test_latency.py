@@ -8,10 +8,10 @@ from models import SmallNet, data, quiet_trainer
 from torch import nn
 
 from lightning_svd import SVDTrainingCallback, decompose, svd_layers
-from lightning_svd.model import timing as latency
+from lightning_svd.model import layer_times, stopwatch
 from lightning_svd.model.counting import count_costs, count_params
+from lightning_svd.model.layer_times import time_layers
 from lightning_svd.model.surgery import compact, factorized_copy, to_factored
-from lightning_svd.model.timing import time_layers
 
 
 def cut_net(rank=2):
@@ -45,7 +45,7 @@ def slow_factors(monkeypatch):
     def race(forms, inputs):
         return [1.0, 2.0] if forms[0].weight.shape[0] == 16 else [1.0, 0.5]
 
-    monkeypatch.setattr(latency, "_race", race)
+    monkeypatch.setattr(layer_times, "_race", race)
 
 
 def test_every_layer_that_was_used_is_timed_at_all_its_inputs():
@@ -70,14 +70,14 @@ def test_timing_changes_neither_the_layers_nor_the_random_state():
 def test_each_form_does_the_work_of_all_inputs(monkeypatch):
     calls = []
 
-    monkeypatch.setattr(latency, "_mean_seconds", lambda action, runs: (action(), float(len(calls)))[1])
+    monkeypatch.setattr(stopwatch, "_mean", lambda action, runs: (action(), float(len(calls)))[1])
     net = cut_net()
     for kind in (nn.Linear, nn.Sequential):
         original = kind.forward
         monkeypatch.setattr(
             kind, "forward", lambda self, x, kind=kind, f=original: (calls.append((kind, x.shape)), f(self, x))[1]
         )
-    price = latency._timed(count_costs(net, torch.randn(5, 12)).layers["first"], net.first)
+    price = layer_times._timed(count_costs(net, torch.randn(5, 12)).layers["first"], net.first)
     forms = [kind for kind, shape in calls if shape == (5, 12) and kind is nn.Sequential]
     assert len(forms) == 2 * 3  # two inputs: to warm up, to estimate, and in the one turn for which there is time
     assert price.latency.dense < price.latency.at(2)  # the fastest round of each, dense before factored
@@ -95,7 +95,7 @@ def test_compact_leaves_dense_what_is_no_faster_as_factors(slow_factors):
 
 
 def test_a_layer_beyond_break_even_is_dense_whatever_the_clock_says(monkeypatch):
-    monkeypatch.setattr(latency, "_race", lambda forms, inputs: [1.0, 0.1])
+    monkeypatch.setattr(layer_times, "_race", lambda forms, inputs: [1.0, 0.1])
     net = cut_net(rank=8)
     assert type(to_factored(net, timed(net, torch.randn(5, 12))).first) is nn.Linear
 
@@ -109,7 +109,7 @@ def fit(**arguments):
 
 def test_the_callback_reports_both_times_and_says_what_it_cost(monkeypatch):
     monkeypatch.setattr(
-        latency, "_race", lambda forms, inputs: [3.0, 5.0] if isinstance(forms[0], nn.Conv2d) else [2.0, 1.0]
+        layer_times, "_race", lambda forms, inputs: [3.0, 5.0] if isinstance(forms[0], nn.Conv2d) else [2.0, 1.0]
     )
     plain, _ = fit()
     report, model = fit(measure_latency=True)
@@ -128,7 +128,7 @@ def test_the_callback_reports_both_times_and_says_what_it_cost(monkeypatch):
 
 
 def test_a_report_of_faster_layers_has_no_warning(monkeypatch):
-    monkeypatch.setattr(latency, "_race", lambda forms, inputs: [2.0, 1.0])
+    monkeypatch.setattr(layer_times, "_race", lambda forms, inputs: [2.0, 1.0])
     report, _ = fit(measure_latency=True)
     assert not report.warnings and report.macs_ratio <= 0.3
 
@@ -159,7 +159,7 @@ def test_layers_are_timed_as_the_model_runs_in_its_layout_and_under_its_precisio
         raced.append((autocast, layouts, weights))
         return [1.0, 0.5]
 
-    monkeypatch.setattr("lightning_svd.model.timing._race", race)
+    monkeypatch.setattr("lightning_svd.model.layer_times._race", race)
     model = SmallNet().to(memory_format=torch.channels_last)
     callback = SVDTrainingCallback(target_macs=0.4, measure_latency=True)
     quiet_trainer(callbacks=[callback], precision="bf16-mixed").fit(model, data())

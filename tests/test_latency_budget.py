@@ -26,7 +26,7 @@ from lightning_svd import (
     svd_layers,
 )
 from lightning_svd.cli import main
-from lightning_svd.model import timing
+from lightning_svd.model import layer_times, stopwatch, timing
 from lightning_svd.model.calls import Call
 from lightning_svd.model.counting import count_costs
 from lightning_svd.model.surgery import begin
@@ -53,7 +53,7 @@ def clock(monkeypatch):
             taken[key] = 1e-6 + 1e-9 * counter.get_total_flops() / 2
         return taken
 
-    monkeypatch.setattr(timing, "_fastest", fastest)
+    monkeypatch.setattr(stopwatch, "fastest", fastest)
 
 
 # ------------------------------------------------------------------------------------------------------- allocation
@@ -161,8 +161,8 @@ def test_a_batch_is_made_of_the_size_that_is_asked_for(clock, there, asked):
 
 
 def test_layers_alike_are_timed_once(clock, monkeypatch):
-    timed, staircase_of = [], timing._staircase
-    monkeypatch.setattr(timing, "_staircase", lambda *args: (timed.append(args), staircase_of(*args))[1])
+    timed, staircase_of = [], layer_times._staircase
+    monkeypatch.setattr(layer_times, "_staircase", lambda *args: (timed.append(args), staircase_of(*args))[1])
     table = profile(nn.Sequential(*(nn.Linear(40, 40) for _ in range(5))), torch.randn(3, 40), QUICK)
     assert len(timed) == 1 and len(table.layers) == 5
 
@@ -171,10 +171,10 @@ def test_more_ranks_are_timed_where_time_jumps(monkeypatch):
     def fastest(actions, seconds, rounds=1):
         return {rank: 1e-3 if rank == 0 else 1e-4 * (1 + 5 * (rank > 100)) for rank in actions}
 
-    monkeypatch.setattr(timing, "_fastest", fastest)
+    monkeypatch.setattr(stopwatch, "fastest", fastest)
     layer = nn.Linear(1024, 1024)
     begin(layer, plan(layer))
-    latency = timing._staircase(count_costs(layer, torch.randn(1, 1024)).layers[""], layer, 1.0)
+    latency = layer_times._staircase(count_costs(layer, torch.randn(1, 1024)).layers[""], layer, 1.0)
     ranks = [rank for rank, _ in latency.factored]
     assert len(ranks) < 30 and min(rank for rank in ranks if rank > 100) - max(r for r in ranks if r <= 100) <= 16
 
@@ -282,7 +282,7 @@ def table_of(model):
 
 def test_a_run_ends_at_the_time_that_was_asked_for_by_a_table_and_looks_at_no_clock(clock, monkeypatch, tmp_path):
     path = table_of(SmallNet()).save(tmp_path / "phone.json")
-    monkeypatch.setattr(timing, "_fastest", None)
+    monkeypatch.setattr(stopwatch, "fastest", None)
     reports = [fit(target_latency=0.6, latency_table=path)[0] for _ in range(2)]
     first, second = reports
     assert first.latency == second.latency and first.latency.measured is None
@@ -308,13 +308,13 @@ def test_without_a_table_the_run_measures_and_says_what_came_out(clock):
 
 
 def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatch):
-    counted = timing._fastest
+    counted = stopwatch.fastest
 
     def slower(actions, seconds, rounds=1):  # a whole of low rank takes longer than its layers do
         taken = counted(actions, seconds)
         return {key: value * (1.0 if value > 5e-6 else 1.3) for key, value in taken.items()}
 
-    monkeypatch.setattr(timing, "_fastest", slower)
+    monkeypatch.setattr(stopwatch, "fastest", slower)
     report, _ = fit(target_latency=0.7, latency_table=QUICK)
     assert report.latency.measured <= 0.72
 
@@ -379,13 +379,13 @@ def test_what_is_measured_runs_three_times_and_then_as_long_as_there_is_time(sec
 
         return run
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    taken = timing._fastest({name: action(name) for name in done}, seconds)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
+    taken = stopwatch.fastest({name: action(name) for name in done}, seconds)
     assert taken == pytest.approx({"a": 0.005, "b": 0.005})
     assert all(runs - 5 <= count <= runs for count in done.values())
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 1), (1e6, timing.ROUNDS)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 1), (1e6, stopwatch.ROUNDS)])
 def test_a_large_model_is_timed_in_fewer_rounds(seconds, rounds, monkeypatch):
     model, x, now, asked = SmallNet(), torch.randn(2, 1, 8, 8), [0.0], []
 
@@ -394,8 +394,8 @@ def test_a_large_model_is_timed_in_fewer_rounds(seconds, rounds, monkeypatch):
         now[0] += 10.0
         return dict.fromkeys(actions, 10.0)
 
-    monkeypatch.setattr(timing, "_fastest", fastest)
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stopwatch, "fastest", fastest)
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
     whole = timing._Whole(model, plan(model), [Call(model, (x,), {})], Timing(seconds=seconds))
     assert whole.seconds([{}, {"hidden": 4}]) == [10.0, 10.0]
     assert len(asked) == 2 * rounds

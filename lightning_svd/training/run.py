@@ -22,6 +22,7 @@ from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.shards import is_sharded
 from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.counting import count_params
+from lightning_svd.model.layer_times import time_layers
 from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
 from lightning_svd.model.repeats import RepeatedCalls
 from lightning_svd.model.surgery import (
@@ -32,7 +33,6 @@ from lightning_svd.model.surgery import (
     trained_weights,
     undo,
 )
-from lightning_svd.model.timing import time_layers
 from lightning_svd.ranks.allocation import cheapest
 from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData

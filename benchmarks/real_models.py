@@ -41,8 +41,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_svd import FallToBudget, SVDTrainingCallback, load_low_rank, save_low_rank
-from lightning_svd.model.calls import untouched
 from lightning_svd.model.export import largest_difference, to_onnx
+from lightning_svd.model.replay import untouched
 
 TARGET, STEPS = 0.5, 8
 EXPORTS = ("low-rank file", "torch.export", "ONNX")

@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_svd.model import calls as module_of_calls
-from lightning_svd.model.calls import CallRecorder, cut, inputs_of, mapped, replay
+from lightning_svd.model.calls import CallRecorder, inputs_of
 from lightning_svd.model.plan import plan
+from lightning_svd.model.replay import cut, replay, same_version
 from lightning_svd.model.surgery import begin
+from lightning_svd.model.values import mapped
 
 torch.set_num_threads(1)
 
@@ -424,7 +426,7 @@ def test_weights_that_a_model_writes_into_are_as_they_were():
 def test_torch_still_lets_a_write_be_unseen():
     weight = nn.Parameter(torch.ones(2))
     out = (weight * weight).sum()
-    with module_of_calls.same_version(weight), torch.no_grad():
+    with same_version(weight), torch.no_grad():
         weight.mul_(2)
         weight.div_(2)
     out.backward()

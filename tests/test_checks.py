@@ -12,7 +12,7 @@ from torch import nn
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.pairs import is_pair
 from lightning_svd.model import checks
-from lightning_svd.model.calls import Call, replay
+from lightning_svd.model.calls import Call
 from lightning_svd.model.checks import (
     chunks,
     difference,
@@ -22,6 +22,7 @@ from lightning_svd.model.checks import (
     tolerance,
     whole_layers,
 )
+from lightning_svd.model.replay import replay
 
 torch.set_num_threads(1)
 

@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.model.calls import Call, cut
+from lightning_svd.model.calls import Call
 from lightning_svd.model.counting import as_arguments, count_calls, count_costs, count_params
 from lightning_svd.model.plan import plan
+from lightning_svd.model.replay import cut
 from lightning_svd.model.surgery import decompose, make_factored
 
 torch.set_num_threads(1)

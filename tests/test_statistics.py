@@ -12,10 +12,10 @@ from lightning_svd.compression.calibration import collect, collect_felt
 from lightning_svd.compression.data import CalibrationData
 from lightning_svd.layers.layer import watching
 from lightning_svd.layers.matrices import reconstruct, roundoff, truncate
-from lightning_svd.model.calls import inputs_in
 from lightning_svd.model.plan import plan
 from lightning_svd.model.surgery import begin
 from lightning_svd.model.targets import numbers_in
+from lightning_svd.model.values import inputs_in
 from lightning_svd.ranks.statistics import (
     Statistics,
     bases_of,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_svd.compression.data import CalibrationData, CallError
-from lightning_svd.model.calls import untouched
+from lightning_svd.model.replay import untouched
 
 Values = Sequence[tuple[Tensor, Tensor]]  # buffers, and what they hold
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lightning_svd.compression.data import CalibrationData
 from lightning_svd.layers.layer import SVDLayer, watching
-from lightning_svd.model.calls import inputs_in, untouched
 from lightning_svd.model.noting import Pass
+from lightning_svd.model.replay import untouched
 from lightning_svd.model.targets import drawn_gradients, numbers_in
+from lightning_svd.model.values import inputs_in
 from lightning_svd.ranks.statistics import Basis, Felt, Statistics
 
 _WITHOUT = "give `importance='outputs'`, which needs none"

@@ -24,10 +24,11 @@ from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.layer import SVDLayer, watching
 from lightning_svd.layers.matrices import Factors, wide
 from lightning_svd.layers.pairs import bias_of
-from lightning_svd.model.calls import CallRecorder, cut
+from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.checks import ENTRIES, FEW, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.plan import with_reasons
+from lightning_svd.model.replay import cut
 from lightning_svd.model.surgery import begin, check_dense, copied, finish, trained_weights, undo
 from lightning_svd.model.timing import corrected
 from lightning_svd.ranks.allocation import keep_by_budget, keep_by_energy

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import inputs_in, leaves, mapped, untouched
+from lightning_svd.model.replay import untouched
 from lightning_svd.model.targets import is_distribution, numbers_in
+from lightning_svd.model.values import inputs_in, leaves, mapped
 from lightning_svd.ranks.statistics import NotFiniteError
 
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -15,7 +15,7 @@ from lightning_svd.compression.data import CHANGED, DIVERGENCE, CalibrationData
 from lightning_svd.layers.forms import PairForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import untouched
+from lightning_svd.model.replay import untouched
 from lightning_svd.model.targets import numbers_in
 
 # A step of Adam as a share of a factor's root mean square, how often in a run outputs are judged, and how much smaller

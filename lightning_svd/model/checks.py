@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from lightning_svd.layers.layer import PART_OF, SVDLayer, own_class, plain_dense, plain_pair
 from lightning_svd.layers.matrices import wide
 from lightning_svd.layers.parts import InParts
-from lightning_svd.model.calls import Call, cut, leaves, replay
+from lightning_svd.model.calls import Call
+from lightning_svd.model.replay import cut, replay
 from lightning_svd.model.surgery import become
+from lightning_svd.model.values import leaves
 
 # Inputs that are enough to see a difference, and entries of pairs that are held at a time (256 MB in float32).
 FEW, ENTRIES = 8, 1 << 26
@@ -157,8 +159,8 @@ def differing(
         calls: Of modules in it. An error of the unchanged model's is raised.
         candidates: What may be changed, by name.
         changed: Has some of them changed inside.
-        expected: What :func:`~lightning_svd.model.calls.replay` returns for the model as it should be; None for what it
-            returns now.
+        expected: What :func:`~lightning_svd.model.replay.replay` returns for the model as it should be; None for what
+            it returns now.
         limit_s: When to stop halving; what is left then is blamed as a group.
 
     Returns:

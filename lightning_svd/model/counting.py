@@ -29,7 +29,9 @@ from lightning_svd.layers.layer import FactorizedModule, SVDLayer
 from lightning_svd.layers.matrices import exact_products
 from lightning_svd.layers.parts import InParts, TakenApart
 from lightning_svd.layers.recurrent import SplitRecurrent
-from lightning_svd.model.calls import Call, inputs_of, mapped, replay
+from lightning_svd.model.calls import Call, inputs_of
+from lightning_svd.model.replay import replay
+from lightning_svd.model.values import mapped
 from lightning_svd.ranks.costs import LayerCost, ModelCost
 
 

@@ -19,10 +19,10 @@ from torch.utils.benchmark import Timer
 
 from lightning_svd.arguments import check_module, needs, shown
 from lightning_svd.layers.compounds import evaluating, svd_layers
-from lightning_svd.model.calls import leaves
 from lightning_svd.model.counting import as_arguments, count_params
 from lightning_svd.model.folding import fold_norms
 from lightning_svd.model.surgery import to_factored
+from lightning_svd.model.values import leaves
 from lightning_svd.writing import whole_file
 
 TOLERANCE = 1e-4  # of the largest output: kernels of another library sum in another order

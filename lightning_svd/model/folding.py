@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_svd.arguments import check_module
 from lightning_svd.layers.compounds import svd_layers
-from lightning_svd.model.calls import Call, leaves, replay
+from lightning_svd.model.calls import Call
 from lightning_svd.model.checks import difference, differing
 from lightning_svd.model.counting import count_params, example_call
+from lightning_svd.model.replay import replay
 from lightning_svd.model.surgery import frozen_copy, to_factored
+from lightning_svd.model.values import leaves
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -15,8 +15,8 @@ from lightning_svd.layers.identity import IdentityLinear, is_linear_pair
 from lightning_svd.layers.layer import SVDLayer, plain_dense, plain_pair
 from lightning_svd.layers.pairs import bias_of, factored_pair, fill, merged, rank_of, view_of
 from lightning_svd.model import stopwatch
-from lightning_svd.model.calls import replay
 from lightning_svd.model.counting import example_call
+from lightning_svd.model.replay import replay
 from lightning_svd.model.surgery import called_layers, frozen_copy, plain_pairs, to_factored
 from lightning_svd.ranks.costs import STEP, LayerCost, LayerLatency, ModelCost
 

@@ -25,7 +25,7 @@ from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, w
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
-from lightning_svd.model.calls import untouched
+from lightning_svd.model.replay import untouched
 from lightning_svd.writing import write_whole
 
 Targets = str | Sequence[str] | None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import logits_of, tensors_of
+from lightning_svd.model.values import logits_of, tensors_of
 
 
 def numbers_in(output: Any) -> list[Tensor]:

@@ -18,13 +18,15 @@ from lightning_svd.arguments import check_choice, check_count, check_module, che
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
 from lightning_svd.model import stopwatch
-from lightning_svd.model.calls import Call, cut, inputs_of, mapped, without_fast_path
+from lightning_svd.model.calls import Call, inputs_of
 from lightning_svd.model.checks import pairs_in_place, visible
 from lightning_svd.model.counting import count_calls, example_call
 from lightning_svd.model.export import onnx_session, to_onnx
 from lightning_svd.model.layer_times import layers_timed
 from lightning_svd.model.plan import LayerPlan, Targets, plan
+from lightning_svd.model.replay import cut, without_fast_path
 from lightning_svd.model.surgery import begin, frozen_copy, to_dense
+from lightning_svd.model.values import mapped
 from lightning_svd.ranks.costs import STEP, LayerCost, ModelCost, ModelLatency
 from lightning_svd.ranks.latency import LatencyTable, TimedLayer
 

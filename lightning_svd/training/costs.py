@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.model.calls import Call, cut, replay
+from lightning_svd.model.calls import Call
 from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_layers
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.plan import LayerPlan, with_reasons
+from lightning_svd.model.replay import cut, replay
 from lightning_svd.model.timing import corrected, share_of_dense
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.training.observation import Observer

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from lightning_svd.arguments import check_choice, check_positive, check_weight, shown
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import wide
-from lightning_svd.model.calls import Call, CallWatcher, holders, logits_of, run_again, tensors_of, without_fast_path
+from lightning_svd.model.calls import Call, CallWatcher, holders
+from lightning_svd.model.replay import run_again, without_fast_path
 from lightning_svd.model.surgery import frozen_copy
+from lightning_svd.model.values import logits_of, tensors_of
 from lightning_svd.training import processes
 
 KINDS = ("auto", "logits", "features")

@@ -12,17 +12,11 @@ from torch import Tensor, nn
 
 from lightning_svd.layers.dense_weight import in_transform
 from lightning_svd.layers.layer import SVDLayer, Watch, watching
-from lightning_svd.model.calls import (
-    Call,
-    CallRecorder,
-    CallWatcher,
-    call_again,
-    holders,
-    inputs_in,
-    untouched,
-)
+from lightning_svd.model.calls import Call, CallRecorder, CallWatcher, holders
 from lightning_svd.model.noting import Pass
+from lightning_svd.model.replay import call_again, untouched
 from lightning_svd.model.targets import drawn_gradients, numbers_in
+from lightning_svd.model.values import inputs_in
 from lightning_svd.ranks.importance import Importance, OnData
 from lightning_svd.ranks.statistics import Statistics, features_of
 from lightning_svd.training import processes

@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
-from lightning_svd.model.calls import Call, CallWatcher, holders, replay
+from lightning_svd.model.calls import Call, CallWatcher, holders
+from lightning_svd.model.replay import replay
 from lightning_svd.training.distillation import Distillation, Distiller
 
 

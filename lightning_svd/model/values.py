@@ -1,0 +1,82 @@
+"""What networks take and give: tensors in tuples, lists, dicts and dataclasses."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+
+def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with every tensor in tuples, lists, dicts and dataclasses changed; of other objects, the very same."""
+    if isinstance(value, Tensor):
+        return change(value)
+    try:
+        return _rebuilt(value, change)
+    except Exception:  # a class of the user's that is made in another way: as any other object
+        return value
+
+
+def _rebuilt(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(mapped(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(mapped(item, change) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        return replace(value, **{name: mapped(item, change) for name, item in own.items()})
+    if isinstance(value, Mapping):
+        twin: Any = copy.copy(value)
+        for key, item in value.items():
+            twin[key] = mapped(item, change)
+        return twin
+    return value
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What nested tuples, lists, dicts and dataclasses hold, in order, with a mark for where each of them begins."""
+    if isinstance(value, (tuple, list)):
+        yield f"{len(value)} items"
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, Mapping):
+        yield f"keys {list(value)}"
+        for item in value.values():
+            yield from leaves(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from leaves({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    else:
+        yield value
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The logits of an output that says which they are, as those of transformers do."""
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else None
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """The tensors in an output; of one that has logits those alone."""
+    logits = logits_of(output)
+    return [leaf for leaf in leaves(output) if isinstance(leaf, Tensor)] if logits is None else [logits]
+
+
+def inputs_in(batch: Any) -> int:
+    """How many inputs a batch has: the first dimension of its first tensor; 1 without one."""
+    return next((len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
+
+
+def once_each(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``change`` that gives the same for the same: attention looks whether its query is its key."""
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor, change(tensor)
+        return known[id(tensor)][1]
+
+    return changed

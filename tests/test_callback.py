@@ -659,7 +659,7 @@ class OptimizerFromElsewhere(SmallNet):
         (NoLayers, {}, {}, data, "NoLayers has no layer to factorize"),
         (SmallNet, {"target_macs": 0.01}, {}, data, r"`target_macs` must be at least 0\.\d+ for this model.*got 0.01"),
         (SmallNet, {"target_params": 0.01}, {}, data, r"`target_params` must be at least 0\.\d+ for this model"),
-        (SmallNet, {}, {"max_epochs": -1}, data, "needs its length, got inf steps: pass `max_steps`"),
+        (SmallNet, {}, {"max_epochs": -1}, data, r"its length, .*stepping_batches` is inf\): pass `max_steps`"),
         (lambda: SmallNet("LBFGS"), {}, {}, data, "does not work with LBFGS"),
         (
             OptimizerOfNothing,

@@ -204,8 +204,9 @@ def total_steps(trainer: Trainer) -> int:
     steps = trainer.estimated_stepping_batches
     if not 0 < steps < math.inf:
         raise ValueError(
-            f"SVDTrainingCallback schedules ranks over the run and needs its length, got {steps} steps: pass "
-            "`max_steps`, or `max_epochs` with a sized dataloader or `limit_train_batches`, to the Trainer"
+            "SVDTrainingCallback schedules ranks over the run and needs its length, which the Trainer does not know "
+            f"(its `estimated_stepping_batches` is {steps}): pass `max_steps`, or `max_epochs` with a sized dataloader "
+            "or `limit_train_batches`, to the Trainer"
         )
     return int(min(steps, *(_steps_accumulated(trainer, other) for other in callbacks_of(trainer))))
 

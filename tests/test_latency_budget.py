@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -348,6 +349,22 @@ def test_ranks_are_some_that_were_measured_where_time_jumps(monkeypatch, fast, t
     promised = priced.by("latency").share(priced.by("latency").total(found))
     assert promised == pytest.approx(seconds(None, [kept])[0] / dense)
     assert 0.8 * share < promised <= min(share, target) * (1 + timing.CLOSE)
+
+
+def test_a_time_that_was_not_reached_is_said(clock, monkeypatch):
+    whole = timing._Whole.seconds
+
+    def slower(self, choices):  # than by the table, once ranks are chosen by it
+        taken = whole(self, choices)
+        return [taken[0], 1.2 * taken[0]] if len(choices) == 2 else taken
+
+    monkeypatch.setattr(timing._Whole, "seconds", slower)
+    report, _ = fit(target_latency=0.6, latency_table=QUICK)
+    missed = r"the model takes \d+\.\d% of the dense one's time, and 60\.0% was asked for"
+    assert re.search(missed, " ".join(report.warnings)) and re.search(missed, str(report))
+    batches = [torch.randn(8, 40) for _ in range(8)]
+    _, of_compress = compress(net(), batches, target_latency=0.6, latency_table=QUICK, progress=False)
+    assert re.search(missed, str(of_compress))
 
 
 def lstm(width):

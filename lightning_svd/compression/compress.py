@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -518,6 +519,8 @@ class _Compression:
             if id(parameter) in left:
                 parameter.grad = gradient
         kind, target = self.recipe.target
+        if ranks.latency and (missed := ranks.latency.missed(target)):
+            ranks = replace(ranks, warnings=(*ranks.warnings, missed))
         return CompressionReport(
             ranks=ranks,
             target=kind,

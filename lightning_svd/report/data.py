@@ -28,6 +28,7 @@ ARGUMENT_HEADINGS = ("argument", "value")
 BUDGET_HEADINGS = ("budget", "MACs", "parameters", "ranks")
 TIME_HEADING = "time"  # only where it was measured
 TEXT_HEADINGS = ("layer", "kind", "form", "skipped, because", "because", "argument", "value")
+LATE = 0.1  # by which a model may take longer than was asked for before that is said
 WIDE_ONLY = ("kind", "weight", "break-even")
 
 
@@ -179,6 +180,17 @@ class LatencyReport:
     def ratio(self) -> float:
         """Share of the dense model's time, by the table."""
         return self.seconds / self.dense_seconds
+
+    def missed(self, share: float) -> str | None:
+        """How far the model is from the share of the time that was asked for; None if not by more than a tenth."""
+        takes = max(self.ratio, self.measured or 0.0)
+        if takes <= (1 + LATE) * share:
+            return None
+        return (
+            f"the model takes {takes:.1%} of the dense one's time, and {share:.1%} was asked for: no ranks were found "
+            "that take less, or the machine was busy while they were measured; a table that is measured where it is "
+            "idle, by `lightning-svd profile`, is the same for all runs"
+        )
 
     def __str__(self) -> str:
         measured = "" if self.measured is None else f", {self.measured:.1%} measured"

@@ -708,9 +708,13 @@ class SVDTraining:
         form = "pair" if self.recipe.final == "factored" else "decomposed"
         finals = {name: form if pays[name] and self.recipe.final != "dense" else "dense" for name in self.layers}
         self._trained.replace(finish(self.model, finals))
-        slow = no_faster(self.model)
-        report = replace(report, warnings=(*report.warnings, slow)) if slow else report
-        return replace(report, latency=self._measured(report.latency)) if report.latency else report
+        known = [no_faster(self.model)]
+        if report.latency:
+            latency = self._measured(report.latency)
+            report = replace(report, latency=latency)
+            if self.policy.pending is None and not self.ladder:
+                known.append(latency.missed(self.recipe.target[1]))
+        return replace(report, warnings=(*report.warnings, *filter(None, known)))
 
     def _nested(self) -> tuple[BudgetRanks, ...]:
         """The ranks of each budget of the ladder, by the model as it is now."""

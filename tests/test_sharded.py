@@ -1,10 +1,12 @@
 """SVD training of parameters that are sharded by ``fully_shard``, through Lightning's ``ModelParallelStrategy``."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import socket
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
@@ -265,7 +267,9 @@ def in_processes(count, work, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    start_processes(_process, (count, port, work, folder), count, start_method="fork")
+    # Forked from a process that has done nothing else: one that has run a thousand tests may be in any state.
+    multiprocessing.set_forkserver_preload([__name__])
+    start_processes(_process, (count, port, work, folder), count, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
@@ -360,18 +364,20 @@ def trained(folder, ways):
 LONG, LONG_ROUNDING = 25, 1e-8  # epochs of 4 steps; Adam divides gradients that are rounding by 1e-8
 
 
+LONG_FALL = FallToBudget(start=0.3, end=0.7, cuts=5)
+
+
+def long_run_of_one(even, _):
+    witness = Witness(every=5)
+    fit(Sharded(even=even), svd_callback(schedule=LONG_FALL), witness, max_epochs=LONG)
+    return witness.ranks, witness.weights
+
+
 def long_run(count, even, folder):
     """How far weights of 100 steps are from those of one process, and in how many phases; bits are those of all."""
-    schedule = FallToBudget(start=0.3, end=0.7, cuts=5)
-
-    def of_each(_):
-        witness = Witness(every=5)
-        fit(Sharded(even=even), svd_callback(schedule=schedule), witness, max_epochs=LONG)
-        return witness.ranks, witness.weights
-
     alone = Witness(every=5)
-    fit(Whole(even=even), svd_callback(schedule=schedule, exclude_modules=["net.5"]), alone, max_epochs=LONG)
-    each, off = in_processes(count, of_each, folder), 0.0
+    fit(Whole(even=even), svd_callback(schedule=LONG_FALL, exclude_modules=["net.5"]), alone, max_epochs=LONG)
+    each, off = in_processes(count, partial(long_run_of_one, even), folder), 0.0
     for ranks, weights in each:
         assert ranks == alone.ranks and len(ranks) == 4 * LONG
         for step, (values, expected) in enumerate(zip(weights, alone.weights, strict=True)):

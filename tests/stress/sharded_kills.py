@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
 from common import Tally, finish, parser  # isort: skip  # puts the tests' own models on the path
@@ -80,11 +81,19 @@ def last_of(folder):
     return max(folder.iterdir(), key=lambda path: int(path.stem.partition("=")[2]))
 
 
+def fit_until(variant, step, folder):
+    kill = test_resume.At(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return fit(variant, kill, every_step(folder / "saved"))
+
+
+def unbroken_and_resumed(variant, saved, _):
+    return fit(variant), {step: fit(variant, ckpt_path=path) for step, path in saved.items()}
+
+
 def killed_at(variant, step, folder):
     """Train in several processes that are all killed at the start of this step; how that ended, if in another way."""
-    kill = test_resume.At(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
     try:
-        runs.in_processes(VARIANTS[variant][0], lambda _: fit(variant, kill, every_step(folder / "saved")), folder)
+        runs.in_processes(VARIANTS[variant][0], partial(fit_until, variant, step), folder)
     except ProcessExitedException as error:
         return None if error.signal_name in ("SIGKILL", "SIGTERM") else str(error)
     except Exception as error:  # a process that noticed first that another is gone
@@ -105,11 +114,8 @@ def try_kills(tally, variants, steps):
                 else:
                     saved[step] = last_of(folder / "saved")
 
-            def unbroken_and_resumed(_, variant=variant, saved=saved):
-                return fit(variant), {step: fit(variant, ckpt_path=path) for step, path in saved.items()}
-
             try:
-                each = runs.in_processes(count, unbroken_and_resumed, root)
+                each = runs.in_processes(count, partial(unbroken_and_resumed, variant, saved), root)
             except Exception as error:
                 tally.add(variant, OTHER, f"{type(error).__name__}: {error}")
                 continue

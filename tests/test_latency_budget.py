@@ -335,7 +335,7 @@ def test_ranks_are_some_that_were_measured_where_time_jumps(monkeypatch, fast, t
     def seconds(whole, choices):
         taken = [sum(made[name].at(pairs[name]) if name in pairs else 1e-4 for name in made) for pairs in choices]
         seen.append(choices[-1])
-        return [each if each in (dense,) or each < fast * dense else 1.2 * dense for each in taken]
+        return [each if each == dense or each < fast * dense else 1.2 * dense for each in taken]
 
     def choose(cost):
         priced = cost.by("latency")

@@ -271,13 +271,13 @@ class _Compression:
                 chosen[candidate.label] = mine
 
         of_weights = self._decompose("spectrum" in importances)
-        if self.recipe.timing:
+        metrics = [metric for metric in ("outputs", "fisher") if metric in importances]
+        if self.recipe.timing and metrics:  # several ways are judged, at about the ranks that will be
             energies = {name: torch.tensor(spectrum).square() for name, spectrum in self.spectra.items()}
             _, self.cost = self._of_measured_time(energies, False)
         if "spectrum" in importances:
             bases["spectrum"] = of_weights
             judge([_Candidate("spectrum", "spectrum", _carried(of_weights), False)])
-        metrics = [metric for metric in ("outputs", "fisher") if metric in importances]
         if metrics:
             of_data, felt = self._calibrate(metrics, "outputs" in importances)
             bases |= of_data
@@ -296,6 +296,7 @@ class _Compression:
         self.ranks, self.bases = chosen[best.label], bases[best.metric]
         if best.metric == "spectrum":
             self.means = {}
+        bases.clear()  # of the ways that were not chosen
         if self.recipe.timing:
             self.ranks, self.cost = self._of_measured_time(best.values, best.adds_up)
 

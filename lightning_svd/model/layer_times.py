@@ -108,6 +108,11 @@ def _timed(price: LayerCost, layer: SVDLayer) -> LayerCost:
     return replace(price, latency=LayerLatency(dense, ((max(1, layer.rank), taken),)))
 
 
+def _most(price: LayerCost, layer: SVDLayer) -> int:
+    """The highest rank at which two factors may be faster than the dense layer."""
+    return min(price.break_even, _factored_up_to(layer))
+
+
 def _factored_up_to(layer: SVDLayer) -> int:
     """The highest rank at which two factors are multiplied with."""
     return layer.full_rank if layer._part_of is None else layer._part_of.factored_up_to(layer)
@@ -145,7 +150,7 @@ def layers_timed(cost: ModelCost, layers: Mapping[str, SVDLayer], seconds: float
     for name, price in cost.layers.items():
         if price.dense_macs and price.break_even:
             layer = layers[name]
-            like, most = layer.form.trained[0], min(price.break_even, _factored_up_to(layer))
+            like, most = layer.form.trained[0], _most(price, layer)
             view = repr(sorted(layer.view.to_dict().items(), key=lambda item: item[0]))
             key = view, price.input_shapes, like.dtype, like.device, layer.layout, bias_of(layer) is not None, most
             alike.setdefault(key, []).append(name)
@@ -168,7 +173,7 @@ def _staircase(price: LayerCost, layer: SVDLayer, seconds: float) -> LayerLatenc
     inputs = _inputs(price, layer)
     taken: dict[int, float] = {}
     actions = {0: _on(inputs, plain_dense(layer))}
-    most = min(price.break_even, _factored_up_to(layer))
+    most = _most(price, layer)
     asked, start = _coarse(most) if most else [], time.perf_counter()
     for _ in range(LEVELS):
         actions |= {rank: _on(inputs, _random_pair(layer, rank)) for rank in asked}

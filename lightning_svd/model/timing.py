@@ -251,9 +251,6 @@ def _conditions(model: nn.Module, inputs: int, timing: Timing) -> dict[str, str 
     return conditions
 
 
-# ------------------------------------------------------------------------------------------------------- the whole
-
-
 class _Whole:
     """A model to be measured as a whole: a dense copy, and one whose layers are factorized.
 

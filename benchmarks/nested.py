@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from harness import Row, Table, arguments, progress, save
-from quality import Classifier, Data, Setting, accuracy, cosine, cost_of, dense, numbers, ours, svd_trained
+from quality import Data, Setting, accuracy, cost_of, dense, nested_run, numbers, ours
 from torch import nn
 
-from lightning_svd import Nested, compress, decompose, to_factored
+from lightning_svd import compress, decompose, to_factored
 
 WAYS = {
     "fall": "a run for each budget",
@@ -33,12 +33,6 @@ WAYS = {
     "dense": "the dense net, `to_factored`",
     "dense_compress": "the dense net, `compress`",
 }
-
-
-def nested(setting: Setting, options: dict[str, Any]) -> nn.Module:
-    """The dense net at the end of a nested run."""
-    module = Classifier(setting, setting.build(), (0, setting.epochs), cosine)
-    return svd_trained(module, {"schedule": Nested(**options)})
 
 
 def at(model: nn.Module, setting: Setting, budgets: Sequence[float], way: str) -> list[Row]:
@@ -61,7 +55,7 @@ def row_of(way: str, setting: Setting, budget: float, found: float) -> Row:
 def measure(setting: Setting, budgets: Sequence[float], options: dict[str, Any]) -> list[Row]:
     """All rows of a seed."""
     start = time.perf_counter()
-    model = nested(setting, options)
+    model = nested_run(setting, **options)
     seconds = {"nested": time.perf_counter() - start}
     rows = [row_of("nested", setting, 1.0, accuracy(model, setting)), *at(model, setting, budgets, "nested")]
     model = dense(setting)

@@ -48,6 +48,7 @@ import lightning_svd
 from lightning_svd import (
     SVDTrainingCallback,
     add_gradients,
+    compress,
     decompose,
     summarize,
     svd_layers,
@@ -59,6 +60,7 @@ from lightning_svd.ranks.costs import ModelCost
 
 MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
+SMALLEST = 0.15  # of the budgets that a nested run leaves open
 TIMED_BATCH = 64  # images, for the time of a model
 SEARCH_SHARE = 0.2  # of the rounds for a row are those for each step of a search
 NEAR = 8  # widths on either side that are measured again where a search has ended
@@ -383,6 +385,35 @@ def ours_from_trained(setting: Setting, **arguments: Any) -> nn.Module:
     return svd_trained(module, {"schedule": "finetune"} | arguments)
 
 
+def nested_run(setting: Setting, **arguments: Any) -> nn.Module:
+    """The dense net at the end of a nested run."""
+    module = Classifier(setting, setting.build(), (0, setting.epochs), cosine)
+    return svd_trained(module, {"schedule": lightning_svd.Nested(**arguments)})
+
+
+class NestedRun(Once):
+    """A run whose budget is chosen afterwards: one for all budgets down to ``SMALLEST``."""
+
+    def key(self, setting: Setting) -> Setting:
+        return replace(setting, target=SMALLEST)
+
+
+nested_for_all = NestedRun(nested_run)
+
+
+def nested(setting: Setting) -> nn.Module:
+    """One nested run for all budgets, cut to this one by training images, without training."""
+    small, _ = compress(
+        nested_for_all(setting),
+        (images for images, _ in setting.batches(0, 1)),
+        target_macs=setting.target,
+        conv_mode=setting.conv_mode,
+        inputs=512,
+        progress=False,
+    )
+    return small
+
+
 def svd_trained(module: Classifier, arguments: dict[str, Any]) -> nn.Module:
     """The net of ``module`` after a fit with the callback."""
     setting, (first, last) = module.setting, module.epochs
@@ -467,6 +498,7 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "three_stages": three_stages,
     "ours": ours,
     "ours_from_trained": ours_from_trained,
+    "nested": nested,
 }
 SHARED_STARTS = {
     "truncate_and_finetune": dense_but_finetuning,
@@ -475,6 +507,7 @@ SHARED_STARTS = {
     "three_stages": two_of_three_stages,
     "ours": ours_by_default,
     "ours_from_trained": dense_but_finetuning,
+    "nested": nested_for_all,
 }
 WIDTHS = {"narrow": width_in_macs, "narrow_in_time": width_in_time}  # found before the training, whose time is told
 

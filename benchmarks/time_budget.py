@@ -6,7 +6,8 @@
 Each net is cut by ``compress(..., target_latency=...)``, which measures how long its layers take, dense and at a few
 ranks. Then dense and low-rank take turns, in the runtime that was asked for; a row is the median of the ratios of the
 same round, with the middle half of them as its spread. The goal is to be within 5 % of what was asked for. Beside it
-stands what the same net takes at the same share of its multiply-accumulates.
+stands what the same net takes at the same share of its multiply-accumulates, and by which factor the dense net itself
+takes longer than it did while ranks were chosen: a machine that others use too is not steady.
 
 With ``--equal`` a budget of multiply-accumulates is searched for that takes as long as the net that was cut to the
 time: how far the outputs of either are from the dense net's says what it is worth to ask for time.
@@ -22,7 +23,7 @@ from typing import Any
 
 import nets
 import torch
-from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save
+from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
 from latency import computed, repeats_of, shape_spectra
 from torch import Tensor, nn
 
@@ -81,7 +82,7 @@ def ratio(model: nn.Module, small: nn.Module, x: Tensor, runtime: str, rounds: i
     """Seconds of a cut model against those of the dense one."""
     actions = {"dense": computed(model, x, runtime), "small": computed(small, x, runtime)}
     seconds = in_turns(actions, rounds, repeats=repeats_of(actions["dense"]))
-    return against(seconds["small"], seconds["dense"])
+    return against(seconds["small"], seconds["dense"]) | {"dense_seconds": min(seconds["dense"])}
 
 
 def equal_in_time(model: nn.Module, x: Tensor, runtime: str, rounds: int, asked: float) -> Row:
@@ -122,6 +123,7 @@ def measure(
         of = report.ranks
         row |= {"promised": of.latency.ratio, "macs": of.macs_ratio, "distance": report.distance}
         row |= {"cutting_seconds": seconds, **ratio(model, small, x, runtime, rounds)}
+        row["drift"] = row["dense_seconds"] / of.latency.dense_seconds
         try:
             by_macs, *_ = cut(model, x, {"target_macs": target})
             row |= {f"macs_{key}": value for key, value in ratio(model, by_macs, x, runtime, rounds).items()}
@@ -135,18 +137,29 @@ def measure(
 
 def tables(rows: list[Row]) -> list[Table]:
     """What was asked for, promised and measured."""
-    headings = ["net", "batch", "runtime", "asked for", "by the table", "measured", "middle half", "off", "MACs"]
-    headings += ["time at as many MACs", "seconds to cut"]
+    headings = [
+        "net",
+        "batch",
+        "runtime",
+        "asked for",
+        "by the table",
+        "measured",
+        "middle half",
+        "off",
+        "dense, since",
+    ]
+    headings += ["MACs", "time at as many MACs", "seconds to cut"]
     lines = []
     for row in rows:
         line = [row["net"], str(row["batch"]), row["runtime"], f"{row['target']:.0%}"]
         if "refused" in row:
             least = row["refused"].split("at least ")[-1].split(" ")[0]
-            lines.append([*line, f"refused: at least {least}", *[""] * 6])
+            lines.append([*line, f"refused: at least {least}", *[""] * 7])
             continue
         of_macs = f"{row['macs_ratio']:.1%}" if "macs_ratio" in row else "-"
         line += [f"{row['promised']:.1%}", f"{row['ratio']:.1%}", middle_half(row)]
-        line += [f"{row['ratio'] / row['target'] - 1:+.1%}", f"{row['macs']:.1%}", of_macs]
+        line += [f"{row['ratio'] / row['target'] - 1:+.1%}"]
+        line += [times(row["drift"]) if "drift" in row else "-", f"{row['macs']:.1%}", of_macs]
         lines.append([*line, f"{row['cutting_seconds']:.0f}"])
     shown = [Table("Time as the budget", headings, lines)]
     equal = [row for row in rows if "equal_ratio" in row]

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_svd import (
+    LatencyReport,
     LatencyTable,
     SVDReport,
     SVDTraining,
@@ -305,7 +306,20 @@ def test_without_a_table_the_run_measures_and_says_what_came_out(clock):
     assert 0.5 < report.latency.ratio <= 0.6
     assert report.latency.measured == pytest.approx(report.latency.ratio, abs=0.02)
     assert f"{report.latency.measured:.1%} measured" in str(report)
+    assert report.latency.dense_at_end == pytest.approx(report.latency.dense_seconds)
     assert any(type(module) is nn.Sequential for module in model.features)
+
+
+@pytest.mark.parametrize(
+    ("dense_at_end", "expected"),
+    [(1.05e-2, None), (1.5e-2, r"\(the dense model took 10 ms before, and 15 ms at the end\)"), (None, None)],
+)
+def test_a_miss_is_said_and_whether_the_machine_was_steady(dense_at_end, expected):
+    latency = LatencyReport(1e-2, 6e-3, measured=0.71, dense_at_end=dense_at_end)
+    assert latency.missed(0.65) is None
+    message = latency.missed(0.6)
+    assert re.search("takes 71.0% of the dense one's time, and 60.0% was asked for", message)
+    assert re.search(expected, message) if expected else "took" not in message
 
 
 def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatch):

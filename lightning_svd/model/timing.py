@@ -176,8 +176,8 @@ def _having_measured(cost: ModelCost, share: float, ranks: Mapping[str, int]) ->
     return replace(cost, latency=replace(cost.latency, samples=(*sorted([*alike, mine]), dense)))
 
 
-def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> float:
-    """How long a finished model takes for calls, as a share of a dense copy of it; both take turns."""
+def beside_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[float, float]:
+    """Seconds that a finished model takes for calls, and those of a dense copy of it; both take turns."""
     with stopwatch.measuring(), ExitStack() as stack:
         now, calls_now = _copied(model, calls, timing)
         dense = to_dense(now).eval()
@@ -188,7 +188,7 @@ def share_of_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> f
             "dense": stack.enter_context(_running(calls_dense, timing.runtime)),
         }
         taken = stopwatch.fastest(actions, timing.seconds * (1 - OF_LAYERS))
-    return taken["now"] / taken["dense"]
+    return taken["now"], taken["dense"]
 
 
 def _copied(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[nn.Module, list[Call]]:

@@ -168,12 +168,14 @@ class LatencyReport:
         dense_seconds: Of the dense model, measured.
         seconds: Of the model as it is now, by the table of its layers' times.
         measured: Share of the dense model's time, both timed at the end; None if they were not.
+        dense_at_end: Seconds of the dense model then; other than before where the machine is not steady.
         conditions: What the table was measured on and how, by name.
     """
 
     dense_seconds: float
     seconds: float
     measured: float | None = None
+    dense_at_end: float | None = None
     conditions: Mapping[str, str | int] = field(default_factory=dict)
 
     @property
@@ -188,9 +190,15 @@ class LatencyReport:
             return None
         return (
             f"the model takes {takes:.1%} of the dense one's time, and {share:.1%} was asked for: no ranks were found "
-            "that take less, or the machine was busy while they were measured; a table that is measured where it is "
-            "idle, by `lightning-svd profile`, is the same for all runs"
+            f"that take less, or the machine was busy while they were measured{self._unsteady()}; a table that is "
+            "measured where it is idle, by `lightning-svd profile`, is the same for all runs"
         )
+
+    def _unsteady(self) -> str:
+        then, now = self.dense_seconds, self.dense_at_end or self.dense_seconds
+        if abs(now - then) <= LATE * then:
+            return ""
+        return f" (the dense model took {1e3 * then:.3g} ms before, and {1e3 * now:.3g} ms at the end)"
 
     def __str__(self) -> str:
         measured = "" if self.measured is None else f", {self.measured:.1%} measured"

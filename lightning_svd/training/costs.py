@@ -14,7 +14,7 @@ from lightning_svd.model.checks import FEW, NotTheSameError, has_finite, whole_l
 from lightning_svd.model.counting import count_calls
 from lightning_svd.model.plan import LayerPlan, with_reasons
 from lightning_svd.model.replay import cut, replay
-from lightning_svd.model.timing import corrected, share_of_dense
+from lightning_svd.model.timing import beside_dense, corrected
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.training.observation import Observer
 from lightning_svd.training.recipe import Recipe
@@ -97,7 +97,7 @@ class CostsOfRun:
             return choose(cost), cost
         return corrected(self.model, plans, self._timed, timing, cost, self.recipe.target[1], choose)
 
-    def share_of_dense(self) -> float | None:
-        """How long the model takes by now, as a share of the dense one; None where this run did not time that."""
+    def beside_dense(self) -> tuple[float, float] | None:
+        """Seconds of the model by now, and of the dense one; None where this run did not time that."""
         timing = self.recipe.timing
-        return share_of_dense(self.model, self._timed, timing) if timing and self._timed else None
+        return beside_dense(self.model, self._timed, timing) if timing and self._timed else None

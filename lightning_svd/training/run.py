@@ -732,7 +732,9 @@ class SVDTraining:
         """How long the final model takes too, where the dense one was timed in this run."""
         if self.recipe.timing is None or self.recipe.final != "factored":
             return promised
-        return replace(promised, measured=processes.decide(self._costs.share_of_dense))
+        if (taken := processes.decide(self._costs.beside_dense)) is None:
+            return promised
+        return replace(promised, measured=taken[0] / taken[1], dense_at_end=taken[1])
 
     def _with_latency(self, cost: ModelCost) -> ModelCost:
         # One decision for all processes, whose clocks differ.

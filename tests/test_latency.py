@@ -123,7 +123,7 @@ def test_the_callback_reports_both_times_and_says_what_it_cost(monkeypatch):
             assert (row.dense_seconds, row.seconds) == (2.0, 1.0)
     assert report.macs_ratio > plain.macs_ratio
     (warning,) = report.warnings
-    assert "2 layers are dense because their factors are no faster here (features.0, features.2)" in warning
+    assert "2 layers are dense because two factors are no faster here (features.0, features.2)" in warning
     assert f"{report.macs_ratio:.1%} of the MACs, not {plain.macs_ratio:.1%}" in warning
 
 

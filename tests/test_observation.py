@@ -318,7 +318,7 @@ def test_a_layer_that_no_observed_batch_reaches_is_judged_by_its_weight_and_name
         optimizer.zero_grad()
     ranks, report = run.ranks(), run.finish()
     assert len(report.warnings) == 2 and report.warnings[1].startswith("lstm: recurrent layers so small")
-    assert "1 layers met no data before ranks were cut and are judged by their weights: seldom" in report.warnings[0]
+    assert "1 layer met no data before ranks were cut, judged by weights alone: seldom" in report.warnings[0]
     assert ranks["seldom"] > 1
 
 

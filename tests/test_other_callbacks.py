@@ -550,7 +550,7 @@ class AsksForADtype(SmallNet):
 @pytest.mark.combination("Models", "layers whose weight the model reads itself, which then stay dense")
 def test_a_layer_whose_weight_the_model_reads_stays_whole_and_the_budget_is_met_by_the_others():
     model, callback = AsksForADtype(), ours(target_macs=0.4)
-    with pytest.warns(UserWarning, match=r"1 layers stay dense \(hidden\): the model needs what only the dense"):
+    with pytest.warns(UserWarning, match=r"1 layer stays dense \(hidden\): the model needs what only the dense"):
         quiet_trainer(callbacks=[callback]).fit(model, data())
     form = {layer.name: layer.form for layer in callback.report.layers}
     assert "no attribute 'weight'" in {name: reason for name, _, reason in callback.report.skipped}["hidden"]

@@ -1,6 +1,7 @@
 """The report as data, text, Markdown and JSON."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -15,7 +16,7 @@ from torch import nn
 
 from lightning_svd import RankChange, SVDReport, decompose, plan, summarize, svd_layers
 from lightning_svd.report.data import LAYER_HEADINGS, Pause, plan_table, quantity
-from lightning_svd.report.tables import ROWS_ON_SCREEN, markdown_code, markdown_table, markdown_text
+from lightning_svd.report.tables import ROWS_ON_SCREEN, folded, markdown_code, markdown_table, markdown_text
 
 LONG = "encoder.layers.11.self_attn.a_projection_with_a_long_name"
 NASTY = ["a|b", "<b>bold</b>", "[red]x[/]", "*x*_y_", "`tick`", "``", "a\\|b", "&amp;", "two\nlines", "ü 層"]
@@ -169,6 +170,24 @@ def test_text_fits_the_terminal_and_keeps_every_number_whole(columns, count, mon
     assert ("... and 340 more layers" in text) == (count == 400)
     assert text.splitlines()[-1] == "warning: the target, 0.35 of the macs, was not reached"
     assert LONG in "".join(line.split()[0] for line in table if line.strip())
+
+
+@thoroughly
+@given(st.text("ab.", max_size=60), st.integers(1, 40))
+def test_names_are_folded_at_their_dots(name, width):
+    lines = folded(name, width)
+    assert "".join(lines) == name and max(map(len, lines)) <= width
+    for line, following in itertools.pairwise(lines):
+        assert line.endswith(".") or "." not in line
+        assert len(line) + len("".join(following.partition(".")[:2])) > width  # no line is shorter than it must be
+
+
+def test_names_in_the_table_go_on_after_a_dot(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    names = [f"model.encoder.layer.{k}.attention.self.projection.query" for k in range(3)]
+    table = str(svd_report([layer_report(k, name) for k, name in enumerate(names)])).partition("Low-rank model:")[0]
+    parts = re.findall(r"^ *(\w+\.\S*|query)", table, re.MULTILINE)
+    assert "".join(parts) == "".join(names) and {part[-1] for part in parts} == {".", "y"}
 
 
 @pytest.mark.parametrize("columns", [80, 118])

@@ -2579,7 +2579,7 @@ def modules_in_python_lists(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
-@people(MODULES, says="1 layers stay dense .net.4.: .*'Sequential' object has no attribute 'weight'", target=0.8)
+@people(MODULES, says="1 layer stays dense .net.4.: .*'Sequential' object has no attribute 'weight'", target=0.8)
 def partials_and_lambdas(fit):
     """`functools.partial(layer)`, a lambda, and a bound method `layer.forward`, kept before the fit"""
 

@@ -302,7 +302,7 @@ class ReadsDtypeOfAParameter(Net):
         return self.net(x.to(next(self.parameters()).dtype))
 
 
-@pytest.mark.filterwarnings("ignore:.*layers stay dense")
+@pytest.mark.filterwarnings("ignore:.*layers? stays? dense")
 @pytest.mark.parametrize("net", [ReadsDtype, ReadsDtypeOfAParameter])
 def test_reading_what_a_weight_is_costs_nothing(net, monkeypatch):
     callback, counted = only_full_rank(target_macs=0.7), []

@@ -48,6 +48,7 @@ from lightning_svd.plain_data import (
     optional,
     row,
 )
+from lightning_svd.wording import few
 
 KEY = "lightning_svd"
 VERSION = 2
@@ -360,7 +361,7 @@ def check_same_layers(state: Mapping[str, Any], plan: Sequence[LayerPlan], where
     if differ:
         raise ValueError(
             f"{where}: the checkpoint was written with other factorized layers, see "
-            f"{', '.join(map(repr, differ[:5]))}: resume with the `target_modules`, `exclude_modules` and `conv_mode` "
+            f"{few(map(repr, differ))}: resume with the `target_modules`, `exclude_modules` and `conv_mode` "
             "that it was written with"
         )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.arguments import needs
+from lightning_svd.wording import few
 
 _ZIP = b"PK\x03\x04"  # how files of `torch.save` begin
 _READABLE = (".ckpt", ".pt", ".pth", ".bin", ".tar")
@@ -261,8 +262,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _listed(found: Sequence[StateDict]) -> str:
-    more = f" and {len(found) - 2 * _FEW} more" if len(found) > 2 * _FEW else ""
-    return f"got {', '.join(map(str, found[: 2 * _FEW]))}{more}" if found else "got no tensors by name"
+    return f"got {few(found, 2 * _FEW)}" if found else "got no tensors by name"
 
 
 # -------------------------------------------------------------------------------------------------------------- fitting
@@ -344,8 +344,7 @@ def _load(model: nn.Module, expected: Mapping[str, Any], state: Mapping[str, Any
     missing = [name for name in missing if _storage(expected[name]) not in there_too]
     for what, names in (("missing", missing), ("unexpected", sorted(unexpected))):
         if names:
-            more = f" and {len(names) - _FEW} more" if len(names) > _FEW else ""
-            wrong.append(f"{what} {', '.join(f'`{name}`' for name in names[:_FEW])}{more}")
+            wrong.append(f"{what} {few((f'`{name}`' for name in names), _FEW)}")
     return "; ".join(wrong) or None
 
 

@@ -19,6 +19,7 @@ from lightning_svd.layers.matrices import svd
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.shards import is_by_rows, is_sharded, range_of, reshard, rows_of
 from lightning_svd.training import processes
+from lightning_svd.wording import few
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -248,9 +249,8 @@ def _check(
         ("has, beside the model's,", sorted(found.keys() - used)),
     ):
         if differ:
-            more = f" and {len(differ) - _FEW} more" if len(differ) > _FEW else ""
-            listed = ", ".join(f"`{name}`" for name in differ[:_FEW])
-            raise ValueError(f"{where} does not fit the model: it {what} {listed}{more}")
+            listed = few((f"`{name}`" for name in differ), _FEW)
+            raise ValueError(f"{where} does not fit the model: it {what} {listed}")
     for name, (shape, is_float) in expected.items():
         there = found[names[name]]
         if there.shape != shape:

@@ -14,6 +14,7 @@ from lightning_svd.layers.layer import Replaced, SVDLayer
 from lightning_svd.layers.pairs import is_pair
 from lightning_svd.layers.parts import InParts, State, TakenApart, prefix_of, take_apart
 from lightning_svd.layers.recurrent import SplitCell, SplitRecurrent
+from lightning_svd.wording import few
 
 KINDS: dict[type[nn.Module], type[InParts]] = {
     nn.MultiheadAttention: SplitAttention,
@@ -155,7 +156,7 @@ def no_faster(module: nn.Module) -> str | None:
     if not names:
         return None
     return (
-        f"{', '.join(names[:8])}: recurrent layers so small take no less time with low rank, and somewhat more for a "
+        f"{few(names)}: recurrent layers so small take no less time with low rank, and somewhat more for a "
         "single input: their factors are multiplied out for torch's kernel in each call"
     )
 

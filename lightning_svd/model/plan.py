@@ -26,6 +26,7 @@ from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.replay import untouched
+from lightning_svd.wording import few
 from lightning_svd.writing import write_whole
 
 Targets = str | Sequence[str] | None
@@ -133,10 +134,7 @@ def names_by_reason(plans: Iterable[LayerPlan]) -> dict[str, str]:
     for of in plans:
         if of.skipped:
             names.setdefault(of.skipped, []).append(of.name or "the module itself")
-    return {
-        reason: ", ".join(some[:_NAMES]) + (f" and {len(some) - _NAMES} more" if len(some) > _NAMES else "")
-        for reason, some in names.items()
-    }
+    return {reason: few(some, _NAMES) for reason, some in names.items()}
 
 
 def large_left_alone(plans: Iterable[LayerPlan], params: int) -> str | None:
@@ -227,8 +225,7 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _no_match(argument: str, target: str, layers: Mapping[str, nn.Module]) -> str:
-    known = ", ".join(list(layers)[:8]) + (", ..." if len(layers) > 8 else "")
-    return f"`{argument}`: {target!r} matches no layer with a weight matrix; there are: {known or 'none'}"
+    return f"`{argument}`: {target!r} matches no layer with a weight matrix; there are: {few(layers) or 'none'}"
 
 
 # Why layers are skipped

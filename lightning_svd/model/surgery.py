@@ -37,6 +37,7 @@ from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import LayerPlan, Targets, names_by_reason, plan
 from lightning_svd.ranks.allocation import keep_by_budget
 from lightning_svd.ranks.costs import ModelCost
+from lightning_svd.wording import few
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -385,7 +386,7 @@ def to_factored(
         cost = count_costs(twin, example_input)
     if cost is not None and cost.layers.keys() != found.keys():
         differ = sorted(cost.layers.keys() ^ found.keys())
-        raise ValueError(f"`cost` is of other layers than those that are factorized, see {', '.join(differ[:5])}")
+        raise ValueError(f"`cost` is of other layers than those that are factorized, see {few(differ)}")
     price = cost or count_params(twin)
     for one in found.values():
         one.to_svd()  # exact, the strongest first

@@ -28,6 +28,7 @@ from lightning_svd.report.data import (
     quantity,
     share,
 )
+from lightning_svd.wording import counted
 
 MOST_BARS = 24
 MOST_SMALL = 12
@@ -143,7 +144,8 @@ def _facts(report: SVDReport) -> str:
     factored = sum(layer.form == "factored" for layer in report.layers)
     dense = len(report.layers) - factored
     facts = [
-        f"{len(report.layers)} layers were factorized: {factored} are two low-rank layers now, {dense} are dense.",
+        f"Of {counted(len(report.layers), 'factorized layer', 'factorized layers')} {factored} are two low-rank layers "
+        f"now, {dense} are dense.",
         f"{len(report.skipped)} were left alone." if report.skipped else "",
         f"Left alone are {report.left_alone}." if report.left_alone else "",
         f"Ranks changed {len(report.timeline)} times in {_steps(report):,} optimizer steps." if _steps(report) else "",

@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 from collections.abc import Collection, Sequence
+from typing import Any
 
 WIDTH, LEAST_WIDTH = 118, 80
 ROWS_ON_SCREEN = 60
@@ -19,18 +20,23 @@ def is_wide() -> bool:
 def screen_table(
     headings: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[str], wide_only: Collection[str]
 ) -> str:
-    """A table for the terminal: long texts are folded, numbers never.
+    """A table for the terminal: long texts are folded, names of layers at their dots, numbers never.
 
     Args:
-        headings: Of the columns.
+        headings: Of the columns, names of layers first.
         rows: Their cells; the first ``ROWS_ON_SCREEN`` are shown, the others counted.
         text: Headings of the columns that hold texts; the others hold numbers.
         wide_only: Headings of the columns that a narrow terminal does without.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.containers import Lines
     from rich.table import Table
     from rich.text import Text
+
+    class Name(Text):
+        def wrap(self, console: Console, width: int, **options: Any) -> Lines:
+            return Lines(Text(line) for line in folded(self.plain, width))
 
     wide = is_wide()
     shown = [index for index, heading in enumerate(headings) if wide or heading not in wide_only]
@@ -41,13 +47,24 @@ def screen_table(
         else:
             table.add_column(heading, justify="right", no_wrap=True)
     for row in rows[:ROWS_ON_SCREEN]:
-        table.add_row(*(Text(row[index]) for index in shown))  # as Text: a name may look like rich's markup
+        # As Text: a name may look like rich's markup.
+        table.add_row(*((Text if index else Name)(row[index]) for index in shown))
     out = io.StringIO()
     Console(file=out, width=_columns(), no_color=True, force_jupyter=False, force_terminal=False).print(table)
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
     if len(rows) > ROWS_ON_SCREEN:
         lines += [f"... and {len(rows) - ROWS_ON_SCREEN} more layers", ""]
     return "\n".join(lines)
+
+
+def folded(name: str, width: int) -> list[str]:
+    """A name in lines of at most so many characters, divided at its dots where they allow it."""
+    lines = []
+    while len(name) > width:
+        cut = name.rfind(".", 0, width) + 1 or width
+        lines.append(name[:cut])
+        name = name[cut:]
+    return [*lines, name]
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], text: Collection[str]) -> str:

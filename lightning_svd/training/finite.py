@@ -10,6 +10,7 @@ from torch import nn
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import check_finite
 from lightning_svd.model.surgery import showing_factors
+from lightning_svd.wording import counted, few
 
 
 def check_trained(layers: Mapping[str, SVDLayer]) -> None:
@@ -43,7 +44,8 @@ def warnings_of(model: nn.Module, layers: Mapping[str, SVDLayer]) -> list[str]:
         for name, layer in layers.items()
         if not all(bool(torch.isfinite(parameter).all()) for parameter in layer.form.trained)
     ]
-    found = [f"{len(broken)} layers hold NaN or infinity: {', '.join(broken[:8])}"] if broken else []
+    hold = counted(len(broken), "layer holds", "layers hold")
+    found = [f"{hold} NaN or infinity: {few(broken)}"] if broken else []
     of_layers = {id(parameter) for layer in layers.values() for parameter in layer.form.trained}
     with showing_factors(model):
         others = {name: tensor for name, tensor in model.named_parameters() if id(tensor) not in of_layers}
@@ -51,4 +53,5 @@ def warnings_of(model: nn.Module, layers: Mapping[str, SVDLayer]) -> list[str]:
     # Infinity may be meant in a buffer, NaN nowhere.
     bad = [name for name, tensor in others.items() if not bool(torch.isfinite(tensor).all())]
     bad += [name for name, tensor in model.named_buffers() if bool(torch.isnan(tensor).any())]
-    return [*found, f"{len(bad)} tensors beside the layers' hold NaN: {', '.join(bad[:8])}"] if bad else found
+    hold = counted(len(bad), "tensor beside the layers' holds", "tensors beside the layers' hold")
+    return [*found, f"{hold} NaN: {few(bad)}"] if bad else found

@@ -50,6 +50,7 @@ from lightning_svd.training.recipe import Recipe, recipe_of
 from lightning_svd.training.regularizers import Penalties, centralize
 from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
+from lightning_svd.wording import counted, few
 
 # Of a budget: layers that come to less together train their dense weights once ranks fall, while they keep all of their
 # own. Whether one of them loses ranks hardly matters, and U, s and V of full rank take several times as long.
@@ -359,10 +360,9 @@ class SVDTraining:
         self.recorder.stop()
         self.recorder.calls.clear()
         self._share_weights()
-        names = ", ".join([*self._refused][:8])
         if self._refused:
-            reason = next(iter(self._refused.values()))
-            self.warnings.append(f"{len(self._refused)} layers stay dense ({names}): {reason}")
+            stay = counted(len(self._refused), "layer stays", "layers stay")
+            self.warnings.append(f"{stay} dense ({few(self._refused)}): {next(iter(self._refused.values()))}")
         return True
 
     def _learn(self, every_layer: bool) -> tuple[ModelCost, dict[str, str]] | None:
@@ -665,8 +665,8 @@ class SVDTraining:
         verdict = Verdict(trained, self.importance, self.observer.seen)
         self.observer.forget()
         if verdict.unseen:
-            count, names = len(verdict.unseen), ", ".join(verdict.unseen[:8])
-            warning = f"{count} layers met no data before ranks were cut and are judged by their weights: {names}"
+            met = counted(len(verdict.unseen), "layer met no data", "layers met no data")
+            warning = f"{met} before ranks were cut, judged by weights alone: {few(verdict.unseen)}"
             self.warnings += [warning] if warning not in self.warnings else []
         return verdict
 
@@ -742,8 +742,9 @@ class SVDTraining:
         ranks = self.ranks()
         slower = [n for n, rank in ranks.items() if cost.layers[n].pays(rank) > timed.layers[n].pays(rank)]
         if slower and self.recipe.final != "dense":
+            are_dense = counted(len(slower), "layer is dense", "layers are dense")
             self.warnings.append(
-                f"{len(slower)} layers are dense because their factors are no faster here ({', '.join(slower[:8])}): "
+                f"{are_dense} because two factors are no faster here ({few(slower)}): "
                 f"{timed.ratio(ranks, 'macs'):.1%} of the MACs, not {cost.ratio(ranks, 'macs'):.1%}"
             )
         return timed
@@ -756,8 +757,7 @@ class SVDTraining:
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
         if self._costs.not_finite:
-            where = ", ".join(self._costs.not_finite[:8])
-            return f"ranks waited for data without NaN and infinity, met in {where}: {missed}"
+            return f"ranks waited for data without NaN and infinity, met in {few(self._costs.not_finite)}: {missed}"
         if self.cost is None and done:
             return f"no step used a layer that is factorized, so that no rank was cut: {missed}"
         if self.guard and self.guard.pauses:
@@ -819,7 +819,7 @@ class SVDTraining:
         if here != there:
             differ = sorted({name for name, _ in here ^ there})
             raise ValueError(
-                f"the checkpoint was written with other factorized layers, see {', '.join(map(repr, differ[:5]))}: "
+                f"the checkpoint was written with other factorized layers, see {few(map(repr, differ))}: "
                 "resume with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
             )
         self._trained.load_exact_states(saved)

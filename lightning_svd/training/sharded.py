@@ -35,6 +35,7 @@ from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.regularizers import SPARSITY, Penalties, Regularizer, turn_of
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.trained_layers import TrainedLayers
+from lightning_svd.wording import counted, few
 
 # At most so many entries of Gram matrices of layers whose columns are made orthonormal together: 1 GB in float64, and a
 # few times that while it is done.
@@ -549,7 +550,7 @@ class ShardedTraining(SVDTraining):
         """
         differ = sorted({*state.get("beside", ())} ^ {*self._beside()})
         if differ:
-            raise ValueError(f"the checkpoint was written with other parameters, see {', '.join(differ[:5])}")
+            raise ValueError(f"the checkpoint was written with other parameters, see {few(differ)}")
         super().load_state_dict(state)
 
     def undo(self) -> None:
@@ -569,7 +570,7 @@ class ShardedTraining(SVDTraining):
         """
         self.close()
         if bad := self._trained.not_finite():
-            self.warnings.append(f"{len(bad)} layers hold NaN or infinity: {', '.join([*bad][:8])}")
+            self.warnings.append(f"{counted(len(bad), 'layer holds', 'layers hold')} NaN or infinity: {few(bad)}")
         self.look()
         known = report_on(self.plan, self.layers, self._known_cost, self.spectra_before, spectra_after=self.spectra())
         return replace(known, **self.history(), arguments=dict(arguments or self.recipe.arguments))

@@ -31,7 +31,7 @@ from lightning_svd import SVDTrainingCallback, compress
 
 WIDTH, BLOCKS, HEADS = 256, 4, 8
 QUICK_WIDTH = 32
-RATE, BATCH = 3e-3, 16
+BATCH = 16
 TESTED = 512  # windows that a net is measured on
 TIMED = 16  # windows in the batch that is timed
 
@@ -43,12 +43,14 @@ class Work:
     Attributes:
         folder: Where final nets are kept.
         steps: Of the whole schedule.
+        rate: The learning rate at its highest.
         width: Of the dense net.
         seed: Of its weights and of what it sees.
     """
 
     folder: Path
     steps: int
+    rate: float
     width: int
     seed: int
 
@@ -103,11 +105,11 @@ class Language(LightningModule):
         return next_byte_loss(self.model(batch[0]).float(), batch[1])
 
     def rate(self, step: int) -> float:
-        """Of a step of the whole schedule, from 1 on, as a share of ``RATE``."""
+        """Of a step of the whole schedule, from 1 on, as a share of the highest rate."""
         return warm_cosine(step / self.work.steps)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), RATE, betas=(0.9, 0.95), weight_decay=0.1)
+        optimizer = torch.optim.AdamW(self.parameters(), self.work.rate, betas=(0.9, 0.95), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(self.first + step + 1))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -218,6 +220,7 @@ def rows_of(work: Work, units: list[tuple[str, float]], rounds: int) -> list[Row
             "target": target,
             "seed": work.seed,
             "steps": work.steps,
+            "rate": work.rate,
             "perplexity": perplexity(net, work),
             "params": parameters(net),
             "params_ratio": parameters(net) / whole,
@@ -249,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, 51)
     parser.add_argument("--folder", type=Path, required=True, help="of the final nets")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--rate", type=float, default=3e-3, help="the learning rate")
     parser.add_argument("--targets", type=numbers(float), default=[0.5, 0.25])
     parser.add_argument("--methods", type=numbers(str), default=["ours", "truncate_at_half", "narrow"])
     options = parser.parse_args(argv)
@@ -258,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", module="lightning")
     options.folder.mkdir(parents=True, exist_ok=True)
     steps, width = (8, QUICK_WIDTH) if options.quick else (options.steps, WIDTH)
-    work = Work(options.folder, steps, width, options.seed)
+    work = Work(options.folder, steps, options.rate, width, options.seed)
     units = [("dense", 1.0), *((method, target) for target in options.targets for method in options.methods)]
     rows = rows_of(work, units, options.rounds)
     for table in tables(rows):

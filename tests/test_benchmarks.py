@@ -804,18 +804,18 @@ def test_a_language_model_is_trained_in_four_ways_and_each_net_once(tmp_path, mo
     assert all(1 < row["perplexity"] < 256 for row in rows)
     assert len(text.tables(rows)[0].rows) == 4
     monkeypatch.setattr(text, "METHODS", {})  # nothing is trained again
-    work = text.Work(tmp_path, rows[0]["steps"], text.QUICK_WIDTH, 0)
+    work = text.Work(tmp_path, rows[0]["steps"], rows[0]["rate"], text.QUICK_WIDTH, 0)
     again = [text.perplexity(text.final(work, row["method"], row["target"]), work) for row in rows]
     assert again == [row["perplexity"] for row in rows]
 
 
 def test_the_schedule_of_a_language_model_goes_on_where_it_was_cut(tmp_path):
-    work = text.Work(tmp_path, 40, 32, 0)
+    work = text.Work(tmp_path, 40, 1e-2, 32, 0)
     whole, half = text.Language(work, torch.nn.Linear(1, 1), 0), text.Language(work, torch.nn.Linear(1, 1), 20)
     rates = [text.Language.rate(whole, step) for step in range(1, 41)]
     assert rates[0] == 0.5 and rates[1] == max(rates) and rates[-1] == 0.0
     resumed = half.configure_optimizers()["lr_scheduler"]["scheduler"]
-    assert resumed.get_last_lr() == [pytest.approx(text.RATE * rates[20])]
+    assert resumed.get_last_lr() == [pytest.approx(1e-2 * rates[20])]
     first, last = [*text.Windows(work, 0, 40)], [*text.Windows(work, 20, 40)]
     assert all(torch.equal(one[0], other[0]) for one, other in zip(first[20:], last, strict=True))
 

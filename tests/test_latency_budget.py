@@ -3,7 +3,10 @@
 import copy
 import itertools
 import json
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -47,15 +50,15 @@ def net(width=48):
 def clock(monkeypatch):
     """A clock that goes by products: a nanosecond for each multiply-accumulate, and a microsecond for any run."""
 
-    def fastest(actions, seconds, rounds=1):
+    def turns(actions, seconds, rounds=1):
         taken = {}
         for key, action in actions.items():
             with FlopCounterMode(display=False) as counter:
                 action()
-            taken[key] = 1e-6 + 1e-9 * counter.get_total_flops() / 2
+            taken[key] = [1e-6 + 1e-9 * counter.get_total_flops() / 2]
         return taken
 
-    monkeypatch.setattr(stopwatch, "fastest", fastest)
+    monkeypatch.setattr(stopwatch, "turns", turns)
 
 
 # ------------------------------------------------------------------------------------------------------- allocation
@@ -284,7 +287,7 @@ def table_of(model):
 
 def test_a_run_ends_at_the_time_that_was_asked_for_by_a_table_and_looks_at_no_clock(clock, monkeypatch, tmp_path):
     path = table_of(SmallNet()).save(tmp_path / "phone.json")
-    monkeypatch.setattr(stopwatch, "fastest", None)
+    monkeypatch.setattr(stopwatch, "turns", None)
     reports = [fit(target_latency=0.6, latency_table=path)[0] for _ in range(2)]
     first, second = reports
     assert first.latency == second.latency and first.latency.measured is None
@@ -323,13 +326,13 @@ def test_a_miss_is_said_and_whether_the_machine_was_steady(dense_at_end, expecte
 
 
 def test_what_the_whole_takes_beyond_its_layers_is_made_up_for(clock, monkeypatch):
-    counted = stopwatch.fastest
+    counted = stopwatch.turns
 
     def slower(actions, seconds, rounds=1):  # a whole of low rank takes longer than its layers do
         taken = counted(actions, seconds)
-        return {key: value * (1.0 if value > 5e-6 else 1.3) for key, value in taken.items()}
+        return {key: [value * (1.0 if value > 5e-6 else 1.3) for value in values] for key, values in taken.items()}
 
-    monkeypatch.setattr(stopwatch, "fastest", slower)
+    monkeypatch.setattr(stopwatch, "turns", slower)
     report, _ = fit(target_latency=0.7, latency_table=QUICK)
     assert report.latency.measured <= 0.72
 
@@ -346,33 +349,33 @@ def test_ranks_are_some_that_were_measured_where_time_jumps(monkeypatch, fast, t
     cost = replace(cost, layers=prices, latency=ModelLatency(dense, ((0.1 * dense, 0.1 * dense), (dense, dense))))
     seen = []
 
-    def seconds(whole, choices):
+    def turns(whole, choices):
         taken = [sum(made[name].at(pairs[name]) if name in pairs else 1e-4 for name in made) for pairs in choices]
         seen.append(choices[-1])
-        return [each if each == dense or each < fast * dense else 1.2 * dense for each in taken]
+        return [[each if each == dense or each < fast * dense else 1.2 * dense] for each in taken]
 
     def choose(cost):
         priced = cost.by("latency")
         return keep_by_budget({n: torch.arange(40, 0, -1.0) for n in made}, priced, priced.budget(target))
 
-    monkeypatch.setattr(timing._Whole, "seconds", seconds)
+    monkeypatch.setattr(timing._Whole, "turns", turns)
     call = Call(model, (x,), {})
     found, priced = timing.corrected(model, plan(model), [call], QUICK, cost, target, choose)
     kept = {name: rank for name, rank in found.items() if prices[name].pays(rank)}
     assert kept in seen and len(seen) <= timing.CORRECTIONS
     promised = priced.by("latency").share(priced.by("latency").total(found))
-    assert promised == pytest.approx(seconds(None, [kept])[0] / dense)
+    assert promised == pytest.approx(turns(None, [kept])[0][0] / dense)
     assert 0.8 * share < promised <= min(share, target) * (1 + timing.CLOSE)
 
 
 def test_a_time_that_was_not_reached_is_said(clock, monkeypatch):
-    whole = timing._Whole.seconds
+    whole = timing._Whole.turns
 
     def slower(self, choices):  # than by the table, once ranks are chosen by it
         taken = whole(self, choices)
-        return [taken[0], 1.2 * taken[0]] if len(choices) == 2 else taken
+        return [taken[0], [1.2 * each for each in taken[0]]] if len(choices) == 2 else taken
 
-    monkeypatch.setattr(timing._Whole, "seconds", slower)
+    monkeypatch.setattr(timing._Whole, "turns", slower)
     report, _ = fit(target_latency=0.6, latency_table=QUICK)
     missed = r"the model takes \d+\.\d% of the dense one's time, and 60\.0% was asked for"
     assert re.search(missed, " ".join(report.warnings)) and re.search(missed, str(report))
@@ -414,6 +417,31 @@ def test_what_is_measured_runs_three_times_and_then_as_long_as_there_is_time(sec
     taken = stopwatch.fastest({name: action(name) for name in done}, seconds)
     assert taken == pytest.approx({"a": 0.005, "b": 0.005})
     assert all(runs - 5 <= count <= runs for count in done.values())
+
+
+def test_ratios_are_of_the_same_turn():
+    assert stopwatch.ratio([1.0, 8.0, 3.0], [2.0, 16.0, 3.0]) == 0.5
+
+
+PAGES = """
+import resource, torch
+from lightning_svd.model import stopwatch
+
+with stopwatch.measuring():
+    for turn in range(20):
+        if turn == 10:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(4 * 2**20, dtype=torch.uint8) for _ in range(6)]
+        del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc is what hands memory back")
+def test_what_is_measured_reuses_memory():
+    """Without it, these blocks are 6,000 new pages in each turn of about every other process."""
+    new = [int(subprocess.check_output([sys.executable, "-c", PAGES])) for _ in range(3)]
+    assert max(new) < 100
 
 
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.1, 1), (1e6, stopwatch.ROUNDS)])

@@ -83,7 +83,6 @@ def _inputs_into(inputs: list[Tensor]) -> Callable[[nn.Module, tuple[Tensor, ...
     return hook
 
 
-@torch.inference_mode()
 def _fastest_form(pair: nn.Sequential, inputs: Sequence[Tensor], runtime: str, seconds: float) -> str:
     forms: dict[str, nn.Module] = {"pair": pair, "dense": merged(pair)}
     if is_linear_pair(pair) and rank_of(pair) < min(view_of(pair).matrix_shape):
@@ -127,7 +126,6 @@ def _inputs(price: LayerCost, layer: SVDLayer) -> list[Tensor]:
     return inputs
 
 
-@torch.inference_mode()
 def _race(forms: Sequence[nn.Module], inputs: Sequence[Tensor]) -> list[float]:
     """Seconds that each form takes for all inputs."""
     return [*stopwatch.fastest({number: _on(inputs, form) for number, form in enumerate(forms)}, SECONDS).values()]

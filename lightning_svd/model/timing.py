@@ -19,13 +19,12 @@ from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
 from lightning_svd.model import stopwatch
 from lightning_svd.model.calls import Call, inputs_of
-from lightning_svd.model.checks import pairs_in_place, visible
 from lightning_svd.model.counting import count_calls, example_call
 from lightning_svd.model.export import onnx_session, to_onnx
 from lightning_svd.model.layer_times import layers_timed
 from lightning_svd.model.plan import LayerPlan, Targets, plan
-from lightning_svd.model.replay import cut, without_fast_path
-from lightning_svd.model.surgery import begin, frozen_copy, to_dense
+from lightning_svd.model.replay import cut
+from lightning_svd.model.surgery import begin, finish, frozen_copy, to_dense
 from lightning_svd.model.values import mapped
 from lightning_svd.ranks.costs import STEP, LayerCost, ModelCost, ModelLatency
 from lightning_svd.ranks.latency import LatencyTable, TimedLayer
@@ -155,10 +154,11 @@ def corrected(
             if not pairs or any(ranks == other for _, other in measured):
                 measured += [] if pairs else [(1.0, ranks)]
                 break
-            dense, now = whole.seconds([{}, pairs])
-            measured.append((now / dense, ranks))
-            cost = _having_measured(cost, *measured[-1])
-            if abs(now / dense - target) <= CLOSE * target:
+            dense, now = whole.turns([{}, pairs])
+            share = stopwatch.ratio(now, dense)
+            measured.append((share, ranks))
+            cost = _having_measured(cost, share, ranks)
+            if abs(share - target) <= CLOSE * target:
                 break
     share, ranks = min(measured, key=lambda each: (each[0] > (1 + CLOSE) * target, abs(each[0] - target)))
     return ranks, _having_measured(cost, share, ranks)
@@ -177,7 +177,7 @@ def _having_measured(cost: ModelCost, share: float, ranks: Mapping[str, int]) ->
 
 
 def beside_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[float, float]:
-    """Seconds that a finished model takes for calls, and those of a dense copy of it; both take turns."""
+    """The share of the time of a dense copy that a finished model takes for calls, and seconds of the copy."""
     with stopwatch.measuring(), ExitStack() as stack:
         now, calls_now = _copied(model, calls, timing)
         dense = to_dense(now).eval()
@@ -187,8 +187,8 @@ def beside_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tup
             "now": stack.enter_context(_running(calls_now, timing.runtime)),
             "dense": stack.enter_context(_running(calls_dense, timing.runtime)),
         }
-        taken = stopwatch.fastest(actions, timing.seconds * (1 - OF_LAYERS))
-    return taken["now"], taken["dense"]
+        taken = stopwatch.turns(actions, timing.seconds * (1 - OF_LAYERS))
+    return stopwatch.ratio(taken["now"], taken["dense"]), min(taken["dense"])
 
 
 def _copied(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[nn.Module, list[Call]]:
@@ -252,22 +252,26 @@ def _conditions(model: nn.Module, inputs: int, timing: Timing) -> dict[str, str 
 
 
 class _Whole:
-    """A model to be measured as a whole: a dense copy, and one whose layers are factorized.
+    """A model to be measured as a whole, dense and with some of its layers cut.
 
     Attributes:
-        twin: The factorized copy.
+        twin: A copy whose layers are factorized.
         layers: Its layers by name.
         calls: Of its modules.
     """
 
     def __init__(self, model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Call], timing: Timing) -> None:
-        _, self._dense_calls = _copied(model, calls, timing)
-        self.twin, self.calls = _copied(model, calls, timing)
+        self._source, self._plans, self._timing = (model, calls, timing), plans, timing
+        _, self._dense_calls = _copied(*self._source)
+        self.twin, self.calls = _copied(*self._source)
         self.layers = begin(self.twin, plans)
-        self._timing = timing
 
     def seconds(self, choices: Sequence[Mapping[str, int]]) -> list[float]:
         """Of the model for each choice of ranks, layers that are in none dense."""
+        return [min(taken) for taken in self.turns(choices)]
+
+    def turns(self, choices: Sequence[Mapping[str, int]]) -> list[list[float]]:
+        """The same in each turn."""
         # What takes long to make is timed at once; otherwise they all take turns.
         rounds = stopwatch.ROUNDS if self._timing.runtime == "eager" else 1
         each = self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
@@ -279,18 +283,22 @@ class _Whole:
             for ranks, mine in zip(choices, taken, strict=True):
                 with self._running(ranks) as run:
                     mine += stopwatch.fastest({0: run}, each, stopwatch.ROUNDS // rounds).values()
-        return [min(mine) for mine in taken]
+        return taken
 
     @contextmanager
     def _running(self, ranks: Mapping[str, int]) -> Iterator[Callable[[], None]]:
-        if not ranks:
-            with _running(self._dense_calls, self._timing.runtime) as run:
-                yield run
-            return
-        # Encoders of torch compute low-rank layers as they compute any that are not theirs.
-        cut_to = _cut_to(self.twin, self.layers, ranks)
-        with without_fast_path(), cut_to, _running(self.calls, self._timing.runtime) as run:
+        calls = self._cut_to(ranks) if ranks else self._dense_calls
+        with _running(calls, self._timing.runtime) as run:
             yield run
+
+    def _cut_to(self, ranks: Mapping[str, int]) -> list[Call]:
+        """The calls of a copy that is what a model of these ranks ends as, of random weights."""
+        small, calls = _copied(*self._source)
+        layers = begin(small, self._plans)
+        for name, rank in ranks.items():
+            layers[name].to_svd(_random_factors(layers[name], rank))
+        finish(small, {name: "pair" if name in ranks else "dense" for name in layers})
+        return calls
 
 
 def _whole_timed(whole: _Whole, cost: ModelCost) -> ModelLatency:
@@ -318,23 +326,6 @@ def _ascending(samples: Iterable[tuple[float, float]]) -> tuple[tuple[float, flo
         if not kept or (one_by_one < kept[-1][0] and whole < kept[-1][1]):
             kept.append((one_by_one, whole))
     return tuple(reversed(kept))
-
-
-@contextmanager
-def _cut_to(model: nn.Module, layers: Mapping[str, SVDLayer], ranks: Mapping[str, int]) -> Iterator[None]:
-    """Have layers be pairs of these ranks inside, of random weights."""
-    weights = {}
-    try:
-        for name, rank in ranks.items():
-            layer = layers[name]
-            weights[name] = layer.rebuilt().detach()
-            layer.to_svd(_random_factors(layer, rank))
-            layer.to_pair()
-        with pairs_in_place(layers, visible(model, {name: layers[name] for name in ranks})):
-            yield
-    finally:
-        for name, weight in weights.items():
-            layers[name].to_dense(weight)
 
 
 def _random_factors(layer: SVDLayer, rank: int) -> Factors:

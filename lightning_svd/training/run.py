@@ -732,9 +732,8 @@ class SVDTraining:
         """How long the final model takes too, where the dense one was timed in this run."""
         if self.recipe.timing is None or self.recipe.final != "factored":
             return promised
-        if (taken := processes.decide(self._costs.beside_dense)) is None:
-            return promised
-        return replace(promised, measured=taken[0] / taken[1], dense_at_end=taken[1])
+        measured, dense = processes.decide(self._costs.beside_dense) or (None, None)
+        return replace(promised, measured=measured, dense_at_end=dense)
 
     def _with_latency(self, cost: ModelCost) -> ModelCost:
         # One decision for all processes, whose clocks differ.

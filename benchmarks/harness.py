@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import lightning_svd
-from lightning_svd.model.stopwatch import reuse_memory
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
@@ -45,8 +44,6 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Seconds of each action, round by round: all take turns, so that a noisy machine treats them alike.
 
-    What they allocate is memory that is there already, see :func:`~lightning_svd.model.stopwatch.reuse_memory`.
-
     Args:
         actions: What to time, by name.
         rounds: How often each takes its turn.
@@ -54,7 +51,6 @@ def in_turns(
         repeats: How often an action runs in one turn; its seconds are the mean.
         warm_up: Rounds before the first that counts.
     """
-    reuse_memory()
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(warm_up + rounds):
         for name, action in actions.items():

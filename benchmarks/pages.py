@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import allocator
 import casts
 import compress_cost
 import deployment
@@ -59,6 +60,7 @@ SCRIPTS = {
         pretrained,
         inputs,
         time_budget,
+        allocator,
         nested,
         policies,
         deployment,
@@ -78,6 +80,7 @@ PAGES = {
     "pretrained": "trained.md",
     "inputs": "trained.md",
     "time_budget": "latency.md",
+    "allocator": "latency.md",
     "nested": "schedules.md",
     "policies": "schedules.md",
     "deployment": "deployment.md",

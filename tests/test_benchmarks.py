@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import allocator
 import casts
 import compress_cost
 import deployment
@@ -233,6 +234,25 @@ def test_a_budget_of_time_has_a_row_for_each_share_or_says_what_can_be_reached(t
     assert [row["target"] for row in rows] == [0.9, 0.01] and "at least" in rows[1]["refused"]
     assert rows[0].keys() >= {"promised", "ratio", "macs", "macs_ratio"} or "refused" in rows[0]
     assert len(time_budget.tables(rows)[0].rows) == 2
+
+
+def test_each_way_to_treat_memory_has_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    nets_of_test = {"small": (lambda: nets.mlp(64, 10, width=256, depth=2), (1, 8, 8))}
+    monkeypatch.setattr(time_budget, "NETS", nets_of_test)
+    monkeypatch.setattr(allocator, "NETS", nets_of_test)
+    allocator.main(["--only", "small", "4", "--rounds", "2"])
+    printed, environments = capsys.readouterr().out, []
+
+    def run(command, env, **options):
+        assert command[-3:] == ["--only", "small", "4"]
+        environments.append({name: value for name, value in env.items() if name.startswith("MALLOC_")})
+        return argparse.Namespace(stdout=printed)
+
+    monkeypatch.setattr(allocator.subprocess, "run", run)
+    rows = rows_written(allocator.main, tmp_path / "r.json", "--nets", "small", "--batches", "4")["rows"]
+    assert [row["memory"] for row in rows] == [*allocator.WAYS] and environments == [*allocator.WAYS.values()]
+    (table,) = allocator.tables(rows)
+    assert [line[4] for line in table.rows] == ["1.00"] * 3
 
 
 def test_a_budget_of_macs_that_takes_as_long_is_searched_for(monkeypatch):

@@ -401,7 +401,7 @@ class NestedRun(Once):
 nested_for_all = NestedRun(nested_run)
 
 
-def nested(setting: Setting) -> nn.Module:
+def ours_nested(setting: Setting) -> nn.Module:
     """One nested run for all budgets, cut to this one by training images, without training."""
     small, _ = compress(
         nested_for_all(setting),
@@ -498,7 +498,7 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "three_stages": three_stages,
     "ours": ours,
     "ours_from_trained": ours_from_trained,
-    "nested": nested,
+    "ours_nested": ours_nested,
 }
 SHARED_STARTS = {
     "truncate_and_finetune": dense_but_finetuning,
@@ -507,7 +507,7 @@ SHARED_STARTS = {
     "three_stages": two_of_three_stages,
     "ours": ours_by_default,
     "ours_from_trained": dense_but_finetuning,
-    "nested": nested_for_all,
+    "ours_nested": nested_for_all,
 }
 WIDTHS = {"narrow": width_in_macs, "narrow_in_time": width_in_time}  # found before the training, whose time is told
 

@@ -49,11 +49,11 @@ def times_of(net: str, batch: int, options: argparse.Namespace) -> dict[str, Any
 
 def measure(net: str, batch: int, argv: Sequence[str]) -> list[Row]:
     """A row for each way."""
-    rows = []
+    rows, base = [], {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     for way, environment in WAYS.items():
         progress(f"{net}, {batch} at a time, memory {way}")
         here = [sys.executable, __file__, *argv, "--only", net, str(batch)]
-        found = subprocess.run(here, env={**os.environ, **environment}, check=True, stdout=subprocess.PIPE).stdout
+        found = subprocess.run(here, env=base | environment, check=True, stdout=subprocess.PIPE).stdout
         rows.append({"net": net, "batch": batch, "memory": way, **json.loads(found.splitlines()[-1])})
     return rows
 

@@ -240,6 +240,7 @@ def test_each_way_to_treat_memory_has_a_process_of_its_own(tmp_path, monkeypatch
     nets_of_test = {"small": (lambda: nets.mlp(64, 10, width=256, depth=2), (1, 8, 8))}
     monkeypatch.setattr(time_budget, "NETS", nets_of_test)
     monkeypatch.setattr(allocator, "NETS", nets_of_test)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1")  # is none of the ways
     allocator.main(["--only", "small", "4", "--rounds", "2"])
     printed, environments = capsys.readouterr().out, []
 

@@ -391,14 +391,10 @@ def nested_run(setting: Setting, **arguments: Any) -> nn.Module:
     return svd_trained(module, {"schedule": lightning_svd.Nested(**arguments)})
 
 
-class NestedRun(Once):
-    """A run whose budget is chosen afterwards: one for all budgets down to ``SMALLEST``."""
-
-    def key(self, setting: Setting) -> Setting:
-        return replace(setting, target=SMALLEST)
-
-
-nested_for_all = NestedRun(nested_run)
+@SharedStart
+def nested_for_all(setting: Setting) -> nn.Module:
+    """The dense net at the end of the nested run for all budgets down to ``SMALLEST``."""
+    return nested_run(replace(setting, target=SMALLEST))
 
 
 def ours_nested(setting: Setting) -> nn.Module:

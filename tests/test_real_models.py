@@ -8,7 +8,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore:The tensor attributes self.neurons"),
-    pytest.mark.filterwarnings("ignore:SVD training. . layers? stays? dense .*the model needs what only the dense"),
+    pytest.mark.filterwarnings("ignore:SVD training. (1 layer stays|. layers stay) dense .*needs what only the dense"),
 ]
 
 # Of the many, those that go different ways through the package; `python benchmarks/real_models.py` runs all.

@@ -98,6 +98,6 @@ class CostsOfRun:
         return corrected(self.model, plans, self._timed, timing, cost, self.recipe.target[1], choose)
 
     def beside_dense(self) -> tuple[float, float] | None:
-        """The share of the dense model's time that this takes, and the former's seconds; None if not timed."""
+        """The share of a dense copy's time that the model takes, and the copy's seconds; None if not timed."""
         timing = self.recipe.timing
         return beside_dense(self.model, self._timed, timing) if timing and self._timed else None

@@ -455,7 +455,9 @@ SITUATIONS = {
         lambda: training(model=with_weight(torch.nan), full_rank_as="dense"), REFUSED, NAMED,
     ),
     "NaN in a bias before the fit": (
-        lambda: training(drops(), model=with_weight(torch.nan, "hidden.bias")), WARNS, "tensors? beside the layers'",
+        lambda: training(drops(), model=with_weight(torch.nan, "hidden.bias")),
+        WARNS,
+        "1 tensor beside the layers' holds NaN",
     ),
     "NaN in a running mean before the fit": (
         lambda: training(model=with_buffer()), NEVER, "met in the model's outputs.*features.1.running_mean",
@@ -464,7 +466,7 @@ SITUATIONS = {
     "NaN in a forward output": (lambda: training(model=poisoned_forward((BEFORE_CUT,))), ENDS, ANY),
     "NaN in the first output, gradients dropped": (first_batch, GOES, "hidden"),
     "NaN in the loss before a cut": (lambda: training(model=net(LossIsNaN)), ENDS, ANY),
-    "NaN in the loss after the last cut": (lambda: training(model=net(LossIsNaNInTheEnd)), WARNS, "holds? NaN"),
+    "NaN in the loss after the last cut": (lambda: training(model=net(LossIsNaNInTheEnd)), WARNS, "hold NaN"),
     "NaN in a batch": (lambda: training(at((BEFORE_CUT,), spoil())), ENDS, ANY),
     "NaN in a batch, gradients dropped": (lambda: training(at((BEFORE_CUT,), spoil()), drops()), GOES, None),
     "NaN in the loss, clipping by norm": (
@@ -476,7 +478,7 @@ SITUATIONS = {
     "gradients overflow, steps skipped by a loss scaler": (lambda: training(trainer=scaled()), GOES, None),
     "the same where the loss says what ranks are worth": (lambda: training(trainer=scaled(), **GIVEN), GOES, None),
     "NaN in the state of the optimizer": (lambda: training(at((BEFORE_CUT,), spoil_state)), ENDS, ANY),
-    "NaN in the loss, scalars logged": (logged, WARNS, "holds? NaN"),
+    "NaN in the loss, scalars logged": (logged, WARNS, "hold NaN"),
     # ------------------------------------------------------------------------------------------------- at a cut
     "NaN in U at a cut": (
         lambda: training(at((9,), spoil_form(0), "on_before_zero_grad")), ENDS, r"expected finite weights",

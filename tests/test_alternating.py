@@ -177,7 +177,7 @@ def test_ranks_judged_by_data_return_too_and_only_cuts_look_at_data():
     run = begun(importance=Fisher(1), full_rank_as="dense")
     observed = []
     for step in range(12):
-        observed += [step] if run._observes else []
+        observed += [step] if run.evidence.observes else []
         loop(run.model, run, 1)
     assert [change.step for change in run.timeline] == [2, 4, 6, 8, 10]
     assert observed == [1, 5, 9]
@@ -188,7 +188,7 @@ def test_what_was_seen_of_the_data_at_other_ranks_is_forgotten():
     schedule = Alternating(start=2 / 12, end=6 / 12, last_full=1 / 12, cycles=1)
     run = begun(importance=Fisher(2), schedule=schedule)  # back after step 5, cut after 6: it looks at 5 and 6
     loop(run.model, run, 5)
-    assert run.ranks() == run.full_ranks and run.observer.batches == 0 and run._observes
+    assert run.ranks() == run.full_ranks and run.evidence.observer.batches == 0 and run.evidence.observes
     loop(run.model, run, 1)
     assert [change.step for change in run.timeline] == [2, 5, 6]
 

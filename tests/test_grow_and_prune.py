@@ -208,7 +208,7 @@ def test_ranks_judged_by_data_are_judged_ahead_of_each_turn():
     run = begun(importance=Fisher(1), full_rank_as="dense")
     observed = []
     for step in range(12):
-        observed += [step] if run._observes else []
+        observed += [step] if run.evidence.observes else []
         loop(run.model, run, 1)
     assert observed == [1, 3, 5, 7, 9]
     assert [change.step for change in run.timeline] == [2, 4, 6, 8, 10] and run.ranks() == {"0": 3, "2": 3}

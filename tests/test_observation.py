@@ -190,7 +190,7 @@ def test_a_cut_keeps_the_best_layers_in_the_metric_of_what_was_noted(importance,
             kept["layers"] = {name: [f.detach() for f in each.form.left_right()] for name, each in run.layers.items()}
 
     def cut(run, *arguments):
-        seen = copy.deepcopy(run.observer.seen)
+        seen = copy.deepcopy(run.evidence.observer.seen)
         kept["best"] = {
             name: in_metric_of_data(*kept["layers"][name], seen[name], importance.of_loss).factors for name in seen
         }
@@ -217,14 +217,14 @@ def test_statistics_are_collected_ahead_of_cuts_and_never_else():
     observed = []
 
     def act(run, step):
-        observed.append(run.observer.is_open)
+        observed.append(run.evidence.observer.is_open)
 
     schedule = FallToBudget(start=0.25, end=0.75, cuts=2)
     run = trained(Mixed().double(), 20, act, target_macs=0.4, importance=Outputs(2), schedule=schedule)
     cuts = [change.step for change in run.timeline]
     assert cuts == [10, 15]
     assert [step for step, is_observed in enumerate(observed) if is_observed] == [8, 9, 13, 14]
-    assert not run.observer.seen
+    assert not run.evidence.observer.seen
 
 
 def test_statistics_of_other_ranks_are_refused_by_name_and_change_nothing():

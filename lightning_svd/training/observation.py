@@ -17,7 +17,7 @@ from lightning_svd.model.noting import Pass
 from lightning_svd.model.replay import call_again, untouched
 from lightning_svd.model.targets import drawn_gradients, numbers_in
 from lightning_svd.model.values import inputs_in
-from lightning_svd.ranks.importance import Importance, OnData
+from lightning_svd.ranks.importance import OnData
 from lightning_svd.ranks.statistics import Statistics, features_of
 from lightning_svd.training import processes
 
@@ -287,10 +287,8 @@ def _differentiate(output: Any, probes: Sequence[Tensor], generator: torch.Gener
     return any(gradient is not None for gradient in found)
 
 
-def observer_of(importance: Importance, model: nn.Module, layers: Mapping[str, SVDLayer]) -> Observer | None:
-    """What collects the statistics that an importance is measured by; None where it needs none."""
-    if not isinstance(importance, OnData):
-        return None
+def observer_of(importance: OnData, model: nn.Module, layers: Mapping[str, SVDLayer]) -> Observer:
+    """What collects the statistics that an importance is measured by."""
     if importance.targets == "given":
         return Listener(model, layers)
     return Replayer(model, layers, importance.of_loss)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_svd.arguments import check_count, check_module, shown
 from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
-from lightning_svd.layers.forms import PairForm, SVDForm
+from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.shards import is_sharded
 from lightning_svd.model.calls import CallRecorder
@@ -40,10 +40,11 @@ from lightning_svd.report.data import BudgetRanks, LatencyReport, Pause, RankCha
 from lightning_svd.training import processes
 from lightning_svd.training.costs import CostsOfRun
 from lightning_svd.training.distillation import distiller_of
+from lightning_svd.training.evidence import Evidence
 from lightning_svd.training.finite import warnings_of
 from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.judging import Verdict
-from lightning_svd.training.observation import Observer, observer_of
+from lightning_svd.training.observation import observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
 from lightning_svd.training.recipe import Recipe, recipe_of
@@ -139,7 +140,7 @@ class SVDTraining:
         self.warnings: list[str] = []
         self.spectra_before: dict[str, list[float]] = {}
         self.backwards = self.last_cut = self._steps = 0
-        self._waits = self._observes = self._is_over = False
+        self._is_over = False
         self._refused: dict[str, str] = {}
         self._costs = CostsOfRun(model, self.recipe)
         self._choose_ranks = choose_ranks or self._by_recipe
@@ -160,9 +161,9 @@ class SVDTraining:
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
         self.until_closed.callback(self.step_ranks.stop)
-        self.observer = observer_of(self.importance, model, self.layers)
-        if self.observer is not None:
-            self.until_closed.callback(self.observer.rest)
+        self.evidence = self._evidence()
+        if self.evidence is not None:
+            self.until_closed.callback(self.evidence.observer.rest)
         try:
             processes.agree(partial(self._adopt, trainers, state))
             if state is None and not self.recipe.begins_dense():
@@ -179,9 +180,9 @@ class SVDTraining:
         if self.cost is None:
             self.recorder.start()
         self._trained.tell_of_others()
-        if self.observer is not None and state is None:
-            self._plan_observation(0)
-            self._observe()
+        if self.evidence is not None and state is None:
+            self.evidence.plan(0)
+            self.evidence.begin_batch()
 
     # ------------------------------------------------------------------------------------------- for a loop of your own
 
@@ -199,7 +200,8 @@ class SVDTraining:
         """
         self._check_going_on()
         self.step_ranks.restore()
-        self._end_observation()
+        if self.evidence is not None:
+            self.evidence.end_batch(self._device)
         if self.cost is None:
             self.recorder.keep_one_batch()
         self.learn_costs()
@@ -279,6 +281,13 @@ class SVDTraining:
 
     def _layers_to_train(self, on_reshape: Callable[[], None]) -> TrainedLayers:
         return TrainedLayers(self.model, begin(self.model, self.plan), self.importance, on_reshape)
+
+    def _evidence(self) -> Evidence | None:
+        """What observes batches; None where ranks are judged without data."""
+        if not isinstance(self.importance, OnData):
+            return None
+        observer = observer_of(self.importance, self.model, self.layers)
+        return Evidence(self.importance, observer, self.policy, self._trained.check_finite)
 
     def _adopt(self, optimizers: Sequence[Optimizer], state: Mapping[str, Any] | None) -> None:
         """What may be refused when its layers are others, before anything is computed."""
@@ -370,7 +379,8 @@ class SVDTraining:
         if not seen or (every_layer and not seen >= self.layers.keys()):
             return None
         self.recorder.stop()  # what follows are replays
-        return self._costs.learn(self.layers, self.plan, self.bounds, calls, self.observer)
+        observer = self.evidence.observer if self.evidence else None
+        return self._costs.learn(self.layers, self.plan, self.bounds, calls, observer)
 
     def _share_weights(self) -> None:
         """Have layers that run several times in a call of the model rebuild their weights once for these."""
@@ -387,8 +397,8 @@ class SVDTraining:
         self._trained.release(finish(self.model, dict.fromkeys(refused, "dense")), [*refused])
         self.plan = with_reasons(self.plan, refused)
         self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
-        if self.observer is not None:
-            self.observer.know(self.layers)
+        if self.evidence is not None:
+            self.evidence.observer.know(self.layers)
 
     # ----------------------------------------------------------------------------------------------------------- a step
 
@@ -451,7 +461,8 @@ class SVDTraining:
         self._draw(self._steps if step is None else step)
         self._trained.train_with(optimizers)
         self.recorder.stop()
-        self._observe()
+        if self.evidence is not None:
+            self.evidence.begin_batch()
         if self.cost is None:
             check_in_place(self.model, self.layers)
             self.recorder.start()  # after the other, since it stops ahead of it: both wrap compiled calls
@@ -486,7 +497,8 @@ class SVDTraining:
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
         self.step_ranks.restore()
-        self._end_observation()
+        if self.evidence is not None:
+            self.evidence.end_batch(self._device)
         for optimizer in self.optimizers:
             optimizer.merge()
             optimizer.enforced = False
@@ -521,63 +533,21 @@ class SVDTraining:
         for distiller in (self.distiller, self.step_ranks.distiller if self.step_ranks.drawn else None):
             if distiller is not None:
                 self.warnings += [warning for warning in distiller.check() if warning not in self.warnings]
+        clock, evidence = self.clock(step), self.evidence
         if due is None:
-            due = self.policy.is_due(self.clock(step))
+            due = self.policy.is_due(clock)
         due = due and not self.paused and self.cost is not None
-        if self.observer is None:
+        if evidence is None:
             return self.cut(step, epoch) if due else None
-        if due and not self.policy.judges(self.clock(step)):
+        if due and not self.policy.judges(clock):
             change = self.cut(step, epoch)
-            self._waits = False  # whatever waited, the policy has gone on meanwhile
-            self.observer.forget()  # which was collected at other ranks
+            evidence.drop()
         else:
-            is_ready = self._is_ready(due, self.observer, step >= self.total_steps)
-            change = self.cut(step, epoch) if is_ready else None
-        self._plan_observation(step)
+            first, last = not self.last_cut, step >= self.total_steps
+            enough = evidence.is_enough(due, may_cut=not self.paused, is_first=first, is_last=last)
+            change = self.cut(step, epoch) if enough else None
+        evidence.plan(self.clock(step))
         return change
-
-    # ------------------------------------------------------------------------------------------------ what data is like
-
-    def _plan_observation(self, step: int) -> None:
-        """Say whether the next batch is observed: ahead of a cut, or for one that waits."""
-        assert isinstance(self.importance, OnData)
-        clock, soon = self.clock(step), False
-        if self.policy.pending is not None and self.policy.is_due(clock + self.importance.steps):
-            ahead = range(clock + 1, clock + self.importance.steps + 1)
-            soon = any(self.policy.is_due(later) and self.policy.judges(later) for later in ahead)
-        self._observes = soon or self._waits
-
-    def _observe(self) -> None:
-        """Observe the batch that comes, if it is to be: a loop of plain PyTorch tells nobody that its first begins."""
-        if self.observer is not None and self._observes:
-            self.observer.begin_batch()
-        elif self.observer is not None:
-            self.observer.rest()
-
-    def _end_observation(self) -> None:
-        """The batch is over that was observed, if one was."""
-        if self.observer is not None and self.observer.is_open:
-            processes.meet(self._device)
-            self.observer.end_batch()
-
-    def _is_ready(self, due: bool, observer: Observer, is_last: bool) -> bool:
-        """Whether there is enough to judge ranks by: the first cut waits for that, an unforeseen one, one after NaN.
-
-        None waits after the last step, since nothing comes any more.
-        """
-        assert isinstance(self.importance, OnData)
-        if due and not (observer.batches and self.last_cut):
-            self._waits = True
-        if self._waits:
-            due = not self.paused and (is_last or observer.batches >= self.importance.steps)
-        if due:
-            self._costs.not_finite = processes.decide(observer.not_finite)
-            if self._costs.not_finite:
-                self._trained.check_finite()
-                observer.forget()
-                due = False
-            self._waits = not due
-        return due
 
     # ------------------------------------------------------------------------------------------------------------ a cut
 
@@ -592,7 +562,7 @@ class SVDTraining:
         self._trained.check_finite()
         judges, verdict, energies, slight = self.policy.judges(clock), None, dict[str, Tensor](), self._slight()
         if judges:
-            verdict = self._verdict() if self.observer is not None else None
+            verdict = self._verdict(self.evidence) if self.evidence is not None else None
             energies = verdict.values if verdict else self._trained.refactorize(may_stay=slight)
         change, self.cost = processes.decide(lambda: self._decide(clock, before, energies))
         self.policy.resume(clock)
@@ -658,12 +628,9 @@ class SVDTraining:
         assert self.cost is not None
         return self.cost
 
-    def _verdict(self) -> Verdict:
-        """What ranks are worth by what was observed, which is then forgotten."""
-        assert isinstance(self.importance, OnData) and self.observer is not None
-        trained = {name: layer for name, layer in self.layers.items() if not isinstance(layer.form, PairForm)}
-        verdict = Verdict(trained, self.importance, self.observer.seen)
-        self.observer.forget()
+    def _verdict(self, evidence: Evidence) -> Verdict:
+        """What ranks are worth by what was observed."""
+        verdict = evidence.verdict(self.layers)
         if verdict.unseen:
             met = counted(len(verdict.unseen), "layer met no data", "layers met no data")
             warning = f"{met} before ranks were cut, judged by weights alone: {few(verdict.unseen)}"
@@ -755,8 +722,8 @@ class SVDTraining:
             return None
         kind, share = self.recipe.target
         missed = f"the target, {share:g} of the {kind}, was not reached"
-        if self._costs.not_finite:
-            return f"ranks waited for data without NaN and infinity, met in {few(self._costs.not_finite)}: {missed}"
+        if not_finite := self._costs.not_finite or (self.evidence.not_finite if self.evidence else []):
+            return f"ranks waited for data without NaN and infinity, met in {few(not_finite)}: {missed}"
         if self.cost is None and done:
             return f"no step used a layer that is factorized, so that no rank was cut: {missed}"
         if self.guard and self.guard.pauses:
@@ -794,14 +761,9 @@ class SVDTraining:
             "cost": asdict(self.cost) if self.cost else None,
             "guard": self.guard.state_dict() if self.guard else None,
             "teacher": self.distiller.state_dict() if self.distiller else None,
-            "observed": self._observed(),
+            "observed": self.evidence.state_dict() if self.evidence else None,
             "ladder": [dict(ranks) for ranks in self.ladder],
         }
-
-    def _observed(self) -> dict[str, Any] | None:
-        if self.observer is None:
-            return None
-        return {"waits": self._waits, "observes": self._observes, **self.observer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, at the beginning of a run or in the middle of one.
@@ -829,12 +791,11 @@ class SVDTraining:
         self.warnings = list(state["warnings"])
         self.spectra_before = state["spectra_before"]
         observed = state["observed"]
-        if (observed is None) != (self.observer is None):
+        if (observed is None) != (self.evidence is None):
             needs = "needs data, asked for one that does not", "needs no data, asked for one that does"
             raise ValueError(f"the checkpoint was written with an `importance` that {needs[observed is None]}")
-        if self.observer is not None and observed is not None:
-            self._waits, self._observes = observed["waits"], observed["observes"]
-            self.observer.load_state_dict(observed)
+        if self.evidence is not None and observed is not None:
+            self.evidence.load_state_dict(observed)
         if self.guard and state["guard"]:
             self.guard.load_state_dict(state["guard"])
         if state["cost"]:
@@ -842,7 +803,8 @@ class SVDTraining:
             self._share_weights()
         self._refused = skipped
         self._release_refused()
-        self._observe()
+        if self.evidence is not None:
+            self.evidence.begin_batch()
         self._climb(_ladder_of(self.full_ranks, state.get("ladder", ())))
         self._draw(self._steps)
 

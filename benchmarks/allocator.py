@@ -21,15 +21,26 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import Row, Table, against, arguments, in_turns, middle_half, milliseconds, progress, save, times
+from harness import (
+    KEPT_MEMORY,
+    Row,
+    Table,
+    against,
+    arguments,
+    in_turns,
+    middle_half,
+    milliseconds,
+    progress,
+    save,
+    times,
+)
 from latency import repeats_of
 from time_budget import NETS, dense
 
 from lightning_svd import compress
 
-KEPT = {"MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
 WAYS: dict[str, dict[str, str]] = {
-    "kept": KEPT,
+    "kept": KEPT_MEMORY,
     "by default": {},
     "handed back": {"MALLOC_TRIM_THRESHOLD_": str(2**17), "MALLOC_MMAP_THRESHOLD_": str(2**17)},
 }

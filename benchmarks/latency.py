@@ -19,7 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from harness import Row, Table, against, arguments, in_turns, middle_half, milliseconds, progress, save, times
+from harness import (
+    Row,
+    Table,
+    against,
+    arguments,
+    in_turns,
+    keep_memory,
+    middle_half,
+    milliseconds,
+    progress,
+    save,
+    times,
+)
 from step_cost import CASES, compiled, cost_of, cut, factorized
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -239,7 +251,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--spectra", choices=("initial", "power"), default="initial")
     parser.add_argument("--layers", type=modes, default=[], help="modes in which to time layer by layer, too")
     parser.add_argument("--round-to", type=int, default=1, help="ranks of these layers are multiples of it")
+    parser.add_argument("--keep-memory", action="store_true", help="have the C library keep what a call has freed")
     options = parser.parse_args(argv)
+    if options.keep_memory:
+        keep_memory()
     if options.quick:
         options.nets, options.batches, options.modes, options.rounds = ["resnet20"], [1, 8], list(MODES[:4]), 3
     torch.set_num_threads(options.threads)

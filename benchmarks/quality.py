@@ -399,8 +399,24 @@ def nested_for_all(setting: Setting) -> nn.Module:
 
 def ours_nested(setting: Setting) -> nn.Module:
     """One nested run for all budgets, cut to this one by training images, without training."""
+    return compressed(nested_for_all(setting), setting)
+
+
+@SharedStart
+def dense_for_all(setting: Setting) -> nn.Module:
+    """The dense net, trained for no budget."""
+    return dense(setting)
+
+
+def dense_compressed(setting: Setting) -> nn.Module:
+    """The dense net, cut to this budget by training images, without training."""
+    return compressed(dense_for_all(setting), setting)
+
+
+def compressed(model: nn.Module, setting: Setting) -> nn.Module:
+    """``model``, dense, within the budget by :func:`~lightning_svd.compress`, which trains nothing."""
     small, _ = compress(
-        nested_for_all(setting),
+        model,
         (images for images, _ in setting.batches(0, 1)),
         target_macs=setting.target,
         conv_mode=setting.conv_mode,
@@ -495,6 +511,7 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "ours": ours,
     "ours_from_trained": ours_from_trained,
     "ours_nested": ours_nested,
+    "dense_compressed": dense_compressed,
 }
 SHARED_STARTS = {
     "truncate_and_finetune": dense_but_finetuning,
@@ -504,6 +521,7 @@ SHARED_STARTS = {
     "ours": ours_by_default,
     "ours_from_trained": dense_but_finetuning,
     "ours_nested": nested_for_all,
+    "dense_compressed": dense_for_all,
 }
 WIDTHS = {"narrow": width_in_macs, "narrow_in_time": width_in_time}  # found before the training, whose time is told
 

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -254,6 +255,20 @@ def test_each_way_to_treat_memory_has_a_process_of_its_own(tmp_path, monkeypatch
     assert [row["memory"] for row in rows] == [*allocator.WAYS] and environments == [*allocator.WAYS.values()]
     (table,) = allocator.tables(rows)
     assert [line[4] for line in table.rows] == ["1.00"] * 3
+
+
+def test_a_process_that_keeps_memory_is_started_anew_once(monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda path, command, env: started.append((command, env)))
+    for name in harness.KEPT_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    harness.keep_memory()
+    ((command, env),) = started
+    assert command[1:] == sys.orig_argv[1:] and env.items() >= {*os.environ.items(), *harness.KEPT_MEMORY.items()}
+    for name, value in harness.KEPT_MEMORY.items():
+        monkeypatch.setenv(name, value)
+    harness.keep_memory()
+    assert len(started) == 1
 
 
 def test_a_budget_of_macs_that_takes_as_long_is_searched_for(monkeypatch):

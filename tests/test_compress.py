@@ -868,6 +868,26 @@ def test_running_statistics_are_kept_only_where_they_help():
             assert not report.batch_norm_recalibrated and with_it <= report.distance
 
 
+def test_what_is_tried_is_judged_with_the_statistics_that_suit_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    batches = [torch.randn(16, 3, 8, 8) + 1 for _ in range(8)]
+    for batch in 4 * batches:
+        model(batch)
+    model.eval()
+    asked = {"target_macs": 0.4, "importance": "spectrum", "correct_bias": False, "curve": True}
+    _, report = quietly(model, batches, **asked)
+    assert report.batch_norm_recalibrated
+    assert report.tried["spectrum"] == pytest.approx(report.distance) == report.curve[0.4]
+    _, without = quietly(model, batches, recalibrate=False, **asked)
+    assert without.tried["spectrum"] == pytest.approx(without.distance) == without.curve[0.4]
+    assert report.distance < without.distance
+
+
 def test_statistics_of_one_value_are_no_trouble():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 12)).eval()

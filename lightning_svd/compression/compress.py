@@ -72,9 +72,11 @@ def compress(
     """Make a trained model smaller without training: cut its layers by what its data uses.
 
     A few batches run through the model. Of each layer, the ranks that are kept are those that its outputs need and
-    that a loss feels, and layers share the budget by what the loss feels; several ways to decide are tried, and judged
-    by how far outputs move on batches held out. Statistics are collected of as many layers at a time as there is memory
-    for, half of what the weights take up or what layers put out for a batch. The result is made of plain torch layers::
+    that a loss feels, and layers share the budget by what the loss feels. Several ways to decide are tried, and judged
+    on batches held out, with statistics of batch normalization that suit each: by how far outputs move, or with
+    ``loss`` by how far it rises, which is what to give for a model whose small ones were trained too. Statistics are
+    collected of as many layers at a time as there is memory for, half of what the weights take up or what layers put
+    out for a batch. The result is made of plain torch layers::
 
         small, report = compress(model, batches, target_macs=0.5)
 
@@ -130,12 +132,12 @@ def compress(
     recipe = recipe_of(compress, targets | layers)
     with torch.inference_mode(False), tracking(progress) as track:
         small, shared = (model, set[int]()) if inplace else _twin(model, recipe)
-        run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed)
+        run = _Compression(small, CalibrationData(small, batches, inputs, loss), recipe, track, seed, recalibrate)
         try:
             originals = run.data.outputs(run.data.batches) if reconstruct and loss is None else []
             run.choose(("spectrum", "outputs", "fisher") if importance == "auto" else (importance,), curve)
             distances = run.curve() if curve else {}
-            run.cut(correct_bias, recalibrate)
+            run.cut(correct_bias)
             if reconstruct:
                 run.reconstruct(reconstruct, originals)
             report = run.finish(distances)
@@ -165,8 +167,11 @@ class _Candidate(NamedTuple):
 class _Compression:
     """A compression on its way: layers compute with their dense weight, or with factors of ranks that are tried."""
 
-    def __init__(self, model: nn.Module, data: CalibrationData, recipe: Recipe, track: Track, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, data: CalibrationData, recipe: Recipe, track: Track, seed: int, recalibrate: bool
+    ) -> None:
         self.model, self.data, self.recipe, self.track, self.seed = model, data, recipe, track, seed
+        self.recalibrate = recalibrate
         self.started = time.monotonic()
         self.plan = recipe.plan(model, include_frozen=True)
         self.before = data.outputs(data.held_out)  # ahead of any change: a batch that does not fit fails here
@@ -265,8 +270,7 @@ class _Compression:
                         ],
                     )
             for mine, candidate in zip(ranks, candidates, strict=True):
-                with self._having(mine, bases[candidate.metric]):
-                    self.tried[candidate.label] = self.distance()
+                self.tried[candidate.label] = self._distance_with(mine, bases[candidate.metric])
                 found.append(candidate)
                 chosen[candidate.label] = mine
 
@@ -435,13 +439,25 @@ class _Compression:
                 ranks = self._ranks(self.values, self.adds_up, share)
             except ValueError:
                 break
-            with self._having(ranks, self.bases):
-                distances[share] = self.distance()
+            distances[share] = self._distance_with(ranks, self.bases)
         return distances
+
+    def _distance_with(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> float:
+        """The distance with so many ranks of bases, and with statistics of batch normalization that suit them."""
+        with self._having(ranks, bases):
+            before = self._recalibrated()
+            try:
+                return self.distance()
+            finally:
+                put(before)
+
+    def _recalibrated(self) -> Values:
+        """What statistics of batch normalization were, where they are better anew for what layers compute now."""
+        return recalibrated(self.model, self.data, self.distance) if self.recalibrate else []
 
     # ---------------------------------------------------------------------------------------------------------- act
 
-    def cut(self, correct_bias: bool | None, recalibrate: bool) -> None:
+    def cut(self, correct_bias: bool | None) -> None:
         """Use the ranks that were chosen, and make up for what is dropped."""
         factors = self._factors(self.ranks, self.bases)
         self.shifts = self._shifts(factors)
@@ -458,8 +474,7 @@ class _Compression:
                 self._restore_biases()
                 self.corrected = False
         self.bases, self.means = {}, {}
-        if recalibrate:
-            self.norms = recalibrated(self.model, self.data, self.distance)
+        self.norms = self._recalibrated()
 
     def _shifts(self, factors: Mapping[str, Factors]) -> dict[str, float]:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""

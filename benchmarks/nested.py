@@ -2,10 +2,10 @@
 
     python benchmarks/nested.py --seeds 0,1,2 --json out.json
 
-A run with ``schedule="nested"`` is cut to each budget afterwards, by ``to_factored`` and by ``compress`` with training
-data, neither of which trains. Beside it stand a run with the default schedule for each budget, and the dense net, which
-was trained for none, cut by ``to_factored``. The perceptron of the quality benchmark, on MNIST-1D; all have the same
-epochs, batches, optimizer and learning rates.
+A run with ``schedule="nested"`` is cut to each budget afterwards, by ``to_factored`` and by ``compress`` with the loss
+of training data, neither of which trains. Beside it stand a run with the default schedule for each budget, and the
+dense net, which was trained for none, cut in the same ways. The perceptron of the quality benchmark, on MNIST-1D; all
+have the same epochs, batches, optimizer and learning rates.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import statistics
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from harness import Row, Table, arguments, progress, save
-from quality import Data, Setting, accuracy, cost_of, dense, nested_run, numbers, ours
+from quality import Data, Setting, accuracy, compressed, cost_of, dense, nested_run, numbers, ours
 from torch import nn
 
-from lightning_svd import compress, decompose, to_factored
+from lightning_svd import decompose, to_factored
 
 WAYS = {
     "fall": "a run for each budget",
@@ -39,11 +40,11 @@ def at(model: nn.Module, setting: Setting, budgets: Sequence[float], way: str) -
     """What a dense net is worth at each budget, by ``to_factored`` and by ``compress``."""
     twin = copy.deepcopy(model)
     decompose(twin)
-    cost, batches, rows = cost_of(twin, setting), [x for x, _ in setting.batches(0, 1)], []
+    cost, rows = cost_of(twin, setting), []
     for budget in budgets:
         small = to_factored(model, cost, target_macs=budget)
         rows.append(row_of(way, setting, budget, accuracy(small, setting)))
-        small, _ = compress(model, batches, target_macs=budget, inputs=512, progress=False)
+        small = compressed(model, replace(setting, target=budget))
         rows.append(row_of(f"{way}_compress", setting, budget, accuracy(small, setting)))
     return rows
 
@@ -63,8 +64,7 @@ def measure(setting: Setting, budgets: Sequence[float], options: dict[str, Any])
     start = time.perf_counter()
     for budget in budgets:
         progress(f"seed {setting.seed}, {budget:.2f} of the MACs")
-        of_budget = Setting(**{**vars(setting), "target": budget})
-        rows.append(row_of("fall", setting, budget, accuracy(ours(of_budget), setting)))
+        rows.append(row_of("fall", setting, budget, accuracy(ours(replace(setting, target=budget)), setting)))
     seconds["fall"] = time.perf_counter() - start
     return [row | {"seconds": round(seconds.get(row["way"], 0.0), 1)} for row in rows]
 

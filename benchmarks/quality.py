@@ -398,7 +398,7 @@ def nested_for_all(setting: Setting) -> nn.Module:
 
 
 def ours_nested(setting: Setting) -> nn.Module:
-    """One nested run for all budgets, cut to this one by training images, without training."""
+    """One nested run for all budgets, cut to this one by the loss of training images, without training."""
     return compressed(nested_for_all(setting), setting)
 
 
@@ -409,7 +409,7 @@ def dense_for_all(setting: Setting) -> nn.Module:
 
 
 def dense_compressed(setting: Setting) -> nn.Module:
-    """The dense net, cut to this budget by training images, without training."""
+    """The dense net, cut to this budget in the same way."""
     return compressed(dense_for_all(setting), setting)
 
 
@@ -417,7 +417,8 @@ def compressed(model: nn.Module, setting: Setting) -> nn.Module:
     """``model``, dense, within the budget by :func:`~lightning_svd.compress`, which trains nothing."""
     small, _ = compress(
         model,
-        (images for images, _ in setting.batches(0, 1)),
+        setting.batches(0, 1),
+        loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
         target_macs=setting.target,
         conv_mode=setting.conv_mode,
         inputs=512,

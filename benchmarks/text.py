@@ -157,6 +157,12 @@ def ours(work: Work, target: float) -> nn.Module:
     return work.fit(work.build(), (0, work.steps), SVDTrainingCallback(target_params=target))
 
 
+def ours_fisher(work: Work, target: float) -> nn.Module:
+    """The same with ranks judged by what the loss feels, as they are by default up to a quarter."""
+    callback = SVDTrainingCallback(target_params=target, importance="fisher")
+    return work.fit(work.build(), (0, work.steps), callback)
+
+
 def truncate_at_half(work: Work, target: float) -> nn.Module:
     """The dense run's net of half time, truncated by its spectra, trained on within the same schedule."""
     model = work.build()
@@ -175,6 +181,7 @@ def narrow(work: Work, target: float) -> nn.Module:
 METHODS: dict[str, Callable[[Work, float], nn.Module]] = {
     "dense": dense,
     "ours": ours,
+    "ours_fisher": ours_fisher,
     "truncate_at_half": truncate_at_half,
     "narrow": narrow,
 }
@@ -235,6 +242,7 @@ def tables(rows: list[Row]) -> list[Table]:
     lines = [
         [
             row["method"],
+            f"{row['rate']:g}",
             f"{row['perplexity']:.3f}",
             f"{row['params']:,}",
             times(row["params_ratio"]),
@@ -243,7 +251,7 @@ def tables(rows: list[Row]) -> list[Table]:
         ]
         for row in sorted(rows, key=lambda row: (-row["target"], row["perplexity"]))
     ]
-    headings = ["method", "perplexity", "parameters", "/ dense", "time / dense", "middle half"]
+    headings = ["method", "rate", "perplexity", "parameters", "/ dense", "time / dense", "middle half"]
     return [Table("a language model on bytes, trained from scratch", headings, lines)]
 
 

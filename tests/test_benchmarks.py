@@ -834,7 +834,7 @@ def test_a_language_model_is_trained_in_four_ways_and_each_net_once(tmp_path, mo
     pytest.importorskip("transformers")
     call = ("--quick", "--targets", "0.5", "--rounds", "2", "--folder", str(tmp_path))
     rows = rows_written(text.main, tmp_path / "out.json", *call)["rows"]
-    assert [row["method"] for row in rows] == list(text.METHODS)
+    assert [row["method"] for row in rows] == [name for name in text.METHODS if name != "ours_fisher"]
     assert all(row["params"] == round(row["params_ratio"] * rows[0]["params"]) for row in rows)
     assert all(0.3 < row["params_ratio"] <= 0.5 for row in rows[1:])
     assert all(1 < row["perplexity"] < 256 for row in rows)

@@ -75,7 +75,7 @@ def test_a_weight_that_is_read_in_a_compiled_function_is_computed():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     "schedule",
-    [Alternating(cycles=3), GrowAndPrune(), Nested(cuts=3, share=0.8)],
+    [Alternating(cycles=3), GrowAndPrune(), Nested(start=0.1, cuts=3, share=0.8)],
     ids=["alternating", "grow_and_prune", "nested"],
 )
 def test_a_compiled_run_whose_ranks_go_up_and_down_is_the_run_that_is_not_compiled(schedule):

@@ -35,7 +35,7 @@ FULL = {"a": 64, "b": 10}
 
 def begun(model=None, optimizer="sgd", steps=20, **options):
     model = net() if model is None else model
-    options = {"schedule": Nested(budgets=4, share=1.0, cuts=3), "target_macs": 0.4} | options
+    options = {"schedule": Nested(start=0.1, budgets=4, share=1.0, cuts=3), "target_macs": 0.4} | options
     return SVDTraining(model, OPTIMIZERS[optimizer](model.parameters()), steps, **options)
 
 
@@ -231,7 +231,7 @@ def test_batches_of_one_accumulated_step_have_one_draw():
 
 @pytest.mark.parametrize("shares", ["drawn", "never"])
 def test_all_passes_of_a_step_use_its_ranks_and_other_steps_all(shares):
-    run = begun(schedule=Nested(budgets=4, share=1.0 if shares == "drawn" else 0.0, cuts=3))
+    run = begun(schedule=Nested(start=0.1, budgets=4, share=1.0 if shares == "drawn" else 0.0, cuts=3))
     loop(run.model, run, 4)
     ranks = RanksOfCalls(run.model)
     (x, y), *_ = batches(1)
@@ -250,7 +250,7 @@ def test_all_ranks_teach_a_step_with_fewer():
     (x, y), *_ = batches(1)
     gradients, teachers = [], []
     for distill in (False, asked):
-        run = begun(schedule=Nested(budgets=4, share=1.0, cuts=3, distill=distill))
+        run = begun(schedule=Nested(start=0.1, budgets=4, share=1.0, cuts=3, distill=distill))
         loop(run.model, run, 2)  # the first ladder: the teacher begins with the step after it
         run.step_ranks.drawn = run.ladder[0]
         noise, seen = torch.get_rng_state(), []
@@ -274,7 +274,7 @@ def test_all_ranks_teach_a_step_with_fewer():
 @pytest.fixture(scope="module")
 def trained():
     """A net after a nested run, and its report."""
-    run = begun(optimizer="adamw", steps=80, schedule=Nested(budgets=4, share=0.7, cuts=4))
+    run = begun(optimizer="adamw", steps=80, schedule=Nested(start=0.1, budgets=4, share=0.7, cuts=4))
     loop(run.model, run, 80)
     return run.model, run.finish()
 
@@ -424,7 +424,7 @@ def test_in_a_pause_every_step_uses_all_ranks():
             drawn.append(any(layer.rank < layer.full_rank for layer in layers))
 
     options = {"monitor": "val_acc", "mode": "max", "max_metric_drop": 0.1}
-    callback = SVDTrainingCallback(target_params=0.3, schedule=Nested(share=1.0), **options)
+    callback = SVDTrainingCallback(target_params=0.3, schedule=Nested(start=0.1, share=1.0), **options)
     quiet_trainer(max_epochs=6, callbacks=[Note(), callback]).fit(Scripted(0.9, 0.9, 0.5, 0.9), data(32), data(32))
     assert [(pause.start, pause.end) for pause in callback.report.pauses] == [(12, 16)]
     assert drawn == [False] * 2 + [True] * 10 + [False] * 4 + [True] * 8

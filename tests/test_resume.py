@@ -171,7 +171,7 @@ def test_resuming_at_any_step_ends_the_same_where_ranks_are_judged_by_data(full_
 SCHEDULES = {
     "alternating": Alternating(start=0.2, end=0.9, last_full=0.2, cycles=2),
     "grow_and_prune": GrowAndPrune(start=0.1, grow=0.2, end=0.9, cuts=2, groups=2),
-    "nested": Nested(budgets=3, share=0.6, cuts=4, distill=Distillation(kind="logits")),
+    "nested": Nested(start=0.1, budgets=3, share=0.6, cuts=4, distill=Distillation(kind="logits")),
 }
 
 

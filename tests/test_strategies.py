@@ -130,7 +130,7 @@ GROWS = {"schedule": GrowAndPrune(start=0.1, grow=0.2, end=0.8, groups=2)}
         (SmallNet, {}, [Unseeded()], GROWS),
         (SmallNet, {}, [Unseeded()], GROWS | {"importance": "fisher"}),
         (SmallNet, {}, [Unseeded()], GROWS | {"importance": Fisher(targets="given")}),
-        (SmallNet, {}, [Unseeded()], {"schedule": Nested(cuts=3)}),
+        (SmallNet, {}, [Unseeded()], {"schedule": Nested(start=0.1, cuts=3)}),
     ],
     ids=[
         *("seeded", "unseeded", "lazy-bucket-view", "unused-parameters", "static-graph", "dense-first", "by-data"),

@@ -41,7 +41,7 @@ class Nested(PlannedPolicy):
 
     budgets: int = 8
     share: float = 0.5
-    start: float = 0.1
+    start: float = 0.5
     cuts: int = 5
     distill: bool | Distillation = False
     ramp: str | None = None

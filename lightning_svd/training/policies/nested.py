@@ -22,12 +22,13 @@ class Nested(PlannedPolicy):
     exact, the strongest ranks first, and a ladder of budgets is turned into ranks, evenly spread in their logarithm
     from the target up. A share of the steps uses the ranks of one rung, drawn at random, in all layers: the very nets
     that are going to be deployed are trained, one inside the other. The run ends with a dense model, which
-    :func:`~lightning_svd.to_factored` makes small at any budget, without training.
+    :func:`~lightning_svd.to_factored` makes small at any budget without training, and
+    :func:`~lightning_svd.compress` by the loss of a few batches.
 
     Args:
         budgets: How many rungs the ladder has; all ranks are one rung more.
-        share: Share of the steps that use the ranks of a rung, in [0, 1]; the others use all ranks.
-        start: Share of the run before the first ladder, in [0, 1).
+        start: Share of the run before the first ladder, in [0, 1), in which all steps use all ranks.
+        share: Share of the steps from then on that use the ranks of a rung, in [0, 1]; the others use all ranks.
         cuts: How often factors are made exact and ranks are chosen anew, evenly spread over the rest of the run.
         distill: Whether a step with fewer ranks is pulled towards what all ranks put out for the same batch too, which
             takes another forward pass; or a :class:`~lightning_svd.Distillation`, which says how.
@@ -40,8 +41,8 @@ class Nested(PlannedPolicy):
     """
 
     budgets: int = 8
-    share: float = 0.5
     start: float = 0.5
+    share: float = 0.8
     cuts: int = 5
     distill: bool | Distillation = False
     ramp: str | None = None

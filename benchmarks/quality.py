@@ -402,10 +402,7 @@ def ours_nested(setting: Setting) -> nn.Module:
     return compressed(nested_for_all(setting), setting)
 
 
-@SharedStart
-def dense_for_all(setting: Setting) -> nn.Module:
-    """The dense net, trained for no budget."""
-    return dense(setting)
+dense_for_all = SharedStart(dense)
 
 
 def dense_compressed(setting: Setting) -> nn.Module:

@@ -546,7 +546,7 @@ class SVDTraining:
             first, last = not self.last_cut, step >= self.total_steps
             enough = evidence.is_enough(due, may_cut=not self.paused, is_first=first, is_last=last)
             change = self.cut(step, epoch) if enough else None
-        evidence.plan(self.clock(step))
+        evidence.plan(clock)
         return change
 
     # ------------------------------------------------------------------------------------------------------------ a cut

@@ -157,9 +157,9 @@ def ours(work: Work, target: float) -> nn.Module:
     return work.fit(work.build(), (0, work.steps), SVDTrainingCallback(target_params=target))
 
 
-def ours_fisher(work: Work, target: float) -> nn.Module:
-    """The same with ranks judged by what the loss feels, as they are by default up to a quarter."""
-    callback = SVDTrainingCallback(target_params=target, importance="fisher")
+def ours_by_spectrum(work: Work, target: float) -> nn.Module:
+    """The same with ranks judged by their singular values alone."""
+    callback = SVDTrainingCallback(target_params=target, importance="spectrum")
     return work.fit(work.build(), (0, work.steps), callback)
 
 
@@ -181,7 +181,7 @@ def narrow(work: Work, target: float) -> nn.Module:
 METHODS: dict[str, Callable[[Work, float], nn.Module]] = {
     "dense": dense,
     "ours": ours,
-    "ours_fisher": ours_fisher,
+    "ours_by_spectrum": ours_by_spectrum,
     "truncate_at_half": truncate_at_half,
     "narrow": narrow,
 }

@@ -218,7 +218,7 @@ def cases(draw: Any, simple: bool = False) -> Case:
         "round_to": [1, 1, 2],
     }
     if simple:
-        arguments["importance"] = "spectrum"  # as the reference has it, however small the budget is
+        arguments["importance"] = "spectrum"  # as the reference has it
     else:
         optional |= {
             "conv_mode": ["channel", "spatial", "auto"],

@@ -414,10 +414,11 @@ def test_margins_are_those_to_the_best_rival_and_to_the_dense_net():
         ("truncate_at_half", 0.5, 0, 0.8),
         ("truncate_at_half", 0.5, 1, 0.6),
         ("fixed_rank", 0.5, 0, 0.75),
+        ("narrow", 0.5, 1, 0.85),
         ("ours", 0.25, 0, 0.7),
     )
     (table,) = quality.margins(rows)
-    assert table.rows == [["0.5", "fixed_rank", "-5.00", "-15.00"]]
+    assert table.rows == [["0.5", "truncate_at_half", "-10.00", "-20.00"]]  # on the seed that all have
     assert quality.margins(rows[2:]) == []
 
 
@@ -834,7 +835,7 @@ def test_a_language_model_is_trained_in_four_ways_and_each_net_once(tmp_path, mo
     pytest.importorskip("transformers")
     call = ("--quick", "--targets", "0.5", "--rounds", "2", "--folder", str(tmp_path))
     rows = rows_written(text.main, tmp_path / "out.json", *call)["rows"]
-    assert [row["method"] for row in rows] == [name for name in text.METHODS if name != "ours_fisher"]
+    assert [row["method"] for row in rows] == [name for name in text.METHODS if name != "ours_by_spectrum"]
     assert all(row["params"] == round(row["params_ratio"] * rows[0]["params"]) for row in rows)
     assert all(0.3 < row["params_ratio"] <= 0.5 for row in rows[1:])
     assert all(1 < row["perplexity"] < 256 for row in rows)

@@ -272,7 +272,8 @@ def test_as_dense_layers_it_trains_what_the_dense_model_does_until_the_first_cut
 
 def test_what_was_dense_is_an_svd_from_the_first_cut_on():
     seen = At(14)
-    callback = SVDTrainingCallback(target_macs=0.4, full_rank_as="dense", exclude_modules="head")
+    options = {"target_macs": 0.4, "full_rank_as": "dense", "exclude_modules": "head", "importance": "spectrum"}
+    callback = SVDTrainingCallback(**options)
     quiet_trainer(callbacks=[callback, seen], max_epochs=3).fit(SmallNet(), data())
     assert seen.forms == {"svd", None}
     # The weight is 0 while there is nothing to act on, and as always after that.
@@ -537,7 +538,7 @@ def test_constructor_names_the_argument_and_the_value(arguments, message):
 @pytest.mark.parametrize(
     ("short", "long"),
     [
-        ({}, {"schedule": FallToBudget(), "regularizer": Regularizer(), "importance": Spectrum()}),
+        ({}, {"schedule": FallToBudget(), "regularizer": Regularizer(), "importance": Fisher()}),
         ({"regularizer": "l1"}, {"regularizer": Regularizer("l1")}),
         ({"schedule": "finetune"}, {"schedule": Finetune(), "importance": Fisher()}),
         ({"schedule": "alternating"}, {"schedule": Alternating()}),

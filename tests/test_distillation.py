@@ -123,7 +123,9 @@ def both(net, asked, trainer=None, dtype=torch.float64, arguments=None):
     for by_hand in (False, True):
         model = net(momentum=0.9).to(dtype)
         model.load_state_dict(start)
-        options = {"target_macs": 0.5, "schedule": FallToBudget(start=0.25, cuts=3)} | (arguments or {})
+        # Judged without data, of which a net without distillation has other targets.
+        options = {"target_macs": 0.5, "importance": "spectrum", "schedule": FallToBudget(start=0.25, cuts=3)}
+        options |= arguments or {}
         callback = SVDTrainingCallback(**options, **({} if by_hand else {"distill": asked}))
         if by_hand:
             model.taught(asked)
@@ -192,9 +194,10 @@ def test_two_processes_train_as_one_does_by_hand(tmp_path):
     asked = ASKED["logits"]
     model, alone = DealingByHand(momentum=0.9).double(), DealingByHand(momentum=0.9).double()
     alone.load_state_dict(model.state_dict())
-    callbacks = [SVDTrainingCallback(target_macs=0.4, distill=asked), Witness(tmp_path)]
+    options = {"target_macs": 0.4, "importance": "spectrum"}
+    callbacks = [SVDTrainingCallback(**options, distill=asked), Witness(tmp_path)]
     quiet_trainer(callbacks=callbacks, use_distributed_sampler=False, **two_processes()).fit(model)
-    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)], max_epochs=3).fit(alone.taught(asked))
+    quiet_trainer(callbacks=[SVDTrainingCallback(**options)], max_epochs=3).fit(alone.taught(asked))
     (zero, one), outputs = witnessed(tmp_path)
     with torch.no_grad():
         expected = alone.eval()(next(iter(data(dtype=torch.float64)))[0])

@@ -27,7 +27,7 @@ def run_of(track, width, *children, steps=8, machine=Machine, double=True, optim
     root = Node("sequential", children=children, names=NAMES[: len(children)])
     network = Description(track, width, root, double, simple=machine.simple)
     run = machine()
-    options = tuple((arguments or {"target_params": 0.9}).items())
+    options = tuple({"importance": "spectrum", **(arguments or {"target_params": 0.9})}.items())
     run.start(Case(network, Optimizers(optimizer, fast=True), SCHEDULE, options, steps))
     return run
 

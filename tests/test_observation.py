@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import in_metric_of_data
-from models import SmallNet, data, quiet_trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import SmallNet, data, quiet_trainer, same_state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -141,12 +142,67 @@ def test_a_model_without_gradients_in_evaluation_is_refused_before_the_first_ste
     model = Net(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     before = copy.deepcopy(model.state_dict())
-    run = SVDTraining(model, optimizer, 10, target_macs=0.4, schedule="finetune")
+    run = SVDTraining(model, optimizer, 10, target_macs=0.4, schedule="finetune", importance="fisher")
     model(torch.randn(INPUTS, 12)).square().sum().backward()
     with pytest.raises(ValueError, match=r"targets that are drawn .* fails: only in training: give .*targets='given'"):
         run.step()
     run.undo()
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+class WithCheckpoint(SmallNet):
+    """What its layers but the last compute is computed again in the backward pass, in the older way."""
+
+    def encoded(self, x):
+        maps = nn.functional.avg_pool2d(self.features(x), 2)
+        return self.hidden(maps.flatten(1)).relu()
+
+    def forward(self, x):
+        return self.head(checkpoint(self.encoded, x.requires_grad_(), use_reentrant=True))
+
+    def training_step(self, batch, batch_idx):
+        # Lightning resumes at the right index and with the first batch of a loader that keeps no state of its own.
+        return super().training_step([*data()][batch_idx], batch_idx)
+
+
+def trained_with_a_checkpoint(folder, resume=None, **arguments):
+    """A fit of a net whose gradients no targets but the loss's own can be drawn for."""
+    torch.manual_seed(0 if resume is None else 1)
+    model, schedule = WithCheckpoint(), FallToBudget(start=0.2, end=0.6, cuts=3)
+    callback = SVDTrainingCallback(target_macs=0.4, schedule=schedule, **arguments)
+    keep = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [callback, *([keep] if resume is None else [])]
+    quiet_trainer(callbacks=callbacks, enable_checkpointing=resume is None).fit(model, data(), ckpt_path=resume)
+    return model, callback.report
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_where_no_targets_can_be_drawn_ranks_are_judged_by_the_loss_that_is_trained(tmp_path):
+    model, report = trained_with_a_checkpoint(tmp_path)
+    expected, _ = trained_with_a_checkpoint(tmp_path / "given", importance=Fisher(targets="given"))
+    assert same_state(model.state_dict(), expected.state_dict())
+    assert report.macs_ratio <= 0.4 and not report.warnings
+    steps = sorted(int(path.stem.removeprefix("step=")) for path in tmp_path.glob("*.ckpt"))
+    for step in steps[:-1]:
+        resumed, _ = trained_with_a_checkpoint(tmp_path, tmp_path / f"step={step}.ckpt")
+        assert same_state(resumed.state_dict(), model.state_dict()), step
+    with pytest.raises(
+        ValueError, match=r"gradients are off where features.0, .* is called, .* give .*targets='given'"
+    ):
+        trained_with_a_checkpoint(tmp_path / "asked", importance="fisher")
+
+
+def test_what_is_run_again_to_count_costs_is_not_observed():
+    """The first batch is both observed and run again, in full and in part."""
+    torch.manual_seed(0)
+    model = Mixed()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = SVDTraining(model, optimizer, 10, target_macs=0.4, schedule=Finetune(end=0.1))
+    x, y = batches(1)[0]
+    nn.functional.cross_entropy(model(x.detach().float()), y).backward()
+    run.step()
+    assert {name: each.inputs for name, each in run.evidence.observer.seen.items()} == dict.fromkeys(run.layers, INPUTS)
 
 
 def test_without_an_open_batch_nothing_is_noted_and_a_model_keeps_no_hooks():
@@ -336,16 +392,18 @@ def test_finetuning_has_no_sparsity_and_ranks_fall_by_what_the_loss_feels():
     ("arguments", "judged_by"),
     [
         ({"target_macs": 0.25}, Fisher),
-        ({"target_macs": 0.26}, Spectrum),
-        ({"target_params": 0.1}, Fisher),
+        ({"target_params": 0.9}, Fisher),
+        ({"target_latency": 0.5}, Fisher),
         ({"energy_threshold": 0.1}, Spectrum),
+        ({"energy_threshold": 0.1, "schedule": "finetune"}, Spectrum),
+        ({"energy_threshold": 0.1, "importance": "fisher"}, Fisher),
         ({"target_macs": 0.1, "importance": "spectrum"}, Spectrum),
         ({"target_macs": 0.1, "schedule": "alternating"}, Spectrum),
         ({"target_macs": 0.1, "schedule": "grow_and_prune"}, Fisher),
         ({"target_macs": 0.9, "schedule": "finetune"}, Fisher),
     ],
 )
-def test_a_small_budget_is_judged_by_the_loss_unless_something_else_is_said(arguments, judged_by):
+def test_a_budget_is_judged_by_the_loss_unless_something_else_is_said(arguments, judged_by):
     assert type(SVDTrainingCallback(**arguments).recipe.measure()) is judged_by
 
 

@@ -98,7 +98,8 @@ def fit(options, *callbacks, ckpt_path=None, svd=True, arguments=None, **trainer
     """Fit a new model in a new Trainer; everything that is left of it."""
     torch.manual_seed(0 if ckpt_path is None else 1)  # what is resumed must not lean on a model that starts the same
     keep = Keep()
-    ours = SVDTrainingCallback(**{"target_macs": 0.4, "schedule": FALL, "full_rank_as": "svd"} | (arguments or {}))
+    given = {"target_macs": 0.4, "schedule": FALL, "full_rank_as": "svd", "importance": "spectrum"}
+    ours = SVDTrainingCallback(**given | (arguments or {}))
     model, writes = Net(**options), any(isinstance(callback, Checkpoint) for callback in callbacks)
     trainer |= {"max_epochs": STEPS // len(BATCHES), "enable_checkpointing": writes}
     trainer = quiet_trainer(callbacks=[*([ours] if svd else []), keep, *callbacks], **trainer)

@@ -201,7 +201,8 @@ def all_trained(run):
 def test_a_plain_loop_ends_with_a_small_model_that_learned(name, final, full_rank_as):
     model = net()
     optimizer = OPTIMIZERS[name](model.parameters())
-    training = SVDTraining(model, optimizer, 60, target_macs=0.6, final=final, full_rank_as=full_rank_as)
+    asked = {"final": final, "full_rank_as": full_rank_as, "importance": "spectrum"}
+    training = SVDTraining(model, optimizer, 60, target_macs=0.6, **asked)
     changes, losses = loop(model, training, 60)
     assert [change for change in changes if change] == training.timeline and training.timeline
     x, y = batches(1)[0]
@@ -258,13 +259,14 @@ def test_state_loads_without_pickle_where_arguments_are_numbers_of_numpy(tmp_pat
 
 
 def test_state_goes_through_a_file_that_loads_without_pickle(tmp_path):
-    run = begun(2, total_steps=40)
+    run = begun(2, total_steps=40, importance="spectrum")
     run.cut(25, 1)
     run.warnings.append("careful")
     torch.save(run.state_dict(), tmp_path / "state")
     loaded = torch.load(tmp_path / "state", weights_only=True)
     model = net(2.0)
-    resumed = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 40, choose_ranks=keep(2), state=loaded)
+    options = {"choose_ranks": keep(2), "importance": "spectrum"}
+    resumed = SVDTraining(model, OPTIMIZERS["sgd"](model.parameters()), 40, state=loaded, **options)
     again, state = resumed.state_dict(), run.state_dict()
     assert again.keys() == state.keys() and again["layers"].keys() == state["layers"].keys()
     for name, entry in state["layers"].items():
@@ -472,6 +474,7 @@ def test_layers_that_stay_as_wide_as_they_are_stored_are_others_all_the_same_aft
     net = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
     arguments = {"target_macs": 0.9, "full_rank_as": "dense", "schedule": FallToBudget(start=0.2, end=0.9)}
+    arguments["importance"] = "spectrum"
     training = SVDTraining(net, optimizer, 10, on_reshape=lambda: told.append(training._steps), **arguments)
     assert told == []  # the dense layers are as they were
     for _ in range(4):

@@ -207,6 +207,7 @@ def svd_callback(**arguments):
         "schedule": FallToBudget(start=0.3, cuts=3),
         "full_rank_as": "svd",
         "final": "decomposed",
+        "importance": "spectrum",
     }
     penalties = Regularizer(sparsity_weight=0.02, orthogonality_weight=10.0)
     return SVDTrainingCallback(**{**given, "regularizer": penalties, **arguments})
@@ -219,7 +220,8 @@ class FixedRanks(SVDTrainingCallback):
     """Ends with ranks that it is written for."""
 
     def __init__(self):
-        super().__init__(target_params=0.5, final="decomposed", schedule=FallToBudget(start=0.3, cuts=3))
+        schedule = FallToBudget(start=0.3, cuts=3)
+        super().__init__(target_params=0.5, final="decomposed", schedule=schedule, importance="spectrum")
 
     def choose_ranks(self, energies, cost, share=None):
         return {"net.1": 10, "net.3.0": 12, "net.5": 3}
@@ -441,7 +443,7 @@ def many_things(folder):
     witness, ours = Witness(), svd_callback(target_params=None, target_macs=0.4)
     fit(Counted(), ours, witness)
     found["by macs"] = witness.ranks, witness.weights[-1], ours.report.macs_ratio
-    witness, ours = Witness(), svd_callback(target_params=0.15)
+    witness, ours = Witness(), svd_callback(target_params=0.15, importance="auto")
     fit(Sharded(), ours, witness)
     found["small"] = witness.ranks, ours.report.params_ratio
     mixed, ours = InBFloat16(lr=3e-3), svd_callback()
@@ -673,7 +675,7 @@ def test_a_budget_of_macs_is_that_of_one_process(results):
 
 
 def test_a_small_budget_is_shared_by_the_spectrum_too(results):
-    alone, ours = Witness(), svd_callback(target_params=0.15, importance="spectrum", exclude_modules=["net.5"])
+    alone, ours = Witness(), svd_callback(target_params=0.15, exclude_modules=["net.5"])
     fit(Whole(), ours, alone)
     assert ours.report.params_ratio <= 0.15
     for each in results[0]:

@@ -197,7 +197,8 @@ class Dealing(SmallMLP):
 
 def test_two_processes_train_what_one_does_with_their_batches_together(tmp_path):
     def arguments():
-        return {"target_macs": 0.4, "regularizer": Regularizer(sparsity_weight=0.02, orthogonality_weight=10.0)}
+        penalties = Regularizer(sparsity_weight=0.02, orthogonality_weight=10.0)
+        return {"target_macs": 0.4, "regularizer": penalties, "importance": "spectrum"}
 
     model, alone = Dealing(momentum=0.9).double(), Dealing(momentum=0.9).double()
     alone.load_state_dict(model.state_dict())

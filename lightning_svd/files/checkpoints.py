@@ -111,7 +111,7 @@ _OF_A_RUN: dict[str, tuple[tuple[type, ...], Fits]] = {
     ),
     "observed": (
         (dict, type(None)),
-        optional(having(waits=is_flag, observes=is_flag, batches=is_count, seen=by_name(_IS_SEEN))),
+        optional(having(waits=is_flag, observes=is_flag, listens=is_flag, batches=is_count, seen=by_name(_IS_SEEN))),
     ),
 }
 

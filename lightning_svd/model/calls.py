@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,6 +163,7 @@ class CallRecorder(CallWatcher):
         self.calls: list[Call] = []
         self.seen: set[str] = set()
         self.left_out = 0
+        self._rests = False
         self._alike: Counter[Any] = Counter()
         self._last: dict[Any, Call] = {}
         self._names: dict[nn.Module, list[str]] = {}
@@ -216,7 +218,17 @@ class CallRecorder(CallWatcher):
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the call."""
-        self._note(module, args, kwargs)
+        if not self._rests:
+            self._note(module, args, kwargs)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Note no calls inside."""
+        before, self._rests = self._rests, True
+        try:
+            yield
+        finally:
+            self._rests = before
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         module = getattr(module, "_orig_mod", module)  # what torch.compile stands for

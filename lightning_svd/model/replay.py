@@ -56,7 +56,7 @@ def replay(
     Returns:
         What each call returned, detached.
     """
-    with untouched(module), _keeping_what_hooks_keep(module), warnings.catch_warnings():
+    with untouched(module), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the step has given them, or they are of a replay's own making
         return [run_again(call, watch) for call in calls]
 
@@ -102,6 +102,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(evaluating(module))
         stack.enter_context(_keeping_state(module))
+        stack.enter_context(_keeping_what_hooks_keep(module))
         stack.enter_context(_same_randomness(module))
         stack.enter_context(_without_shortcuts())
         yield
@@ -239,7 +240,7 @@ def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
 @contextmanager
 def _keeping_what_hooks_keep(module: nn.Module) -> Iterator[None]:
     kept = _Kept()
-    for hook in _forward_hooks(module):
+    for hook in _hooks(module):
         kept.function(hook)
     try:
         yield
@@ -247,13 +248,16 @@ def _keeping_what_hooks_keep(module: nn.Module) -> Iterator[None]:
         kept.restore()
 
 
-def _forward_hooks(module: nn.Module) -> Iterator[Any]:
-    """The user's functions that a call of the module's parts calls, those for all modules among them."""
+_KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """The user's functions that run with the module's parts, forward or backward, those for all modules among them."""
     # nn.Module's private dicts: there is no public way to ask what was registered.
-    everywhere = (_of_all_modules._global_forward_pre_hooks, _of_all_modules._global_forward_hooks)
-    own = ((child._forward_pre_hooks, child._forward_hooks) for child in module.modules())
-    for hooks in (everywhere, *own):
-        for hook in (*hooks[0].values(), *hooks[1].values()):
+    everywhere = (getattr(_of_all_modules, f"_global_{kind}") for kind in _KINDS)
+    own = (getattr(child, f"_{kind}") for child in module.modules() for kind in _KINDS)
+    for hooks in (*everywhere, *own):
+        for hook in hooks.values():
             if str(getattr(hook, "__module__", "")).partition(".")[0] != __name__.partition(".")[0]:  # ours count
                 yield hook
 

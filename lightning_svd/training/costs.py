@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,8 +16,22 @@ from lightning_svd.model.plan import LayerPlan, with_reasons
 from lightning_svd.model.replay import cut, replay
 from lightning_svd.model.timing import beside_dense, corrected
 from lightning_svd.ranks.costs import ModelCost
-from lightning_svd.training.observation import Observer
+from lightning_svd.training.observation import CannotDrawError, Observer
 from lightning_svd.training.recipe import Recipe
+
+
+class Learned(NamedTuple):
+    """What running a batch's calls again has shown.
+
+    Attributes:
+        cost: Of the model.
+        refused: Why layers cannot become two, by name.
+        draws: Whether ranks can be judged by targets drawn from the model's own outputs, where that was left to us.
+    """
+
+    cost: ModelCost
+    refused: dict[str, str]
+    draws: bool
 
 
 class CostsOfRun:
@@ -43,8 +57,8 @@ class CostsOfRun:
         bounds: Mapping[str, Any],
         calls: Sequence[Call],
         observer: Observer | None,
-    ) -> tuple[ModelCost, dict[str, str]] | None:
-        """The cost, and why layers cannot become two; None if outputs are NaN, of which everything is the same.
+    ) -> Learned | None:
+        """What is known from then on; None if outputs are NaN, of which everything is the same.
 
         Args:
             layers: The factorized ones.
@@ -75,12 +89,18 @@ class CostsOfRun:
             cost = self.recipe.timed(cost, self.model, layers, plans, calls)
         if self.recipe.timing:
             self._timed = list(calls)
+        draws = True
         if observer is not None:
-            observer.check(few)
+            try:
+                observer.check(few)
+            except CannotDrawError:
+                if self.recipe.importance != "auto":
+                    raise
+                draws = False
         cost = cost.without(refused)
         left = {name: layer.full_rank for name, layer in layers.items() if name not in refused}
         self.recipe.check_reachable(cost, left, bounds, with_reasons(plans, refused))
-        return cost, refused
+        return Learned(cost, refused, draws)
 
     def corrected(
         self, cost: ModelCost, plans: Sequence[LayerPlan], choose: Callable[[ModelCost], dict[str, int]]

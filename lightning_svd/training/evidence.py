@@ -12,7 +12,7 @@ from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.training import processes
 from lightning_svd.training.judging import Verdict
-from lightning_svd.training.observation import Observer
+from lightning_svd.training.observation import Listener, Observer
 from lightning_svd.training.policies.policy import RankPolicy
 
 
@@ -41,7 +41,16 @@ class Evidence:
         self.not_finite: list[str] = []
         self._check_weights = check_weights
 
+    def rest(self) -> None:
+        """Watch nothing any more."""
+        self.observer.rest()
+
     # ------------------------------------------------------------------------------------------------------ a batch
+
+    def listen(self) -> None:
+        """Observe the loss that is trained, in its own backward pass, from the next batch on."""
+        self.observer.rest()
+        self.observer = Listener(self.observer.model, self.observer.layers)
 
     def plan(self, clock: int) -> None:
         """Say whether the next batch is observed: ahead of a cut, or for one that waits.
@@ -111,7 +120,8 @@ class Evidence:
 
     def state_dict(self) -> dict[str, Any]:
         """What was observed so far, and what is to be."""
-        return {"waits": self.waits, "observes": self.observes, **self.observer.state_dict()}
+        listens = isinstance(self.observer, Listener)
+        return {"waits": self.waits, "observes": self.observes, "listens": listens, **self.observer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned.
@@ -120,4 +130,6 @@ class Evidence:
             ValueError: If that is not of these layers at these ranks.
         """
         self.waits, self.observes = state["waits"], state["observes"]
+        if state["listens"] and not isinstance(self.observer, Listener):
+            self.listen()
         self.observer.load_state_dict(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,21 @@ from lightning_svd.model.values import inputs_in
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.ranks.statistics import Statistics, features_of
 from lightning_svd.training import processes
+from lightning_svd.wording import few
+
+
+class CannotDrawError(ValueError):
+    """A model that gives no gradients of targets drawn from its own outputs.
+
+    Args:
+        why: What is missing.
+    """
+
+    def __init__(self, why: str) -> None:
+        super().__init__(
+            f"the importance asks for gradients of targets that are drawn from the model's own outputs, and {why}: "
+            "give `importance=Fisher(targets='given')`, which takes those of the loss, or `importance='outputs'`"
+        )
 
 
 class Observer(ABC):
@@ -92,16 +107,16 @@ class Observer(ABC):
     def rest(self) -> None:
         """Watch nothing any more."""
 
+    @abstractmethod
     def resting(self) -> AbstractContextManager[None]:
         """Note nothing inside."""
-        return nullcontext()
 
     @abstractmethod
     def check(self, calls: Sequence[Call]) -> None:
-        """See whether statistics can be collected at all, with some calls of the model.
+        """See whether statistics can be collected, with some calls of the model.
 
         Raises:
-            ValueError: If not.
+            CannotDrawError: If they cannot be of a layer that was called.
         """
 
     # ----------------------------------------------------------------------------------------------------- together
@@ -239,24 +254,36 @@ class Replayer(Observer):
         self.is_open = False
         self._recorder.stop()
 
+    def resting(self) -> AbstractContextManager[None]:
+        """Note nothing inside."""
+        return self._recorder.resting()
+
     def _closed(self) -> None:
         calls, self._recorder.calls = self._recorder.calls, []
         # Other draws in each batch and process.
         self._collect(calls, self.seen, self.batches * processes.size() + processes.rank())
 
     def check(self, calls: Sequence[Call]) -> None:
-        """See whether statistics can be collected at all, with some calls of the model.
+        """See whether statistics can be collected, with some calls of the model.
 
         Raises:
-            ValueError: If not.
+            CannotDrawError: If they cannot be of a layer that was called.
         """
-        reached = self._collect(calls, {name: self._statistics(layer) for name, layer in self.layers.items()}, 0)
+        seen = {name: self._statistics(layer) for name, layer in self.layers.items()}
+        with self.resting():
+            reached, unheard = self._collect(calls, seen, 0)
         if self.with_gradients and not reached:
-            raise ValueError(f"{_DRAWN}, and no output of it has a gradient: {_INSTEAD}")
+            raise CannotDrawError("no output of it has a gradient")
+        if self.with_gradients and unheard:
+            raise CannotDrawError(
+                f"gradients are off where {few(unheard)} is called, as in an activation checkpoint with "
+                "`use_reentrant=True`"
+            )
 
-    def _collect(self, calls: Sequence[Call], seen: Mapping[str, Statistics], seed: int) -> bool:
-        """Run calls again; returns whether a gradient came back from any."""
+    def _collect(self, calls: Sequence[Call], seen: Mapping[str, Statistics], seed: int) -> tuple[bool, list[str]]:
+        """Run calls again; returns whether a gradient came back from any, and the layers to which none can."""
         generator, reached = torch.Generator().manual_seed(seed), False
+        heard, unheard = set[str](), set[str]()
         trained = [call for call in calls if call.grad] or calls
         with untouched(self.model), torch.set_grad_enabled(self.with_gradients):
             for call in trained:
@@ -266,11 +293,9 @@ class Replayer(Observer):
                     if self.with_gradients:
                         reached |= _differentiate(output, one.probes, generator)
                 one.end()
-        return reached
-
-
-_DRAWN = "the importance asks for gradients of targets that are drawn from the model's own outputs"
-_INSTEAD = "give `importance=Fisher(targets='given')`, which takes those of the loss, or `importance='outputs'`"
+                heard |= one.heard
+                unheard |= one.unheard
+        return reached, [name for name in self.layers if name in unheard - heard]
 
 
 def _differentiate(output: Any, probes: Sequence[Tensor], generator: torch.Generator) -> bool:
@@ -283,7 +308,7 @@ def _differentiate(output: Any, probes: Sequence[Tensor], generator: torch.Gener
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # not of every operator there is a derivative
-        raise ValueError(f"{_DRAWN}, and that fails: {error}: {_INSTEAD}") from error
+        raise CannotDrawError(f"that fails: {error}") from error
     return any(gradient is not None for gradient in found)
 
 

@@ -142,13 +142,12 @@ class Recipe:
         return self.regularizer if isinstance(self.regularizer, Regularizer) else Regularizer(self.regularizer)
 
     def measure(self) -> Importance:
-        """What a rank carries; "auto" leaves it to the schedule."""
+        """What a rank carries; "auto" leaves it to the schedule, but where each layer keeps a share of its energy."""
         if isinstance(self.importance, Importance):
             return self.importance
         if self.importance != "auto":
             return IMPORTANCES[self.importance]()
-        kind, share = self.target
-        return IMPORTANCES[self.policy().judged_by(1.0 if kind == "energy" else share)]()
+        return IMPORTANCES["spectrum" if self.target[0] == "energy" else self.policy().importance]()
 
     def plan(self, model: nn.Module, include_frozen: bool = False) -> list[LayerPlan]:
         """Which layers are factorized.

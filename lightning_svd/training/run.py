@@ -38,7 +38,7 @@ from lightning_svd.ranks.costs import ModelCost, Unit
 from lightning_svd.ranks.importance import OnData
 from lightning_svd.report.data import BudgetRanks, LatencyReport, Pause, RankChange, SVDReport, report_on
 from lightning_svd.training import processes
-from lightning_svd.training.costs import CostsOfRun
+from lightning_svd.training.costs import CostsOfRun, Learned
 from lightning_svd.training.distillation import distiller_of
 from lightning_svd.training.evidence import Evidence
 from lightning_svd.training.finite import warnings_of
@@ -163,7 +163,7 @@ class SVDTraining:
         self.until_closed.callback(self.step_ranks.stop)
         self.evidence = self._evidence()
         if self.evidence is not None:
-            self.until_closed.callback(self.evidence.observer.rest)
+            self.until_closed.callback(self.evidence.rest)
         try:
             processes.agree(partial(self._adopt, trainers, state))
             if state is None and not self.recipe.begins_dense():
@@ -200,11 +200,11 @@ class SVDTraining:
         """
         self._check_going_on()
         self.step_ranks.restore()
-        if self.evidence is not None:
-            self.evidence.end_batch(self._device)
         if self.cost is None:
             self.recorder.keep_one_batch()
         self.learn_costs()
+        if self.evidence is not None:
+            self.evidence.end_batch(self._device)
         for optimizer in self.optimizers:
             self.before_step(optimizer, self._steps)
             optimizer.optimizer.step()
@@ -365,16 +365,18 @@ class SVDTraining:
         learned = processes.decide(lambda: self._learn(every_layer))
         if learned is None:
             return False
-        self.cost, self._refused = learned
+        self.cost, self._refused, draws = learned
         self.recorder.stop()
         self.recorder.calls.clear()
         self._share_weights()
         if self._refused:
             stay = counted(len(self._refused), "layer stays", "layers stay")
             self.warnings.append(f"{stay} dense ({few(self._refused)}): {next(iter(self._refused.values()))}")
+        if not draws and self.evidence is not None:
+            self.evidence.listen()
         return True
 
-    def _learn(self, every_layer: bool) -> tuple[ModelCost, dict[str, str]] | None:
+    def _learn(self, every_layer: bool) -> Learned | None:
         calls, seen = self.recorder.calls, self.recorder.seen
         if not seen or (every_layer and not seen >= self.layers.keys()):
             return None

@@ -85,7 +85,8 @@ def net(kind=ValidatedNet, **options):
 def training(*callbacks, model=None, trainer=None, validated=False, **arguments):
     """Train; what came of it, and what was said."""
     model = net() if model is None else model
-    ours = SVDTrainingCallback(**({"target_macs": 0.4, "schedule": FallToBudget(**CUTS)} | arguments))
+    given = {"target_macs": 0.4, "importance": "spectrum", "schedule": FallToBudget(**CUTS)}
+    ours = SVDTrainingCallback(**(given | arguments))
     before, steps = copy.deepcopy(model.state_dict()), []
     count = Acts("on_train_batch_end", range(1, STEPS + 1), lambda trainer, *_: steps.append(trainer.global_step))
     options = {"max_epochs": 3} | (trainer or {})

@@ -135,7 +135,7 @@ def fit(rank, count, svd, *, net=Net, callbacks=(), arguments=None, ddp=None, ba
     """Train with Lightning; what is the same in all processes, if they are."""
     torch.manual_seed(0)
     model, keep = net(), Keep()
-    ours = {"target_macs": 0.4, "schedule": FallToBudget(**SCHEDULE)} | (arguments or {})
+    ours = {"target_macs": 0.4, "importance": "spectrum", "schedule": FallToBudget(**SCHEDULE)} | (arguments or {})
     callbacks = [*callbacks, *([SVDTrainingCallback(**ours)] if svd else []), keep]
     options = {"max_epochs": EPOCHS} | options
     trainer = quiet_trainer(
@@ -165,7 +165,7 @@ def loop(rank, count, svd, *, batches=BATCHES, joins=False, accumulate=1, argume
 
     run = None
     if svd:
-        ours = {"target_macs": 0.4, "schedule": FallToBudget(**SCHEDULE)} | (arguments or {})
+        ours = {"target_macs": 0.4, "importance": "spectrum", "schedule": FallToBudget(**SCHEDULE)} | (arguments or {})
         run = SVDTraining(model, optimizer, STEPS // accumulate, on_reshape=wrap_again, **ours)
     step = run.step if run else optimizer.step
     with Join([wrapped["model"]]) if joins else contextlib.nullcontext():

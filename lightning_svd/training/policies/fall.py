@@ -26,7 +26,7 @@ class FallToBudget(PlannedPolicy):
         ValueError: If an argument is out of range; the message names it.
     """
 
-    importance_if_small = "fisher"
+    importance = "fisher"
 
     start: float = 0.5
     end: float = 0.7
@@ -71,7 +71,6 @@ class Finetune(FallToBudget):
     undoes more than a cut. The arguments are those of :class:`FallToBudget`.
     """
 
-    importance = "fisher"
     full_rank_as = "dense"
 
     start: float = 0.0

@@ -36,7 +36,7 @@ class GrowAndPrune(PlannedPolicy):
         ValueError: If an argument is out of range; the message names it.
     """
 
-    importance_if_small = "fisher"
+    importance = "fisher"
 
     start: float = 0.3
     grow: float = 0.4

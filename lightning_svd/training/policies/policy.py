@@ -11,8 +11,6 @@ from lightning_svd.ranks.importance import Importance
 from lightning_svd.training.distillation import Distillation
 from lightning_svd.training.schedules import strength
 
-SMALL = 0.25  # share of the dense model from which down ranks judged by the loss end better than those by the spectrum
-
 ChooseRanks = Callable[..., dict[str, int]]  # (what each rank carries, the cost, another share of it) -> ranks
 
 
@@ -51,18 +49,12 @@ class RankPolicy(ABC):
     """When ranks change in a run, and to what.
 
     Attributes:
-        importance: What ranks are judged by where the user does not say it.
-        importance_if_small: The same for a small budget, of at most ``SMALL``; None for no other.
+        importance: What the ranks of a budget are judged by where the user does not say it.
         full_rank_as: What layers are trained as before the first change where the user does not say it.
     """
 
     importance: ClassVar[str] = "spectrum"
-    importance_if_small: ClassVar[str | None] = None
     full_rank_as: ClassVar[str] = "svd"
-
-    def judged_by(self, share: float) -> str:
-        """What ranks are judged by where the user does not say it, for a budget of this share of the dense model."""
-        return self.importance_if_small if self.importance_if_small and share <= SMALL else self.importance
 
     @abstractmethod
     def begin(self, total_steps: int) -> None:

@@ -676,20 +676,28 @@ BY_SPECTRUM = 'ours {"importance":"spectrum"}'
 def margins(rows: list[Row]) -> list[Table]:
     """How far ours is ahead of the best rival and from the dense net at each budget, in points; behind is negative.
 
-    Ours is the row of default arguments, or where there is none that of ranks judged by the spectrum.
+    Ours is the row of default arguments, or where there is none that of ranks judged by the spectrum. Where others have
+    fewer seeds it is compared with them on those.
     """
     groups = grouped(rows)
-    means = {key: 100 * mean(group, "accuracy") for key, group in groups.items()}
     lines = []
-    for (target, method), accuracy in means.items():
-        rivals = {rival: means[at, rival] for at, rival in means if at == target and not rival.startswith("ours")}
-        meant = "ours" if (target, "ours") in means else BY_SPECTRUM
-        if method == meant and rivals and (1.0, "dense") in means:
-            best = max(rivals, key=rivals.__getitem__)
-            to_dense = accuracy - means[1.0, "dense"]
-            lines.append([f"{target:g}", best, f"{accuracy - rivals[best]:+.2f}", f"{to_dense:+.2f}"])
+    for (target, method), group in groups.items():
+        others = {rival: rows for (at, rival), rows in groups.items() if at == target and not rival.startswith("ours")}
+        rivals = {rival: lead for rival, rows in others.items() if (lead := ahead(group, rows)) is not None}
+        to_dense = ahead(group, groups.get((1.0, "dense"), []))
+        meant = "ours" if (target, "ours") in groups else BY_SPECTRUM
+        if method == meant and rivals and to_dense is not None:
+            best = min(rivals, key=rivals.__getitem__)
+            lines.append([f"{target:g}", best, f"{rivals[best]:+.2f}", f"{to_dense:+.2f}"])
     headings = ["target", "best rival", "ours, against it", "ours, against dense"]
     return [Table("Points of accuracy", headings, lines)] if lines else []
+
+
+def ahead(group: list[Row], other: list[Row]) -> float | None:
+    """The mean difference in accuracy over the seeds that both have, in points; None if there are none."""
+    theirs = {row["seed"]: row["accuracy"] for row in other}
+    points = [100 * (row["accuracy"] - theirs[row["seed"]]) for row in group if row["seed"] in theirs]
+    return statistics.mean(points) if points else None
 
 
 def plot(rows: list[Row], title: str, path: Path) -> None:

@@ -481,6 +481,30 @@ def a_forward_hook_counts_outside(fit):
     return Seen(shapes)
 
 
+ACTIVATIONS, CALLS = {}, 0
+
+
+@people(HOOKS)
+def a_forward_hook_fills_a_dict_of_the_module(fit):
+    """A forward hook keeps the last activations in a global dict, and counts in a global number"""
+
+    def hook_of(name):
+        def hook(module, args, output):
+            global CALLS
+            ACTIVATIONS[name] = output.detach()
+            CALLS += 1
+
+        return hook
+
+    global CALLS
+    ACTIVATIONS.clear()
+    CALLS, seen = 0, At("on_train_batch_end", lambda *_: (CALLS, [*ACTIVATIONS], ACTIVATIONS["last"].sum()))
+    model = Net()
+    model.net[4].register_forward_hook(hook_of("last"))
+    fit(model, seen)
+    return Seen([(calls, names) for calls, names, _ in seen.seen], [total for *_, total in seen.seen])
+
+
 @people(HOOKS)
 def a_hook_that_is_an_object(fit):
     """A forward hook is the bound method of an object that keeps sums, by layer"""

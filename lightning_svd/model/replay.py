@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any
 from weakref import ProxyTypes
 
@@ -28,6 +28,7 @@ from lightning_svd.model.values import leaves, mapped, once_each
 
 # What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
 _CONTAINERS = (list, dict, set, deque)
+_VALUES = (bool, int, float, complex, str, bytes, tuple, NoneType, Tensor)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor, nn.Module)
 DEEP, MANY = 2, 1000
 LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
@@ -45,8 +46,8 @@ def replay(
     states and the calls' tensors are as before. Randomness in the model is the same in every replay, whether it comes
     from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model differentiates in
     its forward pass. Autocast is as the caller has it. Hooks that the user registered do run, and what they keep (in
-    lists, in objects, in variables of the function that made them) is as before. Objects that a model was called with,
-    and what is done elsewhere, in files or global variables, are not undone.
+    lists, in objects, in variables of the function that made them or of its module) is as before. Objects that a model
+    was called with, and what is done elsewhere, in files or by functions that a hook calls, are not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -274,6 +275,7 @@ class _Kept:
         self._seen: set[int] = set()
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
+        self._variables: list[tuple[dict[str, Any], str, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._rewindings: list[Callable[[], Any]] = []
 
@@ -288,7 +290,11 @@ class _Kept:
         self._container(vars(owner), DEEP, and_objects)
 
     def function(self, function: Any) -> None:
-        """Note what a function keeps: its object's attributes, its arguments, and the variables that it closes over."""
+        """Note what a function keeps: its object's attributes, its arguments, and the variables that it uses.
+
+        Of global ones those alone that are, or hold, numbers, tensors or containers: an object that everybody knows
+        may be at work elsewhere.
+        """
         if id(function) in self._seen:
             return
         self._seen.add(id(function))
@@ -300,6 +306,17 @@ class _Kept:
                 self._kept_by(cell.cell_contents)
         for value in getattr(inner, "__defaults__", None) or ():
             self._kept_by(value)
+        if isinstance(inner, FunctionType):
+            self._globals(inner)
+
+    def _globals(self, function: FunctionType) -> None:
+        there = function.__globals__
+        for name in _names_in(function.__code__):
+            value = there.get(name)
+            if isinstance(value, _CONTAINERS):
+                self._container(value, DEEP)
+            if isinstance(value, (*_CONTAINERS, *_VALUES)):
+                self._variables.append((there, name, value))
 
     def _kept_by(self, value: Any) -> None:
         if isinstance(value, functools.partial):
@@ -346,6 +363,17 @@ class _Kept:
         for cell, before in self._cells:
             if cell.cell_contents is not before:
                 cell.cell_contents = before
+        for there, name, before in self._variables:
+            if there.get(name) is not before:
+                there[name] = before
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    """The names of attributes and global variables in a function, and in those that it defines."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
 
 
 def _is_small_array(value: Any) -> bool:

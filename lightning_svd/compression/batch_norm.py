@@ -14,7 +14,7 @@ from lightning_svd.model.replay import untouched
 Values = Sequence[tuple[Tensor, Tensor]]  # buffers, and what they hold
 
 
-def recalibrated(model: nn.Module, data: CalibrationData, distance: Callable[[], float]) -> Values:
+def recalibrated(model: nn.Module, data: CalibrationData, distance: Callable[[], float]) -> tuple[Values, float | None]:
     """Take running means and variances anew over the calibration batches; keep them if outputs are nearer then.
 
     Args:
@@ -23,26 +23,27 @@ def recalibrated(model: nn.Module, data: CalibrationData, distance: Callable[[],
         distance: How far outputs are from what they should be.
 
     Returns:
-        The buffers that are other ones now, with what they held; empty if none are kept.
+        The buffers that are other ones now, with what they held, empty if none are kept; and how far outputs are now,
+        None where nobody had to ask.
     """
     norms = [child for child in model.modules() if isinstance(child, _BatchNorm) and child.running_mean is not None]
     if not norms:
-        return []
+        return [], None
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
         now = _anew(norms, model, data, [buffer for buffer, _ in before])
     except CallError:  # batches of one value for each channel, of which there is no variance
-        return []
+        return [], None
     farther = distance()
     try:
         put(now)
-        if distance() < farther:
-            return before
+        if (nearer := distance()) < farther:
+            return before, nearer
     except BaseException:
         put(before)
         raise
     put(before)
-    return []
+    return [], farther
 
 
 def _anew(norms: Sequence[_BatchNorm], model: nn.Module, data: CalibrationData, buffers: Sequence[Tensor]) -> Values:

@@ -445,15 +445,15 @@ class _Compression:
     def _distance_with(self, ranks: Mapping[str, int], bases: Mapping[str, Basis]) -> float:
         """The distance with so many ranks of bases, and with statistics of batch normalization that suit them."""
         with self._having(ranks, bases):
-            before = self._recalibrated()
+            before, distance = self._recalibrated()
             try:
-                return self.distance()
+                return self.distance() if distance is None else distance
             finally:
                 put(before)
 
-    def _recalibrated(self) -> Values:
-        """What statistics of batch normalization were, where they are better anew for what layers compute now."""
-        return recalibrated(self.model, self.data, self.distance) if self.recalibrate else []
+    def _recalibrated(self) -> tuple[Values, float | None]:
+        """Statistics of batch normalization taken anew, as of :func:`recalibrated`, if they are to be."""
+        return recalibrated(self.model, self.data, self.distance) if self.recalibrate else ([], None)
 
     # ---------------------------------------------------------------------------------------------------------- act
 
@@ -474,7 +474,7 @@ class _Compression:
                 self._restore_biases()
                 self.corrected = False
         self.bases, self.means = {}, {}
-        self.norms = self._recalibrated()
+        self.norms, _ = self._recalibrated()
 
     def _shifts(self, factors: Mapping[str, Factors]) -> dict[str, float]:
         """Of each layer, how far its output moves for what it is given in the dense model, as a share of its size."""

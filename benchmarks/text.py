@@ -243,6 +243,7 @@ def tables(rows: list[Row]) -> list[Table]:
         [
             row["method"],
             f"{row['rate']:g}",
+            str(row["seed"]),
             f"{row['perplexity']:.3f}",
             f"{row['params']:,}",
             times(row["params_ratio"]),
@@ -251,7 +252,7 @@ def tables(rows: list[Row]) -> list[Table]:
         ]
         for row in sorted(rows, key=lambda row: (-row["target"], row["perplexity"]))
     ]
-    headings = ["method", "rate", "perplexity", "parameters", "/ dense", "time / dense", "middle half"]
+    headings = ["method", "rate", "seed", "perplexity", "parameters", "/ dense", "time / dense", "middle half"]
     return [Table("a language model on bytes, trained from scratch", headings, lines)]
 
 

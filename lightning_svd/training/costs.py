@@ -26,7 +26,8 @@ class Learned(NamedTuple):
     Attributes:
         cost: Of the model.
         refused: Why layers cannot become two, by name.
-        draws: Whether ranks can be judged by targets drawn from the model's own outputs, where that was left to us.
+        draws: Whether ranks are judged by targets drawn from the model's own outputs; False where that fails, and was
+            not asked for by name.
     """
 
     cost: ModelCost

@@ -682,8 +682,11 @@ def margins(rows: list[Row]) -> list[Table]:
     groups = grouped(rows)
     lines = []
     for (target, method), group in groups.items():
-        others = {rival: rows for (at, rival), rows in groups.items() if at == target and not rival.startswith("ours")}
-        rivals = {rival: lead for rival, rows in others.items() if (lead := ahead(group, rows)) is not None}
+        rivals = {
+            rival: lead
+            for (at, rival), theirs in groups.items()
+            if at == target and not rival.startswith("ours") and (lead := ahead(group, theirs)) is not None
+        }
         to_dense = ahead(group, groups.get((1.0, "dense"), []))
         meant = "ours" if (target, "ours") in groups else BY_SPECTRUM
         if method == meant and rivals and to_dense is not None:

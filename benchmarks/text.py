@@ -152,15 +152,9 @@ def dense(work: Work, target: float) -> nn.Module:
     return work.fit(model, (0, work.steps), Half())
 
 
-def ours(work: Work, target: float) -> nn.Module:
-    """SVD training by the callback, default arguments."""
-    return work.fit(work.build(), (0, work.steps), SVDTrainingCallback(target_params=target))
-
-
-def ours_by_spectrum(work: Work, target: float) -> nn.Module:
-    """The same with ranks judged by their singular values alone."""
-    callback = SVDTrainingCallback(target_params=target, importance="spectrum")
-    return work.fit(work.build(), (0, work.steps), callback)
+def ours(work: Work, target: float, **arguments: Any) -> nn.Module:
+    """SVD training by the callback, default arguments but for these."""
+    return work.fit(work.build(), (0, work.steps), SVDTrainingCallback(target_params=target, **arguments))
 
 
 def truncate_at_half(work: Work, target: float) -> nn.Module:
@@ -181,7 +175,7 @@ def narrow(work: Work, target: float) -> nn.Module:
 METHODS: dict[str, Callable[[Work, float], nn.Module]] = {
     "dense": dense,
     "ours": ours,
-    "ours_by_spectrum": ours_by_spectrum,
+    "ours_by_spectrum": functools.partial(ours, importance="spectrum"),
     "truncate_at_half": truncate_at_half,
     "narrow": narrow,
 }

@@ -37,14 +37,12 @@ class Pass:
         probes: Zeros that were added to the layers' outputs: to ask for their gradients has those of the outputs
             computed, whatever is frozen before, and no others.
         heard: The names of the layers to which gradients can come back.
-        unheard: Of those that were called where the model has turned gradients off.
     """
 
     def __init__(self, of: Callable[[SVDLayer], Noted | None], inputs: int) -> None:
         self.of, self.inputs = of, inputs
         self.probes: list[Tensor] = []
         self.heard: set[str] = set()
-        self.unheard: set[str] = set()
         self._told: dict[str, Noted] = {}
 
     def watch(self, layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
@@ -58,7 +56,6 @@ class Pass:
         if not in_backward():  # where an activation checkpoint computes what was seen before
             noted.see(layer, between)
         if not torch.is_grad_enabled():  # the model may have turned them off here
-            self.unheard.add(layer.layer_name)
             return out
         self.heard.add(layer.layer_name)
         out = self._probed(out)

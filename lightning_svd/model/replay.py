@@ -103,7 +103,6 @@ def untouched(module: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(evaluating(module))
         stack.enter_context(_keeping_state(module))
-        stack.enter_context(_keeping_what_hooks_keep(module))
         stack.enter_context(_same_randomness(module))
         stack.enter_context(_without_shortcuts())
         yield
@@ -163,10 +162,12 @@ def _rewinding(generator: Any) -> Callable[[], Any] | None:
 
 @contextmanager
 def _keeping_state(module: nn.Module) -> Iterator[None]:
-    """Parameters, buffers, attributes, and what is in containers and objects among those, as they were afterwards."""
+    """Parameters, buffers, attributes, what is in containers and objects among them, and what hooks keep, as before."""
     kept = _Kept()
     for child in module.modules():
         kept.attributes(child, and_objects=True)
+    for hook in _hooks(module):
+        kept.function(hook)
     written = _Written([*module.parameters(), *kept.tensors])
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
     try:
@@ -238,17 +239,6 @@ def _place(tensor: Tensor) -> tuple[torch.device, int] | None:
     return (tensor.device, start) if start else None
 
 
-@contextmanager
-def _keeping_what_hooks_keep(module: nn.Module) -> Iterator[None]:
-    kept = _Kept()
-    for hook in _hooks(module):
-        kept.function(hook)
-    try:
-        yield
-    finally:
-        kept.restore()
-
-
 _KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
@@ -311,8 +301,8 @@ class _Kept:
 
     def _globals(self, function: FunctionType) -> None:
         there = function.__globals__
-        for name in _names_in(function.__code__):
-            value = there.get(name)
+        for name in there.keys() & _names_in(function.__code__):
+            value = there[name]
             if isinstance(value, _CONTAINERS):
                 self._container(value, DEEP)
             if isinstance(value, (*_CONTAINERS, *_VALUES)):
@@ -364,8 +354,7 @@ class _Kept:
             if cell.cell_contents is not before:
                 cell.cell_contents = before
         for there, name, before in self._variables:
-            if there.get(name) is not before:
-                there[name] = before
+            there[name] = before
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

@@ -271,7 +271,8 @@ class Replayer(Observer):
         """
         seen = {name: self._statistics(layer) for name, layer in self.layers.items()}
         with self.resting():
-            reached, unheard = self._collect(calls, seen, 0)
+            reached, heard = self._collect(calls, seen, 0)
+        unheard = [name for name, each in seen.items() if each.positions and name not in heard]
         if self.with_gradients and not reached:
             raise CannotDrawError("no output of it has a gradient")
         if self.with_gradients and unheard:
@@ -280,10 +281,9 @@ class Replayer(Observer):
                 "`use_reentrant=True`"
             )
 
-    def _collect(self, calls: Sequence[Call], seen: Mapping[str, Statistics], seed: int) -> tuple[bool, list[str]]:
-        """Run calls again; returns whether a gradient came back from any, and the layers to which none can."""
-        generator, reached = torch.Generator().manual_seed(seed), False
-        heard, unheard = set[str](), set[str]()
+    def _collect(self, calls: Sequence[Call], seen: Mapping[str, Statistics], seed: int) -> tuple[bool, set[str]]:
+        """Run calls again; returns whether a gradient came back from any, and the layers to which one can."""
+        generator, reached, heard = torch.Generator().manual_seed(seed), False, set[str]()
         trained = [call for call in calls if call.grad] or calls
         with untouched(self.model), torch.set_grad_enabled(self.with_gradients):
             for call in trained:
@@ -294,8 +294,7 @@ class Replayer(Observer):
                         reached |= _differentiate(output, one.probes, generator)
                 one.end()
                 heard |= one.heard
-                unheard |= one.unheard
-        return reached, [name for name in self.layers if name in unheard - heard]
+        return reached, heard
 
 
 def _differentiate(output: Any, probes: Sequence[Tensor], generator: torch.Generator) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from models import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_svd import FallToBudget, Fisher, Regularizer, SVDTrainingCallback, svd_layers
 
@@ -503,6 +505,47 @@ def a_forward_hook_fills_a_dict_of_the_module(fit):
     model.net[4].register_forward_hook(hook_of("last"))
     fit(model, seen)
     return Seen([(calls, names) for calls, names, _ in seen.seen], [total for *_, total in seen.seen])
+
+
+TOTAL, LARGEST, ALL = torch.zeros(4), numpy.zeros(1), MeanMetric()
+
+
+def note_all(output):
+    """What a hook calls."""
+    TOTAL.add_(output.detach().sum(0))
+    numpy.maximum(LARGEST, float(output.detach().max()), out=LARGEST)
+    ALL.update(output.detach())
+
+
+@people(HOOKS)
+def a_forward_hook_adds_in_place(fit):
+    """A forward hook adds into tensors, arrays, metrics: its own, global ones, by a function that it calls"""
+
+    class Sums:
+        def __init__(self):
+            self.sum, self.rows, self.mean = torch.zeros(()), numpy.zeros(1, int), MeanMetric()
+
+        def __call__(self, module, args, output):
+            self.sum.add_(output.detach().sum())
+            self.rows += len(output)
+            self.mean.update(output.detach())
+
+    model, sums, count, mean = Net(), Sums(), torch.zeros((), dtype=torch.int64), MeanMetric()
+
+    def note(module, args, output):
+        count.add_(1)
+        mean.update(output.detach())
+        note_all(output)
+
+    for each in (TOTAL, LARGEST):
+        each[:] = 0
+    ALL.reset()
+    model.net[4].register_forward_hook(sums)
+    model.net[4].register_forward_hook(note)
+    fit(model)
+    weights = [metric.weight.clone() for metric in (sums.mean, mean, ALL)]
+    values = [sums.sum, TOTAL, LARGEST, *(metric.compute() for metric in (sums.mean, mean, ALL))]
+    return Seen([sums.rows.copy(), count, weights], [torch.as_tensor(value).clone() for value in values])
 
 
 @people(HOOKS)

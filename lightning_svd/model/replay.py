@@ -29,7 +29,7 @@ from lightning_svd.model.values import leaves, mapped, once_each
 # What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
 _CONTAINERS = (list, dict, set, deque)
 _VALUES = (bool, int, float, complex, str, bytes, tuple, NoneType, Tensor)
-_NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor, nn.Module)
+_NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor)
 DEEP, MANY = 2, 1000
 LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
 
@@ -46,8 +46,9 @@ def replay(
     states and the calls' tensors are as before. Randomness in the model is the same in every replay, whether it comes
     from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model differentiates in
     its forward pass. Autocast is as the caller has it. Hooks that the user registered do run, and what they keep (in
-    lists, in objects, in variables of the function that made them or of its module) is as before. Objects that a model
-    was called with, and what is done elsewhere, in files or by functions that a hook calls, are not undone.
+    lists, tensors, metrics and objects, in variables of the function that made them or of its file, whose functions
+    they may call) is as before. Objects that a model was called with, and what is done elsewhere, in files or by
+    functions of other files, are not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -164,8 +165,7 @@ def _rewinding(generator: Any) -> Callable[[], Any] | None:
 def _keeping_state(module: nn.Module) -> Iterator[None]:
     """Parameters, buffers, attributes, what is in containers and objects among them, and what hooks keep, as before."""
     kept = _Kept()
-    for child in module.modules():
-        kept.attributes(child, and_objects=True)
+    kept.modules(module, and_objects=True)
     for hook in _hooks(module):
         kept.function(hook)
     written = _Written([*module.parameters(), *kept.tensors])
@@ -257,7 +257,7 @@ class _Kept:
     """Containers, attributes, variables, arrays and generators of random numbers as they were, to be restored.
 
     Attributes:
-        tensors: Those of a model that are neither its parameters nor its buffers, which whoever writes into them keeps.
+        tensors: Those that a model or its hooks keep, to be copied before something writes into them.
     """
 
     def __init__(self) -> None:
@@ -269,21 +269,25 @@ class _Kept:
         self._arrays: list[tuple[Any, Any]] = []
         self._rewindings: list[Callable[[], Any]] = []
 
-    def attributes(self, owner: Any, and_objects: bool = False) -> None:
-        """Note an object's attributes, and what is in containers among them.
+    def modules(self, root: nn.Module, and_objects: bool = False) -> None:
+        """Note the attributes of a tree's modules, and what is in containers among them.
 
         Args:
-            owner: A module, or an object of a hook's.
-            and_objects: Whether tensors, arrays, generators and plain objects among them are noted too, as of a
-                model's own.
+            root: Of the tree.
+            and_objects: Whether generators and plain objects among them are noted too, as of a model's own.
         """
-        self._container(vars(owner), DEEP, and_objects)
+        if id(vars(root)) in self._seen:
+            return
+        new = [own for own in map(vars, root.modules()) if id(own) not in self._seen]
+        self._seen.update(map(id, new))
+        for own in new:
+            self._contents(own, DEEP, and_objects)
 
     def function(self, function: Any) -> None:
         """Note what a function keeps: its object's attributes, its arguments, and the variables that it uses.
 
-        Of global ones those alone that are, or hold, numbers, tensors or containers: an object that everybody knows
-        may be at work elsewhere.
+        Of global ones those alone that are, or hold, numbers, tensors, containers, modules, or functions of the same
+        file, which it may call: another object that everybody knows may be at work elsewhere.
         """
         if id(function) in self._seen:
             return
@@ -303,8 +307,9 @@ class _Kept:
         there = function.__globals__
         for name in there.keys() & _names_in(function.__code__):
             value = there[name]
-            if isinstance(value, _CONTAINERS):
-                self._container(value, DEEP)
+            is_called = isinstance(value, FunctionType) and value.__globals__ is there
+            if is_called or isinstance(value, (*_CONTAINERS, nn.Module, Tensor)) or _is_small_array(value):
+                self._kept_by(value)
             if isinstance(value, (*_CONTAINERS, *_VALUES)):
                 self._variables.append((there, name, value))
 
@@ -316,31 +321,43 @@ class _Kept:
             self._container(value, DEEP)
         elif isinstance(value, (FunctionType, MethodType)):
             self.function(value)
-        elif hasattr(value, "__dict__") and not isinstance(value, _NO_PLAIN_OBJECTS):
-            self.attributes(value)
+        elif not self._memory(value) and hasattr(value, "__dict__") and not isinstance(value, _NO_PLAIN_OBJECTS):
+            self._container(vars(value), DEEP)
 
     def _container(self, container: Any, deep: int, and_objects: bool = False) -> None:
-        if id(container) in self._seen:
-            return
-        self._seen.add(id(container))
+        if id(container) not in self._seen:
+            self._seen.add(id(container))
+            self._contents(container, deep, and_objects)
+
+    def _contents(self, container: Any, deep: int, and_objects: bool) -> None:
         self._containers.append((container, {**container} if isinstance(container, dict) else [*container]))
         if len(container) <= MANY:
             for value in container.values() if isinstance(container, dict) else container:
                 if issubclass(type(value), _CONTAINERS):  # past what a weak reference says that it is
                     if deep:
                         self._container(value, deep - 1, and_objects)
-                elif and_objects and not issubclass(type(value), ProxyTypes):
-                    self._object(value)
+                elif not issubclass(type(value), ProxyTypes):
+                    self._value(value, and_objects)
 
-    def _object(self, value: Any) -> None:
-        if type(value) is Tensor:
-            self.tensors += [] if value.is_inference() else [value]
-        elif rewind := _rewinding(value):
+    def _value(self, value: Any, and_objects: bool) -> None:
+        if self._memory(value, and_objects) or not and_objects:
+            return
+        if rewind := _rewinding(value):
             self._rewindings.append(rewind)
-        elif _is_small_array(value):
-            self._arrays.append((value, value.copy()))
         elif not isinstance(value, _NO_PLAIN_OBJECTS) and isinstance(own := getattr(value, "__dict__", None), dict):
             self._container(own, DEEP)
+
+    def _memory(self, value: Any, and_objects: bool = False) -> bool:
+        """Note what may be written into: a tensor, an array, a module (a metric, say); whether it is one."""
+        if isinstance(value, nn.Module):
+            self.modules(value, and_objects)
+        elif type(value) in (Tensor, nn.Parameter):
+            self.tensors += [] if value.is_inference() else [value]
+        elif _is_small_array(value):
+            self._arrays.append((value, value.copy()))
+        else:
+            return False
+        return True
 
     def restore(self) -> None:
         """Have everything as it was noted."""

@@ -199,6 +199,31 @@ def test_another_runtime_times_the_whole_model(runtime, monkeypatch):
         assert len(made) == 1 + len(timing.SHARES)
 
 
+@pytest.mark.parametrize("runtime", ["onnx", "compiled"])
+def test_in_another_runtime_what_is_chosen_takes_turns_with_the_dense_model(runtime, monkeypatch):
+    """What takes long to make is made once, both are there at once, and they are timed for as long as that took."""
+    if runtime == "onnx":
+        pytest.importorskip("onnxruntime")
+    else:
+        monkeypatch.setattr(torch, "compile", lambda module: module)
+    counted, seen = stopwatch.turns, []
+
+    def turns(actions, seconds, rounds=stopwatch.ROUNDS):
+        taken = counted(actions, seconds, rounds)
+        seen.append((seconds, taken))
+        return taken
+
+    monkeypatch.setattr(stopwatch, "turns", turns)
+    model, x = net(), torch.randn(6, 40)
+    with stopwatch.measuring():
+        whole = timing._Whole(model, plan(model), [Call(model, (x,), {})], replace(QUICK, runtime=runtime))
+        share = whole.share(dict.fromkeys(whole.layers, 2))
+    ((seconds, taken),) = seen
+    assert [*taken] == ["dense", "now"] and len(taken["now"]) == len(taken["dense"]) > 1
+    assert share == stopwatch.ratio(taken["now"], taken["dense"])
+    assert seconds > (5 * QUICK.seconds if runtime == "onnx" else 0)  # an export alone takes ten times as long
+
+
 def test_onnx_is_for_one_call_with_tensors():
     with pytest.raises(ValueError, match='`runtime`: "onnx" is for a model that is called once, with tensors'):
         profile(net(), {"input": torch.randn(6, 40)}, replace(QUICK, runtime="onnx"))
@@ -350,33 +375,28 @@ def test_ranks_are_some_that_were_measured_where_time_jumps(monkeypatch, fast, t
     cost = replace(cost, layers=prices, latency=ModelLatency(dense, ((0.1 * dense, 0.1 * dense), (dense, dense))))
     seen = []
 
-    def turns(whole, choices):
-        taken = [sum(made[name].at(pairs[name]) if name in pairs else 1e-4 for name in made) for pairs in choices]
-        seen.append(choices[-1])
-        return [[each if each == dense or each < fast * dense else 1.2 * dense] for each in taken]
+    def share_of(whole, pairs):
+        taken = sum(made[name].at(pairs[name]) if name in pairs else 1e-4 for name in made)
+        seen.append(pairs)
+        return taken / dense if taken < fast * dense else 1.2
 
     def choose(cost):
         priced = cost.by("latency")
         return keep_by_budget({n: torch.arange(40, 0, -1.0) for n in made}, priced, priced.budget(target))
 
-    monkeypatch.setattr(timing._Whole, "turns", turns)
+    monkeypatch.setattr(timing._Whole, "share", share_of)
     call = Call(model, (x,), {})
     found, priced = timing.corrected(model, plan(model), [call], QUICK, cost, target, choose)
     kept = {name: rank for name, rank in found.items() if prices[name].pays(rank)}
     assert kept in seen and len(seen) <= timing.CORRECTIONS
     promised = priced.by("latency").share(priced.by("latency").total(found))
-    assert promised == pytest.approx(turns(None, [kept])[0][0] / dense)
+    assert promised == pytest.approx(share_of(None, kept))
     assert 0.8 * share < promised <= min(share, target) * (1 + timing.CLOSE)
 
 
 def test_a_time_that_was_not_reached_is_said(clock, monkeypatch):
-    whole = timing._Whole.turns
-
-    def slower(self, choices):  # than by the table, once ranks are chosen by it
-        taken = whole(self, choices)
-        return [taken[0], [1.2 * each for each in taken[0]]] if len(choices) == 2 else taken
-
-    monkeypatch.setattr(timing._Whole, "turns", slower)
+    # Slower than by the table, once ranks are chosen by it.
+    monkeypatch.setattr(timing._Whole, "share", lambda *_: 1.2)
     report, _ = fit(target_latency=0.6, latency_table=QUICK)
     missed = r"the model takes \d+\.\d% of the dense one's time, and 60\.0% was asked for"
     assert re.search(missed, " ".join(report.warnings)) and re.search(missed, str(report))

@@ -154,8 +154,7 @@ def corrected(
             if not pairs or any(ranks == other for _, other in measured):
                 measured += [] if pairs else [(1.0, ranks)]
                 break
-            dense, now = whole.turns([{}, pairs])
-            share = stopwatch.ratio(now, dense)
+            share = whole.share(pairs)
             measured.append((share, ranks))
             cost = _having_measured(cost, share, ranks)
             if abs(share - target) <= CLOSE * target:
@@ -268,13 +267,35 @@ class _Whole:
 
     def seconds(self, choices: Sequence[Mapping[str, int]]) -> list[float]:
         """Of the model for each choice of ranks, layers that are in none dense."""
-        return [min(taken) for taken in self.turns(choices)]
-
-    def turns(self, choices: Sequence[Mapping[str, int]]) -> list[list[float]]:
-        """The same in each turn."""
         # What takes long to make is timed at once; otherwise they all take turns.
-        rounds = stopwatch.ROUNDS if self._timing.runtime == "eager" else 1
-        each = self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
+        return [min(taken) for taken in self._turns(choices, stopwatch.ROUNDS if self._is_made_fast else 1)]
+
+    def share(self, ranks: Mapping[str, int]) -> float:
+        """Of the time of the dense model, in the same turns."""
+        if self._is_made_fast:
+            dense, now = self._turns([{}, ranks], stopwatch.ROUNDS)
+            return stopwatch.ratio(now, dense)
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            actions = {name: stack.enter_context(self._running(of)) for name, of in (("dense", {}), ("now", ranks))}
+            with torch.inference_mode():
+                for action in actions.values():
+                    action()
+            # What takes long to make may be timed for as long.
+            taken = stopwatch.turns(actions, max(2 * self._seconds_each, time.perf_counter() - start))
+        return stopwatch.ratio(taken["now"], taken["dense"])
+
+    @property
+    def _is_made_fast(self) -> bool:
+        return self._timing.runtime == "eager"
+
+    @property
+    def _seconds_each(self) -> float:
+        return self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES))
+
+    def _turns(self, choices: Sequence[Mapping[str, int]], rounds: int) -> list[list[float]]:
+        """Seconds in each turn; what is timed is made anew for each, so that not all are there at once."""
+        each = self._seconds_each / rounds
         taken: list[list[float]] = [[] for _ in choices]
         start = time.perf_counter()
         for done in range(rounds):

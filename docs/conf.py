@@ -34,7 +34,7 @@ python_use_unqualified_type_names = True
 # Annotations of a constructor come as they are written where its class says what the arguments are.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|lightning|pathlib|collections)\..*|lightning_svd\.[\w.]+\.ModuleT|[mn]"),
+    ("py:.*", r"(torch|lightning|pathlib|collections|os)\..*|lightning_svd\.[\w.]+\.ModuleT|[mn]"),
     ("py:class", r"nn\.Module|Optimizer|ChooseRanks|MetricGuard|lightning_svd\.layers\.layer\.Repeats"),
 ]
 

@@ -22,11 +22,11 @@ LARGE = {"relative squared error": 0.1, DIVERGENCE: 0.5, CHANGED: 0.1}
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """What :func:`~lightning_svd.compress` did.
+    """The report of :func:`~lightning_svd.compress`: the ranks kept, the ways tried, and how far outputs moved.
 
     Attributes:
         ranks: Each layer's rank and cost.
-        target: "macs" or "params".
+        target: "macs", "params" or "latency".
         share: Of it, that was asked for.
         choice: Which way to decide was taken.
         tried: Each way that was tried -> how far it moved held-out outputs.

@@ -129,7 +129,9 @@ class Repeats(Protocol):
 
 
 class SVDLayer(FactorizedModule):
-    """What all factorized layers share; the class of each derives from this one and from the layer's own.
+    """Base of all factorized layers, which train U, s and V of their weight.
+
+    The class of each derives from this one and from the layer's own.
 
     Attributes:
         view: How the layer's weight is seen as a matrix.

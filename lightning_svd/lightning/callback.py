@@ -31,8 +31,8 @@ class SVDTrainingCallback(CallbackWithRun):
     sparsity strength ramps up; ranks fall towards the budget; ranks are frozen and the low-rank model is finetuned.
     Parameters, state dicts and files show the dense weights under their own names all the while.
 
-    Works with no argument (``target_macs=0.5``). Give at most one of ``target_macs``, ``target_params`` and
-    ``energy_threshold``.
+    Works with no argument (``target_macs=0.5``). Give at most one of ``target_macs``, ``target_params``,
+    ``target_latency`` and ``energy_threshold``.
 
     Args:
         monitor: Name of a logged metric; the report says what the pruning cost in it.

@@ -32,7 +32,7 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True)
 class Folding:
-    """What :func:`~lightning_svd.fold_norms` did.
+    """The result of :func:`~lightning_svd.fold_norms`: which normalizations were folded, and which were not, and why.
 
     Attributes:
         folded: Name of each normalization that is no more -> the layer that does its work.

@@ -34,7 +34,7 @@ WIDE_ONLY = ("kind", "weight", "break-even")
 
 @dataclass(frozen=True)
 class RankChange:
-    """Ranks after a cut.
+    """One cut: the ranks and the costs after it.
 
     Attributes:
         step: Optimizer steps before it.

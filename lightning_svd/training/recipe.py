@@ -51,7 +51,33 @@ TARGETS: dict[str, Target] = {
 
 @dataclass
 class Recipe:
-    """The arguments of a run that do not need Lightning; what each is for, says ``SVDTrainingCallback``.
+    """The arguments of a run that do not need Lightning: which layers, how far, when, and by which measure.
+
+    Give at most one of ``target_macs``, ``target_params``, ``target_latency`` and ``energy_threshold``; without one it
+    is ``target_macs=0.5``. The page on arguments says when to change which.
+
+    Args:
+        target_modules: The layers that are factorized: names, types or patterns; None for all that can be.
+        exclude_modules: Those that are not, likewise.
+        conv_mode: How a convolution's kernel is seen as a matrix: "channel", "spatial" or "auto".
+        rank_pattern: Pattern of a layer's name -> the most ranks that it may end with.
+        plan_file: A YAML file that says for each layer whether, and how, it is factorized.
+        target_macs: Share of the dense model's multiply-accumulates to keep, in (0, 1].
+        target_params: Share of its parameters to keep.
+        target_latency: Share of its measured time to keep.
+        latency_table: Where the times of ``target_latency`` come from: a file or a table made on the target machine, or
+            how to measure here; None measures with a training batch.
+        energy_threshold: Share of its energy that each layer keeps, in the place of a budget (the paper's criterion).
+        schedule: When ranks change: "fall", "finetune", "alternating", "grow_and_prune", "nested" or an object.
+        full_rank_as: What layers train as before the first cut: "svd", "dense", or "auto" for the schedule's own.
+        importance: What a rank is worth: "spectrum", "outputs", "fisher" or an object. "auto" is "fisher" for a budget
+            with "fall", "finetune" and "grow_and_prune", and "spectrum" otherwise.
+        min_rank: The fewest ranks that a layer may end with.
+        round_to: What ranks are multiples of; "auto" for what the device's kernels compute at once.
+        regularizer: The sparsity penalty: "hoyer", "hoyer_square", "l1", None for none, or a ``Regularizer``.
+        measure_latency: Whether layers are timed at the end, and become dense again where factors are no faster.
+        final: What the model is made of at the end: "factored" (two plain layers), "dense", or "decomposed" (U, s, V).
+        distill: Whether the dense model teaches, True, False or a ``Distillation``.
 
     Raises:
         ValueError: If one is out of range; the message names it.

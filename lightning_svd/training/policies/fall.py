@@ -13,7 +13,7 @@ from lightning_svd.training.schedules import SHAPES, cut_steps, removal
 
 @dataclass(kw_only=True)
 class FallToBudget(PlannedPolicy):
-    """Ranks are full, then fall to the budget in cuts along a curve, then stay.
+    """The default schedule: ranks are full, then fall to the budget in cuts along a curve, then stay.
 
     Args:
         start: Share of the run before they begin to fall, in [0, 1].
@@ -65,7 +65,7 @@ class FallToBudget(PlannedPolicy):
 
 @dataclass(kw_only=True)
 class Finetune(FallToBudget):
-    """For a trained net: one cut, soon, judged by what the loss feels on data, and no sparsity penalty.
+    """The schedule for a trained net: one early cut to the budget, then fine-tuning without a sparsity penalty.
 
     Until then layers are the dense ones: what Adam does to U, s and V in a few steps of a loss that is small already
     undoes more than a cut. The arguments are those of :class:`FallToBudget`.

@@ -15,7 +15,7 @@ ChooseRanks = Callable[..., dict[str, int]]  # (what each rank carries, the cost
 
 
 class Choose(Protocol):
-    """Gives the ranks of a budget, judged by the model as it is now."""
+    """A function that gives each layer's rank within a budget, judged by the model as it is now."""
 
     def __call__(self, relief: float = 0.0) -> Mapping[str, int]:
         """The ranks to end with, or those of a larger budget.
@@ -28,7 +28,7 @@ class Choose(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """What is to change.
+    """A change of ranks that a schedule asks for.
 
     Attributes:
         ranks: The rank that each layer is to use.
@@ -46,7 +46,7 @@ class Change:
 
 
 class RankPolicy(ABC):
-    """When ranks change in a run, and to what.
+    """The interface of a schedule: after which optimizer steps ranks change, and to what.
 
     Attributes:
         importance: What the ranks of a budget are judged by where the user does not say it.

@@ -46,7 +46,7 @@ class RanksOfCalls:
         self.noted = []
         for module in model.modules():
             if isinstance(module, SVDLayer):
-                module.register_forward_pre_hook(lambda layer, _: self.noted.append((layer.layer_name, layer.rank)))
+                module.register_forward_pre_hook(lambda layer, _: self.noted.append((layer.svd_name, layer.rank)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the policy

@@ -154,7 +154,7 @@ def noted(layers, data):
 
     def watch(layer, x, out, bias):
         out = out + torch.zeros((), dtype=out.dtype).requires_grad_()
-        calls[layer.layer_name].append((x.detach().clone(), out))
+        calls[layer.svd_name].append((x.detach().clone(), out))
         return out.clone()  # which the model may write into
 
     with watching(layers.values(), watch):

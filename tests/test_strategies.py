@@ -349,7 +349,7 @@ class FailsInOne(Callback):
 
 def break_svds(pl_module):
     def fails(layer):
-        raise ValueError(f"`{layer.layer_name}`: its singular value decomposition does not converge")
+        raise ValueError(f"`{layer.svd_name}`: its singular value decomposition does not converge")
 
     Spectrum.factors = lambda self, layer: fails(layer)
 

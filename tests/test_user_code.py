@@ -73,6 +73,7 @@ class Pattern:
 
 
 PATTERNS: list[Pattern] = []
+READ_BY_NAME = "read by the step itself"
 
 
 def people(area, **about):
@@ -1135,7 +1136,27 @@ def fit_penalty(fit, penalty):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
+def a_method_that_reads_weights(fit):
+    """A flow whose method `log_prob(x)`, and no `forward`, reads the determinants of weights"""
+
+    class Flow(Net):
+        def __init__(self):
+            super().__init__()
+            self.flow = nn.ModuleList([nn.Linear(12, 12), nn.Linear(12, 12)])
+
+        def loss(self, batch):
+            x, volume = batch[0], 0.0
+            for layer in self.flow:
+                x = F.leaky_relu(layer(x), 0.5)
+                volume = volume + torch.linalg.slogdet(layer.weight)[1]
+            return super().loss(batch) + 0.01 * (x.square().sum(1).mean() - volume)
+
+    model = fit(Flow())
+    return Seen(model.losses[0], net(model))
+
+
+@people(LOSSES, says=READ_BY_NAME)
 def l1_of_a_weight(fit):
     """L1 of one layer's weight: `self.net[2].weight.abs().sum()`"""
     return fit_penalty(fit, lambda m: m.net[2].weight.abs().sum())
@@ -1153,13 +1174,13 @@ def norms_of_named_weights(fit):
     )
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def orthogonality_of_a_weight(fit):
     """`(W @ W.T - I).norm()` of a layer's weight"""
     return fit_penalty(fit, lambda m: (m.net[2].weight @ m.net[2].weight.T - torch.eye(16)).norm())
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def spectral_norms_of_weights(fit):
     """Spectral norms: `torch.linalg.matrix_norm(W, 2)` and `torch.linalg.svdvals(W)` in the loss"""
     return fit_penalty(
@@ -1167,7 +1188,7 @@ def spectral_norms_of_weights(fit):
     )
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def power_iteration_in_the_loss(fit):
     """A spectral penalty by power iteration with vectors that are kept in a buffer"""
 
@@ -1183,7 +1204,7 @@ def power_iteration_in_the_loss(fit):
     return fit_penalty(fit, penalty)
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def group_lasso(fit):
     """Group lasso: `W.norm(dim=0).sum()`, by layers with `isinstance(m, nn.Linear)`"""
     return fit_penalty(fit, lambda m: sum(c.weight.norm(dim=0).sum() for c in m.modules() if isinstance(c, nn.Linear)))
@@ -1195,7 +1216,7 @@ def all_parameters_in_one_vector(fit):
     return fit_penalty(fit, lambda m: torch.cat([p.view(-1) for p in m.parameters()]).norm(1))
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def path_norms(fit):
     """A product of absolute weights through the net: a path norm"""
 
@@ -1209,7 +1230,7 @@ def path_norms(fit):
     return fit_penalty(fit, penalty)
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def weights_into_functions_of_ones_own(fit):
     """A `torch.autograd.Function` that gets a weight: `Square.apply(self.net[2].weight)`, as fused losses do"""
 
@@ -1229,7 +1250,7 @@ def weights_into_functions_of_ones_own(fit):
     return seen
 
 
-@people(LOSSES)
+@people(LOSSES, says=READ_BY_NAME)
 def weights_into_checkpoints(fit):
     """`torch.utils.checkpoint` of a function of a weight, both kinds"""
     from torch.utils.checkpoint import checkpoint
@@ -1279,6 +1300,7 @@ def tied_by_function(fit):
     options={"target_modules": ["embed", "net.0", "net.2"]},
     kind="target_params",
     target=0.9,
+    says=READ_BY_NAME,
 )
 def tied_by_function_and_named(fit):
     """The same with the embedding named in `target_modules`"""
@@ -1812,6 +1834,23 @@ FILES = "Files, and several fits"
 
 
 @people(FILES)
+def the_best_net_put_back(fit):
+    """`on_train_end` puts another net in the place of the trained one, a copy that was kept: `self.net = self.best`"""
+
+    class Best(Net):
+        def on_train_epoch_end(self):
+            self.best = copy.deepcopy(self.net)
+
+        def on_train_end(self):
+            self.net = self.best
+
+    model = fit(Best())
+    if fit.callback is not None and fit.form == "cut":
+        assert "3 layers are not in the model any more" in " ".join(fit.callback.report.warnings)
+    return Seen([type(layer) for layer in model.net], net(model))
+
+
+@people(FILES)
 def loaded_with_a_prefix(fit):
     """A file with a prefix stripped, `strict=False`, into a part of the module, in `on_fit_start`"""
     torch.manual_seed(9)
@@ -2061,6 +2100,18 @@ def fit_with(fit, make):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
+@people(OPTIMIZERS, refused="SVD training does not work with ByIds, which keeps a list of its own, `plain`")
+def an_optimizer_that_notes_ids(fit):
+    """An optimizer of one's own that notes which parameters are not to decay by their `id`"""
+
+    class ByIds(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters := [*parameters], 0.05)
+            self.plain = {id(p) for p in parameters if p.ndim < 2}
+
+    fit(Net(lambda net: ByIds(net.parameters())))
+
+
 @people(OPTIMIZERS)
 def adafactor(fit):
     """`torch.optim.Adafactor`, whose state is a row and a column for each matrix"""
@@ -2272,6 +2323,24 @@ def low_bit_adam(fit):
 # ----------------------------------------------------------------------------------------- gradients and their clipping
 
 GRADIENTS = "Gradients"
+
+
+@people(GRADIENTS)
+def gradients_dropped_for_a_while(fit):
+    """`p.grad = None` of a layer in the first epochs (as DINO does of its last): it does not move"""
+
+    class Dropped(Net):
+        def on_after_backward(self):
+            if self.current_epoch < 2:
+                for parameter in self.net[0].parameters():
+                    parameter.grad = None
+
+    model = Dropped()
+    first, moved = model.net[0].weight.detach().clone(), []
+    look = At("on_train_epoch_end", lambda _, m: moved.append((m.net[0].weight - first).abs().max().item()))
+    fit(model, look)
+    assert fit.form == "cut" or max(moved[:2]) < 1e-6 < moved[2]  # a cut moves it
+    return Seen(len(moved))
 
 
 @people(GRADIENTS)
@@ -2551,6 +2620,102 @@ def zero_grad_by_hand(fit):
 MODULES = "Looking at modules"
 
 
+@people(
+    MODULES,
+    stays={"net.0": "its attribute `rank` has the name of one of a factorized layer"},
+    kind="target_params",
+    target=0.9,
+)
+def attributes_with_names_of_ours(fit):
+    """Attributes of layers whose names a factorized layer has too: `layer.rank = 4`"""
+    model = Net()
+    model.net[0].rank = 4
+    seen = At("on_train_batch_end", lambda _, m: m.net[0].rank)
+    fit(model, seen)
+    return Seen([seen.seen, model.net[0].rank], net(model))
+
+
+@people(MODULES)
+def names_on_layers(fit):
+    """`layer.layer_name = name` on each layer, by which a forward hook keeps outputs"""
+    model, kept = Net(), {}
+    for name, layer in model.net.named_children():
+        layer.layer_name = name
+        layer.register_forward_hook(lambda layer, args, output: kept.update({layer.layer_name: output.shape}))
+    fit(model)
+    return Seen(kept)
+
+
+@people(MODULES)
+def experts_without_inputs(fit):
+    """A mixture of experts: a layer is called with no rows at all, always or in some batches"""
+
+    class Experts(Net):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(12, 12) for _ in range(3)])
+
+        def forward(self, x):
+            chosen, out = (x[:, 0] > 0).long(), torch.zeros_like(x)
+            for index, expert in enumerate(self.experts):
+                rows = (chosen == index).nonzero()[:, 0]
+                out = out.index_add(0, rows, expert(x[rows]))
+            return self.net(x + out)
+
+    model = fit(Experts())
+    return Seen(None, net(model))
+
+
+@people(MODULES)
+def merged_in_evaluation(fit):
+    """LoRA as loralib has it: `train(False)` adds B A to the frozen weight, `train(True)` takes it away"""
+
+    class LoRA(nn.Linear):
+        def __init__(self, inputs, outputs):
+            super().__init__(inputs, outputs)
+            self.weight.requires_grad_(False)
+            self.A, self.B = nn.Parameter(torch.randn(2, inputs)), nn.Parameter(torch.randn(outputs, 2))
+            self.merged = False
+
+        def train(self, mode=True):
+            super().train(mode)
+            if mode is self.merged:
+                self.weight.data += (-1 if mode else 1) * self.B.data @ self.A.data
+                self.merged = not mode
+            return self
+
+        def forward(self, x):
+            return F.linear(x, self.weight, self.bias) + (0 if self.merged else x @ self.A.T @ self.B.T)
+
+    model = Net()
+    model.lora = LoRA(12, 12)
+    model.net = nn.Sequential(model.lora, *model.net)
+    seen = At("on_train_batch_end", lambda _, m: m.lora.merged)
+    fit(model, seen)
+    return Seen([seen.seen, model.lora.merged, model.lora.weight.clone()], net(model))
+
+
+@people(MODULES)
+def a_block_in_front_of_others(fit):
+    """A block is inserted in front of others in mid-fit, so that their names move by one"""
+    model = Net()
+    model.net = nn.ModuleList(layer for layer in model.net if isinstance(layer, nn.Linear))
+
+    def forward(x):
+        for layer in model.net[:-1]:
+            x = torch.relu(layer(x))
+        return model.net[-1](x)
+
+    def insert(trainer, module):
+        torch.manual_seed(2)
+        module.net.insert(0, nn.Linear(12, 12))
+        trainer.optimizers[0].add_param_group({"params": [*module.net[0].parameters()]})
+
+    model.forward = forward
+    fit(model, At("on_train_epoch_start", insert, step=2))
+    return Seen([len(model.net), [*model.net[0].weight.shape]])
+
+
 @people(MODULES, refused=r"`net\.0`: .*exact class.*exclude_modules=\['net\.0', 'net\.2', 'net\.4'\]")
 def exact_types_in_forward(fit):
     """`if type(layer) is nn.Linear` in `forward`"""
@@ -2579,7 +2744,7 @@ def types_in_a_callback(fit):
     return Seen(seen.seen)
 
 
-@people(MODULES)
+@people(MODULES, says=READ_BY_NAME)
 def attributes_of_layers(fit):
     """`in_features`, `out_features`, `bias is None`, `weight.shape`, `weight.requires_grad`, `weight.is_leaf`"""
 
@@ -2783,7 +2948,7 @@ def where_weights_lie(fit):
     return Seen(seen.seen)
 
 
-@people(MODULES)
+@people(MODULES, says=READ_BY_NAME)
 def weights_as_arrays(fit):
     """Histograms of weights: `p.detach().cpu().numpy()`, `p.tolist()`, `torch.histc(p)`, `p.data.mean()`"""
 

@@ -48,6 +48,8 @@ def outcome(pattern):
         return f"not yet: {pattern.broken}"
     if pattern.refused is not None:
         return f"refused: {plain(pattern.refused)}"
+    if pattern.says is not None:
+        return f"same, with a warning: {plain(pattern.says)}"
     return f"same, left dense: {'; '.join(pattern.stays.values())}" if pattern.stays else "same"
 
 

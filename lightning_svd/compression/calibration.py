@@ -58,11 +58,11 @@ def collect(
     seen: dict[str, Statistics] = {}
 
     def of(layer: SVDLayer) -> Statistics | None:
-        if only is not None and layer.layer_name not in only:
+        if only is not None and layer.svd_name not in only:
             return None
-        if layer.layer_name not in seen:
-            seen[layer.layer_name] = Statistics(layer, with_gradients, with_moments)
-        return seen[layer.layer_name]
+        if layer.svd_name not in seen:
+            seen[layer.svd_name] = Statistics(layer, with_gradients, with_moments)
+        return seen[layer.svd_name]
 
     _run(data, layers, of, with_gradients, track, seed)
     return seen
@@ -84,7 +84,7 @@ def collect_felt(
         ValueError: If the model fails, or a layer meets NaN or infinity.
     """
     felt = {name: Felt(layers[name], of_layer) for name, of_layer in bases.items()}
-    _run(data, layers, lambda layer: felt.get(layer.layer_name), True, track, seed)
+    _run(data, layers, lambda layer: felt.get(layer.svd_name), True, track, seed)
     return {name: [statistics.felt() for statistics in each.each] for name, each in felt.items()}
 
 

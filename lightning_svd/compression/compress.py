@@ -208,7 +208,7 @@ class _Compression:
         recorder, watched = CallRecorder(self.model, self.layers), Counter[str]()
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-            watched[layer.layer_name] += out.numel() * out.element_size()
+            watched[layer.svd_name] += out.numel() * out.element_size()
             return out
 
         recorder.start()
@@ -482,7 +482,7 @@ class _Compression:
         sizes = dict.fromkeys(self.layers, 0.0)
 
         def watch(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-            name = layer.layer_name
+            name = layer.svd_name
             if name in factors:
                 U, s, V = factors[name]
                 cut_out = layer.view.apply_factors(x, U * s.unsqueeze(-2), V, bias)
@@ -526,7 +526,7 @@ class _Compression:
         dense = {name for name, layer in self.layers.items() if layer.form.name == "dense"}
         for name, layer in self.layers.items():
             if name not in dense:
-                layer.to_svd(layer.form.exact(layer.layer_name))  # of its rank, orthonormal again
+                layer.to_svd(layer.form.exact(layer.svd_name))  # of its rank, orthonormal again
         unchanged = {name: self.spectra[name] for name in dense}
         ranks = report_on(self.plan, self.layers, self.cost, self.spectra, spectra_after=unchanged)
         finish(self.model, {name: "dense" if name in dense else "pair" for name in self.layers})

@@ -32,7 +32,7 @@ Replaced = tuple[list[nn.Parameter], list[nn.Parameter]]  # what is no longer tr
 class FactorizedModule(nn.Module):
     """What stands for a module of the user's and trains other parameters than it shows."""
 
-    layer_name: str
+    svd_name: str
     shows_factors: bool
 
     def shown_parameters(self) -> dict[str, nn.Parameter]:
@@ -76,7 +76,7 @@ class FactorizedModule(nn.Module):
         """
         of_plain_layers = "`to_factored(model)`" if self.shows_factors else "a copy, `copy.deepcopy(model)`"
         raise RuntimeError(
-            f"`{self.layer_name}` cannot be taken by `{by}` while it trains U, s and V in the place of its weight: "
+            f"`{self.svd_name}` cannot be taken by `{by}` while it trains U, s and V in the place of its weight: "
             f"give it {of_plain_layers}, which has plain layers, or the model after the fit"
         )
 
@@ -103,6 +103,28 @@ class Whole(Protocol):
 
     def factored_up_to(self, part: Any) -> int:
         """The highest rank at which two factors of a part are multiplied with: above it they are multiplied out."""
+
+
+@contextmanager
+def telling_of_reads(tell: Callable[[SVDLayer], None]) -> Iterator[None]:
+    """Tell of each factorized layer whose ``weight`` is read by its name inside; as one of ``parameters()`` it is not.
+
+    For a batch: meanwhile the class has a property, past which nn.Module would look the parameter up itself.
+    """
+
+    def weight(layer: SVDLayer) -> Any:
+        if not torch.compiler.is_compiling():
+            tell(layer)
+        if "weight" not in layer._parameters:
+            raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
+        return layer._parameters["weight"]
+
+    kind: Any = SVDLayer
+    kind.weight = property(weight)
+    try:
+        yield
+    finally:
+        del kind.weight
 
 
 @contextmanager
@@ -136,7 +158,7 @@ class SVDLayer(FactorizedModule):
     Attributes:
         view: How the layer's weight is seen as a matrix.
         form: What the weight is trained as, with its parameters.
-        layer_name: How the layer is called in errors and reports.
+        svd_name: How the layer is called in errors and reports.
         shows_factors: Whether ``parameters()`` gives U, s and V instead of the dense ``weight``.
         layout: How the dense weight lies in memory.
         watch: What is told of each input and output, and gives the output that goes on; for a few batches only.
@@ -145,7 +167,7 @@ class SVDLayer(FactorizedModule):
 
     view: View
     form: Form
-    layer_name: str
+    svd_name: str
     shows_factors: bool
     layout: torch.memory_format
     watch: Watch | None
@@ -257,7 +279,7 @@ class SVDLayer(FactorizedModule):
 
     def factors(self) -> Factors:
         """U (m, k), s (k,), V (n, k) of a layer that is trained as an SVD, differentiable; its exact SVD otherwise."""
-        return self.form.factors() if isinstance(self.form, SVDForm) else self.form.exact(self.layer_name)
+        return self.form.factors() if isinstance(self.form, SVDForm) else self.form.exact(self.svd_name)
 
     # Its spectrum
 
@@ -289,7 +311,7 @@ class SVDLayer(FactorizedModule):
             ValueError: If the weight holds NaN or infinity; it is then as it was.
         """
         if factors is None:
-            factors = self.form.exact(self.layer_name)
+            factors = self.form.exact(self.svd_name)
         return self._take(SVDForm.of(self.view, factors, self._like()))
 
     def to_pair(self) -> Replaced:
@@ -385,13 +407,11 @@ class SVDLayer(FactorizedModule):
             tensor: Any = state.get(key)
             stored = tuple(tensor.shape) if isinstance(tensor, Tensor) else None
             if stored is None or stored[:-1] != shape[:-1] or stored[-1] < shape[-1]:
-                raise ValueError(f"`{self.layer_name}`: expected {key} of shape {shape}, got {stored}")
+                raise ValueError(f"`{self.svd_name}`: expected {key} of shape {shape}, got {stored}")
             if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"`{self.layer_name}`: {key} holds NaN or infinity")
+                raise ValueError(f"`{self.svd_name}`: {key} holds NaN or infinity")
         if kind is None:
-            raise ValueError(
-                f"`{self.layer_name}`: expected a form out of {', '.join(FORMS)}, got {state.get('form')!r}"
-            )
+            raise ValueError(f"`{self.svd_name}`: expected a form out of {', '.join(FORMS)}, got {state.get('form')!r}")
         like = self._like()
         parameters = {key: parameter_of(state[key].to(like), like) for key in expected}
         return self._take(kind(self.view, parameters, state["rank"]))
@@ -400,11 +420,11 @@ class SVDLayer(FactorizedModule):
 
     def weight_name(self) -> str:
         """How the weight is called in an error."""
-        return self._part_of.name_of_weight(self) if self._part_of else f"{self.layer_name}.weight".lstrip(".")
+        return self._part_of.name_of_weight(self) if self._part_of else f"{self.svd_name}.weight".lstrip(".")
 
     def layer_names(self) -> list[str]:
         """The layer to leave out for who wants to write into its weight."""
-        return [self.layer_name]
+        return [self.svd_name]
 
     def trained_parameters(self) -> Sequence[nn.Parameter]:
         """What is trained."""
@@ -615,12 +635,23 @@ class SVDLayer(FactorizedModule):
 def _told(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
     """The output that goes on, after a layer's watch was told of it; never part of a compiled graph."""
     assert layer.watch is not None
-    return layer.watch(layer, x, out, bias)
+    return (
+        layer.watch(layer, x, out, bias) if x.numel() else out
+    )  # of no inputs, an idle expert's, nothing is to be said
 
 
 Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output
 PART_OF = "_part_of"  # set on what is, or was, a part: a plain layer too
-_OWN = ("view", "form", "layer_name", "shows_factors", "layout", "watch", "repeats", "_face", "_remembered", "_loaded")
+_OWN = ("view", "form", "svd_name", "shows_factors", "layout", "watch", "repeats", "_face", "_remembered", "_loaded")
+
+
+def name_taken(layer: nn.Module) -> str | None:
+    """An attribute of a plain layer that has the name of one that the factorized layer has; None if there is none."""
+    classes = SVDLayer.__mro__[: SVDLayer.__mro__.index(nn.Module)]
+    ours = {*_OWN, *(name for each in classes for name in vars(each))} - {*dir(nn.Module), PART_OF}
+    ours |= {key for form in FORMS.values() for key in form.columns}
+    theirs = [*vars(layer), *layer._parameters, *layer._buffers]
+    return next((name for name in theirs if name in ours and not hasattr(type(layer), name)), None)
 
 
 def _new_factorized(kind: type[nn.Module]) -> SVDLayer:
@@ -662,7 +693,7 @@ def factorize(
         factors = dense.exact(name or type(layer).__name__)
     layer.__class__ = svd_class(type(layer))  # type: ignore[arg-type]
     factorized = cast("SVDLayer", layer)
-    own: State = {"view": view, "form": dense, "layer_name": name, "shows_factors": False}
+    own: State = {"view": view, "form": dense, "svd_name": name, "shows_factors": False}
     own |= {"layout": layout_of(dense.weight()), "watch": None, "_remembered": None, "_loaded": None}
     vars(factorized).update(own)  # past nn.Module, whose way of setting attributes the layer has no use for here
     if form == "svd":

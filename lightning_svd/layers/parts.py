@@ -189,11 +189,11 @@ class TakenApart(FactorizedModule, InParts):
     """A torch module in training whose matrices are separate hidden layers; outwards it shows torch's own parameters.
 
     Attributes:
-        layer_name: How the module is called in the model.
+        svd_name: How the module is called in the model.
         shows_factors: Whether ``parameters()`` gives what is trained instead.
     """
 
-    layer_name: str
+    svd_name: str
     shows_factors: bool
     _keys: list[str]  # of the parameters that it shows otherwise, where it shows factors
 
@@ -281,7 +281,7 @@ class TakenApart(FactorizedModule, InParts):
 
     def name_of_weight(self, part: Any) -> str:
         """How the weight of a part is called in an error."""
-        return f"{self.layer_name}.{self._slots[self._name_of(part)][0].key}".lstrip(".")
+        return f"{self.svd_name}.{self._slots[self._name_of(part)][0].key}".lstrip(".")
 
     def parts_changed(self) -> None:
         """Bring the parts and the parameters that are shown into agreement after one of them changed."""
@@ -391,7 +391,7 @@ class TakenApart(FactorizedModule, InParts):
         keys = {slot.key: part for part, both in slots.items() for slot in both if slot is not None}
         if name in keys and type(self._held(name)) is DenseWeight:
             raise RuntimeError(
-                f"`{self.layer_name}.{name}` cannot be replaced while its layers train U, s and V: leave them out, "
+                f"`{self.svd_name}.{name}` cannot be replaced while its layers train U, s and V: leave them out, "
                 f"`exclude_modules={self._names_of(name)}`, or load it by `load_state_dict`"
             )
         super().__setattr__(name, value)
@@ -400,7 +400,7 @@ class TakenApart(FactorizedModule, InParts):
 
     def _names_of(self, key: str) -> list[str]:
         names = (name for name, (weight, _) in self._slots.items() if weight.key == key)
-        return [f"{self.layer_name}.{name}".lstrip(".") for name in names]
+        return [f"{self.svd_name}.{name}".lstrip(".") for name in names]
 
     # Files and copies have the dense weights, under torch's own names
 
@@ -527,7 +527,7 @@ class TakenApart(FactorizedModule, InParts):
         return parts
 
 
-_OWN = ("_slots", "_keys", "layer_name", "shows_factors")
+_OWN = ("_slots", "_keys", "svd_name", "shows_factors")
 
 
 class PackedWeight:
@@ -549,7 +549,7 @@ class PackedWeight:
 
     def weight_name(self) -> str:
         """How it is called in an error."""
-        return f"{self._whole.layer_name}.{self._key}".lstrip(".")
+        return f"{self._whole.svd_name}.{self._key}".lstrip(".")
 
     def layer_names(self) -> list[str]:
         """The layers to leave out for who wants to write into it."""
@@ -641,7 +641,7 @@ def take_apart(whole: nn.Module, kind: Any, name: str = "") -> None:
     slots, linears = kind.slots_of(whole), kind.linears(whole)
     of_torch: Any = type(whole)
     whole.__class__ = taken_apart_class(kind, of_torch)
-    vars(whole).update({"_slots": slots, "layer_name": name, "shows_factors": False})
+    vars(whole).update({"_slots": slots, "svd_name": name, "shows_factors": False})
     for part, (_, bias) in slots.items():
         if bias is not None and bias.rows is not None:
             linears[part].bias = None  # the whole's, and added by it

@@ -30,6 +30,7 @@ _KERNELS: dict[str, Any] = {
 # third of the products steps of our own are slower for 256 hidden units of an LSTM, and faster for 512.
 SAVED_BY_KERNEL = 1 << 18
 _OF_TORCH = re.compile(r"(weight|bias)_((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)")
+_PAIR = "ih", "hh"
 _OF_LAYERS = re.compile(r"((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)\.(weight|bias)")
 
 States = list[Tensor]  # hidden states (rows, width), and for an LSTM cell states
@@ -60,8 +61,16 @@ class _Split(InParts):
     """What recurrent modules and their cells share: names in files, and how they are taken apart."""
 
     @staticmethod
+    def why_not(whole: nn.Module) -> str | None:
+        own = _parameters_of(whole)
+        names = {match[2] for name in own if (match := _OF_TORCH.fullmatch(name)) and match[1] == "weight"}
+        if any(name.replace(one, other, 1) not in names for name in names for one, other in (_PAIR, _PAIR[::-1])):
+            return "in a recurrent module, a weight of which is computed and no parameter of it"
+        return None
+
+    @staticmethod
     def linears(whole: nn.Module) -> dict[str, nn.Linear]:
-        own = dict(whole.named_parameters(recurse=False))
+        own = _parameters_of(whole)
         matches = {name: match for name in own if (match := _OF_TORCH.fullmatch(name))}
         return {
             match[2]: linear_of(own[name], own.get(f"bias_{match[2]}"))
@@ -92,6 +101,11 @@ class _Split(InParts):
     @staticmethod
     def split_state(state: Mapping[str, Tensor], prefix: str = "") -> State:
         return _renamed(state, prefix, _OF_TORCH, r"\2.\1")
+
+
+def _parameters_of(whole: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own; AWD-LSTM and others put tensors among them, which are computed for each call."""
+    return {name: p for name, p in whole.named_parameters(recurse=False) if isinstance(p, nn.Parameter)}
 
 
 def _renamed(state: Mapping[str, Tensor], prefix: str, old: re.Pattern[str], new: str) -> State:

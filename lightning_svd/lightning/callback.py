@@ -218,7 +218,7 @@ class SVDTrainingCallback(CallbackWithRun):
         if trainers.is_trial(trainer):
             self._run = None
             run.undo()
-            pl_module.load_state_dict(self._before_trial)
+            pl_module.load_state_dict(self._before_trial, strict=pl_module.strict_loading)
             self._before_trial = {}
             return
         with trainers.running_again(trainer):  # layers are timed as they run

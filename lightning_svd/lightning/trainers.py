@@ -16,8 +16,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_svd.layers.compounds import evaluating
 from lightning_svd.model.counting import as_arguments
+from lightning_svd.model.replay import untouched
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.sharded import ShardedTraining, check_recipe
@@ -273,9 +273,9 @@ def batch_size(batch: Any) -> int:
 
 @torch.no_grad()
 def forward_example(pl_module: LightningModule) -> None:
-    """Run ``example_input_array`` through the model as in evaluation, leaving its modes as they were."""
+    """Run ``example_input_array`` through the model as in evaluation, leaving everything as it was."""
     example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
-    with evaluating(pl_module):
+    with untouched(pl_module):
         if isinstance(example, dict):
             pl_module(**example)
         else:

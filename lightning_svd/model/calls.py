@@ -221,6 +221,11 @@ class CallRecorder(CallWatcher):
         if not self._rests:
             self._note(module, args, kwargs)
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether this runs in a call that is noted."""
+        return bool(self._open) or in_backward()
+
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Note no calls inside."""

@@ -133,7 +133,7 @@ def _in_place(
             of_form = set(layer.form.columns)
             parameters = {key: value for key, value in own["_parameters"].items() if key not in of_form}
             own.update(_parameters=parameters, _buffers=dict(own["_buffers"]), _modules=dict(own["_modules"]))
-            for attribute in ("view", "form", "layer_name", "shows_factors", "weight", "_face", "_remembered"):
+            for attribute in ("view", "form", "svd_name", "shows_factors", "weight", "_face", "_remembered"):
                 own.pop(attribute, None)
             become(layer, twin)
         yield

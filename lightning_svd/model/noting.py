@@ -52,12 +52,12 @@ class Pass:
             return self._probed(out)
         # Features now, not when the gradient comes: by then the model may have written into x.
         between = features_of(layer, x, out, bias)
-        self._told[layer.layer_name] = noted
+        self._told[layer.svd_name] = noted
         if not in_backward():  # where an activation checkpoint computes what was seen before
             noted.see(layer, between)
         if not torch.is_grad_enabled():  # the model may have turned them off here
             return out
-        self.heard.add(layer.layer_name)
+        self.heard.add(layer.svd_name)
         out = self._probed(out)
         note: Any = out.register_hook
         note(lambda gradient: noted.see_gradient(layer, between, gradient, self.inputs))

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_svd.arguments import check_count, check_module, check_rank_pattern, needs, shown
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
-from lightning_svd.layers.layer import FactorizedModule, SVDLayer, own_class
+from lightning_svd.layers.layer import FactorizedModule, SVDLayer, name_taken, own_class
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.replay import untouched
@@ -327,6 +327,8 @@ class _Reasons:
             yield "an Embedding with `sparse`, `max_norm` or `scale_grad_by_freq`"
         if [*layer.children()]:
             yield "has modules of its own in it"
+        if taken := name_taken(layer):
+            yield f"its attribute `{taken}` has the name of one of a factorized layer"
         if _break_even(*_view_in(layer, self.conv_mode).matrix_shape) == 0:
             yield "too thin: even rank 1 costs as much as the dense layer"
 

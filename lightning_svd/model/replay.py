@@ -102,8 +102,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """``module`` in evaluation inside, with nothing that it remembers changed afterwards, as in :func:`replay`."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_keeping_state(module))  # what a `train` of the user's own changes, too: LoRA merges there
         stack.enter_context(evaluating(module))
-        stack.enter_context(_keeping_state(module))
         stack.enter_context(_same_randomness(module))
         stack.enter_context(_without_shortcuts())
         yield

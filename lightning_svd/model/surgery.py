@@ -178,13 +178,17 @@ def check_in_place(module: nn.Module, layers: Mapping[str, SVDLayer]) -> None:
     Raises:
         RuntimeError: If one of them is not there; the message names it.
     """
+    for name in out_of_place(module, layers):
+        raise RuntimeError(
+            f"`{name}` is another module than the one whose U, s and V are trained, or is gone: build the model "
+            f"before the fit starts, or leave the layer out, `exclude_modules=['{name}']`"
+        )
+
+
+def out_of_place(module: nn.Module, layers: Mapping[str, SVDLayer]) -> list[str]:
+    """The names of factorized layers that are in the module no more."""
     there = {id(layer) for _, layer in named_layers(module)}
-    for name, layer in layers.items():
-        if id(layer) not in there:
-            raise RuntimeError(
-                f"`{name}` is another module than the one whose U, s and V are trained, or is gone: build the model "
-                f"before the fit starts, or leave the layer out, `exclude_modules=['{name}']`"
-            )
+    return [name for name, layer in layers.items() if id(layer) not in there]
 
 
 @contextmanager
@@ -208,20 +212,20 @@ def undo(module: nn.Module, weights: Mapping[str, Any] | None = None) -> list[Re
     return replaced + join(module)
 
 
-def finish(module: nn.Module, forms: Mapping[str, str]) -> list[Replaced]:
+def finish(module: nn.Module, forms: Mapping[str, str], layers: Mapping[str, SVDLayer] | None = None) -> list[Replaced]:
     """Give factorized layers the form in which they stay, in place.
 
     Args:
         module: With factorized layers; those that are not named stay as they are.
         forms: Name -> "pair" (two plain torch layers in sequence), "dense" (a plain layer of its own class), or
             "decomposed" (U, s and V at the rank in use, shown as its parameters).
+        layers: The layers by these names, which they may have had before the tree was changed; None for the names of
+            today.
 
     Returns:
         Which parameters took the place of which.
     """
-    layers = svd_layers(module)
-    # By the names that they had when they were factorized, too: what was compiled since has others in the tree.
-    layers = {layer.layer_name: layer for layer in layers.values()} | layers
+    layers = svd_layers(module) if layers is None else layers
     replaced: list[Replaced] = []
     for name, form in forms.items():
         layer = layers[name]

@@ -51,7 +51,7 @@ class Spectrum(Importance):
     """The layer's own singular values: a rank carries s^2, its share of the weight's squared Frobenius norm."""
 
     def factors(self, layer: SVDLayer) -> Factors:
-        return layer.form.exact(layer.layer_name)
+        return layer.form.exact(layer.svd_name)
 
     def factors_of(self, layers: Sequence[SVDLayer]) -> Factors:
         forms = [layer.form for layer in layers if isinstance(layer.form, SVDForm)]

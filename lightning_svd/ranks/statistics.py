@@ -69,7 +69,7 @@ class Statistics:
         with torch.no_grad(), exact_products(between.device):
             features = _by_position(layer, between)
             if self.checks and not torch.isfinite(features).all():
-                raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity in what it is given")
+                raise NotFiniteError(f"`{layer.svd_name}`: NaN or infinity in what it is given")
             self.positions += features.shape[1]
             self.total += features.sum(1)
             if self.features is not None:
@@ -271,7 +271,7 @@ def _back(layer: SVDLayer, between: Tensor, gradient: Tensor, checks: bool = Tru
                 between = between.detach().requires_grad_()
                 (back,) = torch.autograd.grad(layer.view.apply_second(between, left, None), between, gradient)
     if checks and not torch.isfinite(back).all():
-        raise NotFiniteError(f"`{layer.layer_name}`: NaN or infinity among the gradients of its output")
+        raise NotFiniteError(f"`{layer.svd_name}`: NaN or infinity among the gradients of its output")
     return back
 
 

@@ -73,8 +73,8 @@ class Verdict:
                 return []
             layer, rank = self.layers[name], ranks[name]
             if basis is None:
-                return [factor[..., :rank] for factor in layer.form.exact(layer.layer_name)]
-            return [*refactorized(basis.factors(*sides(layer), rank), layer.layer_name)]
+                return [factor[..., :rank] for factor in layer.form.exact(layer.svd_name)]
+            return [*refactorized(basis.factors(*sides(layer), rank), layer.svd_name)]
 
         def empty(name: str) -> list[Tensor]:
             (m, n), rank = self.layers[name].matrix_shape, ranks.get(name)

@@ -226,7 +226,7 @@ class Listener(Observer, CallWatcher):
             between, inputs = features_of(layer, x, out, bias), self._inputs or len(x)
 
             def note(gradient: Tensor) -> None:
-                statistics = self.seen.get(layer.layer_name)
+                statistics = self.seen.get(layer.svd_name)
                 if statistics is not None:
                     statistics.see(layer, between)
                     statistics.see_gradient(layer, between, gradient, inputs)
@@ -287,7 +287,7 @@ class Replayer(Observer):
         trained = [call for call in calls if call.grad] or calls
         with untouched(self.model), torch.set_grad_enabled(self.with_gradients):
             for call in trained:
-                one = Pass(lambda layer: seen[layer.layer_name], inputs_in((call.args, call.kwargs)))
+                one = Pass(lambda layer: seen[layer.svd_name], inputs_in((call.args, call.kwargs)))
                 with watching(self.layers.values(), one.watch):
                     output = call_again(call)
                     if self.with_gradients:

@@ -7,7 +7,7 @@ remembers of a column goes where the column goes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,12 +73,12 @@ class OptimizerOfFactors:
         kind = type(self.optimizer).__name__
         if any(isinstance(each, LBFGS) for each in self._all):
             raise ValueError(f"SVD training does not work with {kind}, which steps more than once for a gradient")
-        if any(type(each).__name__ == "Muon" for each in self._all):
+        if any("muon" in base.__name__.lower() for each in self._all for base in type(each).__mro__):
             raise ValueError(f"SVD training does not work with {kind}, which trains matrices only, and s is a vector")
-        count = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
         for each in self._all:
             for name, value in vars(each).items():
-                if name not in ("param_groups", "state", "defaults") and _tensors_in(value) >= max(1, count):
+                if name not in ("param_groups", "state", "defaults") and _is_a_list_of(held, value):
                     raise ValueError(
                         f"SVD training does not work with {kind}, which keeps a list of its own, `{name}`, of the "
                         "parameters that it was built with"
@@ -328,12 +328,19 @@ def _inner(optimizer: Optimizer) -> list[Optimizer]:
     return found
 
 
-def _tensors_in(value: Any, depth: int = 2) -> int:
-    if isinstance(value, Tensor):
-        return 1
-    if isinstance(value, (list, tuple)) and depth:
-        return sum(_tensors_in(item, depth - 1) for item in value)
-    return 0
+def _is_a_list_of(held: Collection[int], value: Any) -> bool:
+    """Whether an attribute has as many tensors as there are parameters, or notes some of these by their ids."""
+    found = [*_in_containers(value)]
+    tensors = sum(isinstance(each, Tensor) for each in found)
+    return tensors >= max(1, len(held)) or any(type(each) is int and each in held for each in found)
+
+
+def _in_containers(value: Any, depth: int = 2) -> Iterator[Any]:
+    if isinstance(value, (list, tuple, set, frozenset, dict)) and depth:
+        for item in value:  # of a dict the keys
+            yield from _in_containers(item, depth - 1)
+    else:
+        yield value
 
 
 def _is_moment(key: Any, value: Any) -> bool:

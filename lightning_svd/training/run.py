@@ -18,7 +18,7 @@ from lightning_svd.arguments import check_count, check_module, shown
 from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import SVDForm
-from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.layer import SVDLayer, telling_of_reads
 from lightning_svd.layers.shards import is_sharded
 from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.counting import count_params
@@ -30,6 +30,7 @@ from lightning_svd.model.surgery import (
     check_dense,
     check_in_place,
     finish,
+    out_of_place,
     trained_weights,
     undo,
 )
@@ -161,6 +162,9 @@ class SVDTraining:
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
         self.until_closed.callback(self.step_ranks.stop)
+        self._read: dict[str, None] = {}  # layers whose weights the step reads by itself, in order
+        self._reading = ExitStack()
+        self.until_closed.callback(self._reading.close)
         self.evidence = self._evidence()
         if self.evidence is not None:
             self.until_closed.callback(self.evidence.rest)
@@ -178,7 +182,7 @@ class SVDTraining:
         self.recorder = CallRecorder(model, self.layers)
         self._trained.tells = True
         if self.cost is None:
-            self.recorder.start()
+            self._record()
         self._trained.tell_of_others()
         if self.evidence is not None and state is None:
             self.evidence.plan(0)
@@ -369,6 +373,7 @@ class SVDTraining:
         self.recorder.stop()
         self.recorder.calls.clear()
         self._share_weights()
+        self._warn_of_reads()
         if self._refused:
             stay = counted(len(self._refused), "layer stays", "layers stay")
             self.warnings.append(f"{stay} dense ({few(self._refused)}): {next(iter(self._refused.values()))}")
@@ -376,11 +381,35 @@ class SVDTraining:
             self.evidence.listen()
         return True
 
+    def _record(self) -> None:
+        """Note what the batch that comes calls, and which weights it reads beside."""
+        self.recorder.start()
+        self._reading.close()
+        self._reading.enter_context(telling_of_reads(self._note_read))
+
+    def _note_read(self, layer: SVDLayer) -> None:
+        if not self.recorder.is_inside and self.layers.get(layer.svd_name) is layer:
+            self._read[layer.svd_name] = None
+
+    def _warn_of_reads(self) -> None:
+        """Say which weights the step reads beside the calls that are run again, so that nobody knows what for."""
+        names = [name for name in self._read if name not in self._refused]
+        if names and self.recipe.final == "factored":
+            weights = counted(len(names), "weight is read by the step itself", "weights are read by the step itself")
+            said = (
+                f"{weights} ({few(names)}), outside of the call of a module. Ranks fall all the same, and after the "
+                "fit a layer that became two has no `weight`. Where the loss needs it at full rank, or a test reads "
+                f"it, leave the layer out, `exclude_modules=['{names[0]}']`, or take `final='dense'`"
+            )
+            self.warnings.append(said)
+            warnings.warn(f"SVD training: {said}", stacklevel=2)
+
     def _learn(self, every_layer: bool) -> Learned | None:
         calls, seen = self.recorder.calls, self.recorder.seen
         if not seen or (every_layer and not seen >= self.layers.keys()):
             return None
         self.recorder.stop()  # what follows are replays
+        self._reading.close()
         observer = self.evidence.observer if self.evidence else None
         return self._costs.learn(self.layers, self.plan, self.bounds, calls, observer)
 
@@ -396,7 +425,7 @@ class SVDTraining:
         refused, self._refused = self._refused, {}
         if not refused:
             return
-        self._trained.release(finish(self.model, dict.fromkeys(refused, "dense")), [*refused])
+        self._trained.release(finish(self.model, dict.fromkeys(refused, "dense"), self.layers), [*refused])
         self.plan = with_reasons(self.plan, refused)
         self.spectra_before = {name: self.spectra_before[name] for name in self.layers}
         if self.evidence is not None:
@@ -441,7 +470,8 @@ class SVDTraining:
         assert asked.sparsity_weight is not None
         off = self.paused or not self.regularized
         self._note_strength(step, 0.0 if off else asked.sparsity_weight * self.policy.strength(self.clock(step)))
-        layers = optimizer.regularized
+        # What the loss does not train in this step, because its gradient was dropped say, is not moved by us either.
+        layers = [each for each in optimizer.regularized if any(p.grad is not None for p in each.form.trained)]
         if asked.centralize:
             centralize(optimizer.layers, optimizer.held())
         if layers and scale:
@@ -467,7 +497,7 @@ class SVDTraining:
             self.evidence.begin_batch()
         if self.cost is None:
             check_in_place(self.model, self.layers)
-            self.recorder.start()  # after the other, since it stops ahead of it: both wrap compiled calls
+            self._record()  # after the other, since it stops ahead of it: both wrap compiled calls
         for layer in self.layers.values():
             layer.forget_loaded()
         for optimizer in self.optimizers:
@@ -667,6 +697,9 @@ class SVDTraining:
         if self.recipe.measure_latency and cost.latency is None:
             cost = self._with_latency(cost)
         self.warnings += warnings_of(self.model, self.layers)
+        if gone := out_of_place(self.model, self.layers):
+            are = counted(len(gone), "layer is not in the model any more", "layers are not in the model any more")
+            self.warnings.append(f"{are} ({few(gone)}): what took their place, if anything, was not cut")
         report = replace(
             report_on(self.plan, self.layers, cost, self.spectra_before, all_dense=self.recipe.final == "dense"),
             **self.history(),
@@ -676,7 +709,7 @@ class SVDTraining:
         pays = {name: cost.layers[name].pays(layer.rank) for name, layer in self.layers.items()}
         form = "pair" if self.recipe.final == "factored" else "decomposed"
         finals = {name: form if pays[name] and self.recipe.final != "dense" else "dense" for name in self.layers}
-        self._trained.replace(finish(self.model, finals))
+        self._trained.replace(finish(self.model, finals, self.layers))
         known = [no_faster(self.model)]
         if report.latency:
             latency = self._measured(report.latency)

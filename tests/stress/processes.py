@@ -219,7 +219,7 @@ def kill_in_judging(trainer, pl_module, batch):
 
 def fail_svd(trainer, pl_module, batch):
     def fails(self, layers):
-        raise ValueError(f"`{layers[0].layer_name}`: its singular value decomposition does not converge")
+        raise ValueError(f"`{layers[0].svd_name}`: its singular value decomposition does not converge")
 
     Spectrum.factors_of = fails
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, cast
@@ -105,26 +106,38 @@ class Whole(Protocol):
         """The highest rank at which two factors of a part are multiplied with: above it they are multiplied out."""
 
 
+_TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
+
+
 @contextmanager
 def telling_of_reads(tell: Callable[[SVDLayer], None]) -> Iterator[None]:
     """Tell of each factorized layer whose ``weight`` is read by its name inside; as one of ``parameters()`` it is not.
 
     For a batch: meanwhile the class has a property, past which nn.Module would look the parameter up itself.
+
+    Args:
+        tell: A bound method, which is not kept alive.
     """
-
-    def weight(layer: SVDLayer) -> Any:
-        if not torch.compiler.is_compiling():
-            tell(layer)
-        if "weight" not in layer._parameters:
-            raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
-        return layer._parameters["weight"]
-
-    kind: Any = SVDLayer
-    kind.weight = property(weight)
+    told, kind = weakref.WeakMethod(tell), cast("Any", SVDLayer)
+    del tell
+    _TOLD_OF_READS.append(told)
+    kind.weight = property(_weight_by_name)
     try:
         yield
     finally:
-        del kind.weight
+        _TOLD_OF_READS[:] = [each for each in _TOLD_OF_READS if each is not told]
+        if not _TOLD_OF_READS:
+            del kind.weight
+
+
+def _weight_by_name(layer: SVDLayer) -> Tensor | None:
+    if not torch.compiler.is_compiling():
+        for told in _TOLD_OF_READS:
+            if (tell := told()) is not None:
+                tell(layer)
+    if "weight" not in layer._parameters:
+        raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
+    return layer._parameters["weight"]
 
 
 @contextmanager
@@ -648,7 +661,7 @@ _OWN = ("view", "form", "svd_name", "shows_factors", "layout", "watch", "repeats
 def name_taken(layer: nn.Module) -> str | None:
     """An attribute of a plain layer that has the name of one that the factorized layer has; None if there is none."""
     classes = SVDLayer.__mro__[: SVDLayer.__mro__.index(nn.Module)]
-    ours = {*_OWN, *(name for each in classes for name in vars(each))} - {*dir(nn.Module), PART_OF}
+    ours = {*_OWN, *(name for each in classes for name in vars(each))} - {*dir(nn.Module), PART_OF, "weight"}
     ours |= {key for form in FORMS.values() for key in form.columns}
     theirs = [*vars(layer), *layer._parameters, *layer._buffers]
     return next((name for name in theirs if name in ours and not hasattr(type(layer), name)), None)

@@ -718,6 +718,21 @@ def test_fast_dev_run_leaves_the_model_as_it_was():
     assert callback.report is None
 
 
+def test_fast_dev_run_with_a_state_dict_that_leaves_something_out():
+    """As people do with a frozen teacher, and say so by ``strict_loading``."""
+    model = SmallNet()
+    model.teacher, model.strict_loading = nn.Linear(3, 3).requires_grad_(False), False
+    model.state_dict = lambda *args, **kwargs: {
+        name: value
+        for name, value in SmallNet.state_dict(model, *args, **kwargs).items()
+        if not name.startswith("teacher")
+    }
+    before = copy.deepcopy(SmallNet.state_dict(model))
+    quiet_trainer(callbacks=[SVDTrainingCallback()], fast_dev_run=True).fit(model, data())
+    after = SmallNet.state_dict(model)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_a_second_fit_trains_the_low_rank_model_further():
     model, callback = SmallNet(), SVDTrainingCallback(target_macs=0.4)
     quiet_trainer(callbacks=[callback]).fit(model, data())

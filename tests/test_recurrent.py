@@ -245,7 +245,12 @@ def test_under_autocast(finish, by_steps):
     module = finish(factorized(recurrent().float(), 2))
     x = torch.randn(STEPS, ROWS, INPUTS)
     with torch.autocast("cpu", torch.bfloat16):
-        low = module(x)[0]
+        try:
+            low = module(x)[0]
+        except RuntimeError:
+            with pytest.raises(RuntimeError):
+                recurrent().float()(x)  # torch's own
+            pytest.skip("torch has no LSTM in bfloat16 for this processor")
     assert (low.float() - module(x)[0]).abs().max() < 0.05
 
 

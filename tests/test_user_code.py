@@ -2100,6 +2100,20 @@ def fit_with(fit, make):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
+@people(OPTIMIZERS, refused="SVD training does not work with MuonWithAuxAdam, which trains matrices only")
+def muon_under_another_name(fit):
+    """Muon as its author's package has it, by another name and with Adam for what is no matrix"""
+
+    class MuonWithAuxAdam(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {"lr": 0.1})
+
+        def step(self, closure=None):
+            return closure()
+
+    fit(Net(lambda net: MuonWithAuxAdam(net.parameters())))
+
+
 @people(OPTIMIZERS, refused="SVD training does not work with ByIds, which keeps a list of its own, `plain`")
 def an_optimizer_that_notes_ids(fit):
     """An optimizer of one's own that notes which parameters are not to decay by their `id`"""
@@ -2633,6 +2647,62 @@ def attributes_with_names_of_ours(fit):
     seen = At("on_train_batch_end", lambda _, m: m.net[0].rank)
     fit(model, seen)
     return Seen([seen.seen, model.net[0].rank], net(model))
+
+
+@people(MODULES)
+def example_inputs_beside_what_is_kept(fit):
+    """`example_input_array` of a network that counts calls, keeps a mean, draws noise, starts by its first data"""
+
+    class Noisy(Net):
+        def __init__(self):
+            super().__init__()
+            self.example_input_array, self.calls = torch.zeros(2, 12), 0
+            self.register_buffer("mean", torch.zeros(12))
+            self.shift, self.is_set = nn.Parameter(torch.zeros(12)), False
+
+        def forward(self, x):
+            self.calls += 1
+            self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+            if not self.is_set:
+                self.is_set, self.shift.data = True, -x.mean(0)
+            return self.net(x + self.shift + 0.1 * torch.randn_like(x))
+
+    model = fit(Noisy())
+    return Seen([model.calls, model.mean.clone(), model.losses[0]])
+
+
+@people(MODULES)
+def autocast_by_hand(fit):
+    """`with torch.autocast(...)` in `training_step`, around parts of the network that are called one after the other"""
+
+    class ByHand(Net):
+        def loss(self, batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = self.net[4](self.net[:4](batch[0]))
+            return F.cross_entropy(out.float(), batch[1])
+
+    return Seen(None, net(fit(ByHand())))
+
+
+@people(MODULES)
+def a_graph_whose_attributes_are_set(fit):
+    """A batch is an object whose attributes `forward` sets, as people do with graphs: `data.x = self.conv(data.x)`"""
+
+    class Graph:
+        def __init__(self, x):
+            self.x = x
+
+    class OnGraphs(Net):
+        def forward(self, data):
+            for layer in self.net:
+                data.x = layer(data.x)
+            return data.x
+
+        def loss(self, batch):
+            return F.cross_entropy(self(Graph(batch[0])), batch[1])
+
+    model = fit(OnGraphs())
+    return Seen(model.losses[0], net(model))
 
 
 @people(MODULES)

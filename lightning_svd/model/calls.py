@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.parts import InParts
-from lightning_svd.model.values import leaves, mapped, once_each
+from lightning_svd.model.values import leaves, mapped, once_each, with_own_attributes
 
 # A loop over time steps calls one module thousands of times: of calls that look alike this many are kept, the others
 # are counted as repetitions of the last; and of all calls together no more than that.
@@ -33,7 +33,7 @@ class Call:
     Attributes:
         module: What was called.
         args: Positional arguments. Tensors share the memory of the user's, but hold no graph; whether they required
-            gradients is kept.
+            gradients is kept. Of plain objects there are shallow copies, since a model may set their attributes.
         kwargs: Arguments by keyword.
         inference: Whether it was in ``torch.inference_mode``.
         grad: Whether gradients were enabled.
@@ -41,6 +41,8 @@ class Call:
         differentiates: Whether the module is known to differentiate in its forward pass, so that it fails without
             gradients.
         backwards: How many backward passes there had been before it.
+        autocast: Type of device -> what autocast computed in there, None where it was off; of no other device it is
+            known.
     """
 
     module: nn.Module
@@ -51,6 +53,15 @@ class Call:
     times: int = 1
     differentiates: bool = False
     backwards: int = 0
+    autocast: dict[str, torch.dtype | None] = dataclasses.field(default_factory=dict)
+
+    @contextmanager
+    def in_its_autocast(self) -> Iterator[None]:
+        """Autocast as it was."""
+        with ExitStack() as stack:
+            for device, dtype in self.autocast.items():
+                stack.enter_context(torch.autocast(device, dtype, enabled=dtype is not None))
+            yield
 
     def tensors(self) -> list[Tensor]:
         """The tensors among its arguments."""
@@ -250,9 +261,10 @@ class CallRecorder(CallWatcher):
         elif full:
             self.left_out += 1
         else:
-            keep = once_each(_without_graph)
-            given = mapped(args, keep), mapped(dict(kwargs), keep)
-            call = Call(module, *given, inference, grad, times, backwards=self._backwards)
+            keep = once_each(_without_graph), once_each(with_own_attributes)
+            given = mapped(args, *keep), mapped(dict(kwargs), *keep)
+            autocast = _autocast_of(flat)
+            call = Call(module, *given, inference, grad, times, backwards=self._backwards, autocast=autocast)
             self.calls.append(call)
             self._last[kind] = call
             self._alike[kind] += 1
@@ -303,6 +315,15 @@ def _all_parts(module: nn.Module) -> Iterator[nn.Module]:
         yield child
         if isinstance(child, InParts):
             yield from child.parts().values()
+
+
+def _autocast_of(leaves: Iterable[Any]) -> dict[str, torch.dtype | None]:
+    """How autocast is set for the devices of tensors."""
+    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    return {
+        device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in sorted(filter(torch.amp.is_autocast_available, devices))
+    }
 
 
 def _look(leaf: Any) -> Any:

@@ -6,7 +6,7 @@ A model may read what only the dense layer has, or ask what class a layer is of.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -227,14 +227,15 @@ def _said(error: Exception) -> str:
 def _allowed(module: nn.Module, calls: Sequence[Call], outputs: Sequence[Any]) -> float:
     """The difference that is allowed: what rounding explains, or several times what two unchanged replays show."""
     noise = difference(outputs, replay(module, calls))
-    return max(tolerance(module, outputs), 4 * noise)
+    dtypes = {dtype for call in calls for dtype in call.autocast.values() if dtype is not None}
+    return max(tolerance(module, outputs, dtypes), 4 * noise)
 
 
-def tolerance(module: nn.Module, outputs: Any) -> float:
+def tolerance(module: nn.Module, outputs: Any, computed_in: Iterable[torch.dtype] = ()) -> float:
     """The relative difference of outputs that rounding explains, in the coarsest dtype that computes them."""
     parameters = [p for p in module.parameters() if p.is_floating_point()]
     floating = [leaf for leaf in leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    dtypes = {tensor.dtype for tensor in (*parameters, *floating)}
+    dtypes = {*computed_in, *(tensor.dtype for tensor in (*parameters, *floating))}
     devices = {tensor.device.type for tensor in (*parameters, *floating)}
     dtypes |= {torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
     if "cuda" in devices and torch.get_float32_matmul_precision() != "highest":

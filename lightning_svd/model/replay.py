@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_svd.layers.compounds import evaluating
 from lightning_svd.model.calls import Call, inputs_of
-from lightning_svd.model.values import leaves, mapped, once_each
+from lightning_svd.model.values import leaves, mapped, once_each, with_own_attributes
 
 # What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
 _CONTAINERS = (list, dict, set, deque)
@@ -45,10 +45,10 @@ def replay(
     keeps (counters, caches, states), those of objects among its attributes (the annealed weight of a loss), random
     states and the calls' tensors are as before. Randomness in the model is the same in every replay, whether it comes
     from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model differentiates in
-    its forward pass. Autocast is as the caller has it. Hooks that the user registered do run, and what they keep (in
+    its forward pass. Autocast is as it was in the call. Hooks that the user registered do run, and what they keep (in
     lists, tensors, metrics and objects, in variables of the function that made them or of its file, whose functions
-    they may call) is as before. Objects that a model was called with, and what is done elsewhere, in files or by
-    functions of other files, are not undone.
+    they may call) is as before. Objects that a model was called with are shallow copies. What is in these, and what is
+    done elsewhere, in files or by functions of other files, is not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -93,8 +93,9 @@ def call_again(call: Call) -> Any:
         return tensor.detach().clone().requires_grad_(grad and tensor.requires_grad)
 
     # Clones: the model may write into what it gets.
-    args, kwargs = mapped((call.args, call.kwargs), once_each(fresh))
-    return call.module(*args, **kwargs)
+    args, kwargs = mapped((call.args, call.kwargs), once_each(fresh), once_each(with_own_attributes))
+    with call.in_its_autocast():
+        return call.module(*args, **kwargs)
 
 
 @contextmanager

@@ -375,8 +375,9 @@ def _running(calls: Sequence[Call], runtime: str) -> Iterator[Callable[[], None]
 
     def run() -> None:
         for module, call in zip(made, calls, strict=True):
-            for _ in range(call.times):
-                module(*call.args, **call.kwargs)
+            with call.in_its_autocast():
+                for _ in range(call.times):
+                    module(*call.args, **call.kwargs)
 
     try:
         yield run

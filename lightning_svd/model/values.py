@@ -6,35 +6,53 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
-def mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """``value`` with every tensor in tuples, lists, dicts and dataclasses changed; of other objects, the very same."""
+def mapped(value: Any, change: Callable[[Tensor], Any], of_objects: Callable[[Any], Any] = lambda value: value) -> Any:
+    """``value`` with every tensor in tuples, lists, dicts and dataclasses changed.
+
+    Args:
+        value: What a network takes or gives.
+        change: What becomes of a tensor.
+        of_objects: What becomes of anything else; the very same, if nothing else is said.
+    """
     if isinstance(value, Tensor):
         return change(value)
     try:
-        return _rebuilt(value, change)
+        return _rebuilt(value, lambda item: mapped(item, change, of_objects), of_objects)
     except Exception:  # a class of the user's that is made in another way: as any other object
-        return value
+        return of_objects(value)
 
 
-def _rebuilt(value: Any, change: Callable[[Tensor], Any]) -> Any:
+def _rebuilt(value: Any, changed: Callable[[Any], Any], of_objects: Callable[[Any], Any]) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(item, change) for item in value))
+        return type(value)(*map(changed, value))
     if isinstance(value, (tuple, list)):
-        return type(value)(mapped(item, change) for item in value)
+        return type(value)(map(changed, value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        return replace(value, **{name: mapped(item, change) for name, item in own.items()})
+        return replace(value, **{name: changed(item) for name, item in own.items()})
     if isinstance(value, Mapping):
         twin: Any = copy.copy(value)
         for key, item in value.items():
-            twin[key] = mapped(item, change)
+            twin[key] = changed(item)
         return twin
-    return value
+    return of_objects(value)
+
+
+def with_own_attributes(value: Any) -> Any:
+    """A shallow copy of a plain object, a graph's say, whose attributes a model may set; anything else itself."""
+    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+        return value
+    try:
+        return copy.copy(value)
+    except Exception:  # one that cannot be copied
+        return value
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -70,13 +88,13 @@ def inputs_in(batch: Any) -> int:
     return next((len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
-def once_each(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def once_each(change: Callable[[T], T]) -> Callable[[T], T]:
     """``change`` that gives the same for the same: attention looks whether its query is its key."""
-    known: dict[int, tuple[Tensor, Tensor]] = {}
+    known: dict[int, tuple[T, T]] = {}
 
-    def changed(tensor: Tensor) -> Tensor:
-        if id(tensor) not in known:
-            known[id(tensor)] = tensor, change(tensor)
-        return known[id(tensor)][1]
+    def changed(value: T) -> T:
+        if id(value) not in known:
+            known[id(value)] = value, change(value)
+        return known[id(value)][1]
 
     return changed

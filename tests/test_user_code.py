@@ -2100,6 +2100,21 @@ def fit_with(fit, make):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
+@people(OPTIMIZERS)
+def moments_looked_up_by_weights(fit):
+    """`if "exp_avg" in optimizer.state[p]` for the model's own parameters, and a checkpoint afterwards"""
+    model = Net(lambda net: torch.optim.Adam(net.parameters()))
+
+    def look(trainer, module):
+        optimizer = trainer.optimizers[0]
+        found = ["exp_avg" in optimizer.state[p] for name, p in module.named_parameters() if name.endswith("bias")]
+        return found, [len(optimizer.state[layer.weight]) > 5 for layer in module.net[::2]], len(optimizer.state_dict())
+
+    seen = At("on_train_batch_end", look)
+    fit(model, seen)
+    return Seen(seen.seen, net(model))
+
+
 @people(OPTIMIZERS, refused="SVD training does not work with MuonWithAuxAdam, which trains matrices only")
 def muon_under_another_name(fit):
     """Muon as its author's package has it, by another name and with Adam for what is no matrix"""

@@ -648,9 +648,9 @@ class SVDLayer(FactorizedModule):
 def _told(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
     """The output that goes on, after a layer's watch was told of it; never part of a compiled graph."""
     assert layer.watch is not None
-    return (
-        layer.watch(layer, x, out, bias) if x.numel() else out
-    )  # of no inputs, an idle expert's, nothing is to be said
+    if not x.numel():  # an idle expert's
+        return out
+    return layer.watch(layer, x, out, bias)
 
 
 Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output

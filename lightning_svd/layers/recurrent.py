@@ -30,7 +30,6 @@ _KERNELS: dict[str, Any] = {
 # third of the products steps of our own are slower for 256 hidden units of an LSTM, and faster for 512.
 SAVED_BY_KERNEL = 1 << 18
 _OF_TORCH = re.compile(r"(weight|bias)_((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)")
-_PAIR = "ih", "hh"
 _OF_LAYERS = re.compile(r"((?:ih|hh|hr)(?:_l\d+(?:_reverse)?)?)\.(weight|bias)")
 
 States = list[Tensor]  # hidden states (rows, width), and for an LSTM cell states
@@ -63,8 +62,8 @@ class _Split(InParts):
     @staticmethod
     def why_not(whole: nn.Module) -> str | None:
         own = _parameters_of(whole)
-        names = {match[2] for name in own if (match := _OF_TORCH.fullmatch(name)) and match[1] == "weight"}
-        if any(name.replace(one, other, 1) not in names for name in names for one, other in (_PAIR, _PAIR[::-1])):
+        of_inputs, of_states = ({name[9:] for name in own if name.startswith(f"weight_{of}")} for of in ("ih", "hh"))
+        if of_inputs != of_states:
             return "in a recurrent module, a weight of which is computed and no parameter of it"
         return None
 

@@ -67,6 +67,7 @@ class OptimizerOfFactors:
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(_forget_lookups),
         ]
 
     def _check(self) -> None:
@@ -326,6 +327,12 @@ def _inner(optimizer: Optimizer) -> list[Optimizer]:
         if isinstance(value, Optimizer) and value is not optimizer and value not in found:
             found += [value, *(each for each in _inner(value) if each not in found)]
     return found
+
+
+def _forget_lookups(optimizer: Optimizer) -> None:
+    """Drop what a look at ``optimizer.state[layer.weight]`` leaves there: an empty state of no parameter in a group."""
+    for face in [key for key, state in optimizer.state.items() if isinstance(key, DenseWeight) and not state]:
+        del optimizer.state[face]
 
 
 def _is_a_list_of(held: Collection[int], value: Any) -> bool:

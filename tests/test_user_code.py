@@ -10,6 +10,7 @@ import copy
 import functools
 import importlib.util
 import inspect
+import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 import user_code
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from models import quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -2073,6 +2075,15 @@ def copies_are_traced(fit):
     keys = At("on_train_epoch_end", trace)
     fit(Net(), keys)
     return Seen(keys.seen)
+
+
+@people(FILES, needs=("tensorboard",), refused=r"`net.0` cannot be taken by `torch.jit.trace` .*: turn it off")
+def a_graph_for_tensorboard(fit):
+    """`TensorBoardLogger(log_graph=True)` and an `example_input_array`"""
+    model = Net()
+    model.example_input_array = torch.zeros(2, 12)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(model, logger=TensorBoardLogger(folder, log_graph=True), log_every_n_steps=1)
 
 
 @people(FILES, refused=r"`net.0` cannot be taken by `torch.jit.trace` while it trains .*copy.deepcopy\(model\)")

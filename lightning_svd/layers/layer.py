@@ -76,9 +76,10 @@ class FactorizedModule(nn.Module):
             RuntimeError: Naming the layer, and what to give instead.
         """
         of_plain_layers = "`to_factored(model)`" if self.shows_factors else "a copy, `copy.deepcopy(model)`"
+        logger = ". `log_graph=True` of a TensorBoardLogger traces: turn it off" if by == "torch.jit.trace" else ""
         raise RuntimeError(
             f"`{self.svd_name}` cannot be taken by `{by}` while it trains U, s and V in the place of its weight: "
-            f"give it {of_plain_layers}, which has plain layers, or the model after the fit"
+            f"give it {of_plain_layers}, which has plain layers, or the model after the fit{logger}"
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -2840,7 +2840,7 @@ def types_in_a_callback(fit):
     return Seen(seen.seen)
 
 
-@people(MODULES, says=READ_BY_NAME)
+@people(MODULES)
 def attributes_of_layers(fit):
     """`in_features`, `out_features`, `bias is None`, `weight.shape`, `weight.requires_grad`, `weight.is_leaf`"""
 
@@ -3044,7 +3044,7 @@ def where_weights_lie(fit):
     return Seen(seen.seen)
 
 
-@people(MODULES, says=READ_BY_NAME)
+@people(MODULES)
 def weights_as_arrays(fit):
     """Histograms of weights: `p.detach().cpu().numpy()`, `p.tolist()`, `torch.histc(p)`, `p.data.mean()`"""
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
@@ -107,14 +109,16 @@ class Whole(Protocol):
         """The highest rank at which two factors of a part are multiplied with: above it they are multiplied out."""
 
 
+_LIBRARIES = (__name__.partition(".")[0], "torch", "lightning", "pytorch_lightning")
 _TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
 
 
 @contextmanager
 def telling_of_reads(tell: Callable[[SVDLayer], None]) -> Iterator[None]:
-    """Tell of each factorized layer whose ``weight`` is read by its name inside; as one of ``parameters()`` it is not.
+    """Tell of each factorized layer whose ``weight`` a ``training_step``, or what it calls, reads by its name inside.
 
-    For a batch: meanwhile the class has a property, past which nn.Module would look the parameter up itself.
+    Reads as one of ``parameters()``, and those by torch, Lightning and this package, are not told. For a batch:
+    meanwhile the class has a property, past which nn.Module would look the parameter up itself.
 
     Args:
         tell: A bound method, which is not kept alive.
@@ -131,14 +135,27 @@ def telling_of_reads(tell: Callable[[SVDLayer], None]) -> Iterator[None]:
             del kind.weight
 
 
+def _is_users_step(reader: FrameType | None) -> bool:
+    """Whether code of a user's own reads, and a ``training_step`` has called it."""
+    if reader is None or str(reader.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+        return False
+    frame: FrameType | None = reader
+    while frame is not None and frame.f_code.co_name != "training_step":
+        frame = frame.f_back
+    return frame is not None
+
+
 def _weight_by_name(layer: SVDLayer) -> Tensor | None:
     if not torch.compiler.is_compiling():
-        for told in _TOLD_OF_READS:
+        reader = inspect.currentframe()
+        by_step = _is_users_step(reader.f_back if reader else None)
+        for told in _TOLD_OF_READS if by_step else ():
             if (tell := told()) is not None:
                 tell(layer)
-    if "weight" not in layer._parameters:
-        raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
-    return layer._parameters["weight"]
+    for where in (vars(layer), layer._parameters):
+        if "weight" in where:
+            return cast("Tensor | None", where["weight"])
+    raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
 
 
 @contextmanager

@@ -111,28 +111,33 @@ class Whole(Protocol):
 
 _LIBRARIES = (__name__.partition(".")[0], "torch", "lightning", "pytorch_lightning")
 _TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
+_TELLING: set[Any] = set()  # classes that do
 
 
 @contextmanager
-def telling_of_reads(tell: Callable[[SVDLayer], None]) -> Iterator[None]:
-    """Tell of each factorized layer whose ``weight`` a ``training_step``, or what it calls, reads by its name inside.
+def telling_of_reads(layers: Iterable[SVDLayer], tell: Callable[[SVDLayer], None]) -> Iterator[None]:
+    """Tell of layers of these classes whose ``weight`` a ``training_step``, or what it calls, reads by its name inside.
 
     Reads as one of ``parameters()``, and those by torch, Lightning and this package, are not told. For a batch:
-    meanwhile the class has a property, past which nn.Module would look the parameter up itself.
+    meanwhile their classes have a property, past which nn.Module would look the parameter up itself.
 
     Args:
+        layers: Of the classes.
         tell: A bound method, which is not kept alive.
     """
-    told, kind = weakref.WeakMethod(tell), cast("Any", SVDLayer)
+    told = weakref.WeakMethod(tell)
     del tell
     _TOLD_OF_READS.append(told)
-    kind.weight = property(_weight_by_name)
+    _TELLING.update(map(type, layers))
+    del layers
+    for kind in _TELLING:
+        kind.weight = property(_weight_by_name)
     try:
         yield
     finally:
         _TOLD_OF_READS[:] = [each for each in _TOLD_OF_READS if each is not told]
-        if not _TOLD_OF_READS:
-            del kind.weight
+        while _TELLING and not _TOLD_OF_READS:
+            del _TELLING.pop().weight
 
 
 def _is_users_step(reader: FrameType | None) -> bool:

@@ -385,7 +385,7 @@ class SVDTraining:
         """Note what the batch that comes calls, and which weights it reads beside."""
         self.recorder.start()
         self._reading.close()
-        self._reading.enter_context(telling_of_reads(self._note_read))
+        self._reading.enter_context(telling_of_reads(self.layers.values(), self._note_read))
 
     def _note_read(self, layer: SVDLayer) -> None:
         if not self.recorder.is_inside and self.layers.get(layer.svd_name) is layer:

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
@@ -107,60 +104,6 @@ class Whole(Protocol):
 
     def factored_up_to(self, part: Any) -> int:
         """The highest rank at which two factors of a part are multiplied with: above it they are multiplied out."""
-
-
-_LIBRARIES = (__name__.partition(".")[0], "torch", "lightning", "pytorch_lightning")
-_TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
-_TELLING: set[Any] = set()  # classes that do
-
-
-@contextmanager
-def telling_of_reads(layers: Iterable[SVDLayer], tell: Callable[[SVDLayer], None]) -> Iterator[None]:
-    """Tell of layers of these classes whose ``weight`` a ``training_step``, or what it calls, reads by its name inside.
-
-    Reads as one of ``parameters()``, and those by torch, Lightning and this package, are not told. For a batch:
-    meanwhile their classes have a property, past which nn.Module would look the parameter up itself.
-
-    Args:
-        layers: Of the classes.
-        tell: A bound method, which is not kept alive.
-    """
-    told = weakref.WeakMethod(tell)
-    del tell
-    _TOLD_OF_READS.append(told)
-    _TELLING.update(map(type, layers))
-    del layers
-    for kind in _TELLING:
-        kind.weight = property(_weight_by_name)
-    try:
-        yield
-    finally:
-        _TOLD_OF_READS[:] = [each for each in _TOLD_OF_READS if each is not told]
-        while _TELLING and not _TOLD_OF_READS:
-            del _TELLING.pop().weight
-
-
-def _is_users_step(reader: FrameType | None) -> bool:
-    """Whether code of a user's own reads, and a ``training_step`` has called it."""
-    if reader is None or str(reader.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
-        return False
-    frame: FrameType | None = reader
-    while frame is not None and frame.f_code.co_name != "training_step":
-        frame = frame.f_back
-    return frame is not None
-
-
-def _weight_by_name(layer: SVDLayer) -> Tensor | None:
-    if not torch.compiler.is_compiling():
-        reader = inspect.currentframe()
-        by_step = _is_users_step(reader.f_back if reader else None)
-        for told in _TOLD_OF_READS if by_step else ():
-            if (tell := told()) is not None:
-                tell(layer)
-    for where in (vars(layer), layer._parameters):
-        if "weight" in where:
-            return cast("Tensor | None", where["weight"])
-    raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
 
 
 @contextmanager
@@ -683,11 +626,15 @@ _OWN = ("view", "form", "svd_name", "shows_factors", "layout", "watch", "repeats
 
 def name_taken(layer: nn.Module) -> str | None:
     """An attribute of a plain layer that has the name of one that the factorized layer has; None if there is none."""
-    classes = SVDLayer.__mro__[: SVDLayer.__mro__.index(nn.Module)]
-    ours = {*_OWN, *(name for each in classes for name in vars(each))} - {*dir(nn.Module), PART_OF, "weight"}
-    ours |= {key for form in FORMS.values() for key in form.columns}
-    theirs = [*vars(layer), *layer._parameters, *layer._buffers]
+    ours, theirs = _names_of_ours(), (*vars(layer), *layer._parameters, *layer._buffers)
     return next((name for name in theirs if name in ours and not hasattr(type(layer), name)), None)
+
+
+@functools.cache
+def _names_of_ours() -> frozenset[str]:
+    classes = SVDLayer.__mro__[: SVDLayer.__mro__.index(nn.Module)]
+    names = {*_OWN, *(name for each in classes for name in vars(each))} - {*dir(nn.Module), PART_OF}
+    return frozenset(names | {key for form in FORMS.values() for key in form.columns})
 
 
 def _new_factorized(kind: type[nn.Module]) -> SVDLayer:

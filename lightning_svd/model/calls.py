@@ -317,9 +317,9 @@ def _all_parts(module: nn.Module) -> Iterator[nn.Module]:
             yield from child.parts().values()
 
 
-def _autocast_of(leaves: Iterable[Any]) -> dict[str, torch.dtype | None]:
+def _autocast_of(flat: Iterable[Any]) -> dict[str, torch.dtype | None]:
     """How autocast is set for the devices of tensors."""
-    devices = {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}
+    devices = {leaf.device.type for leaf in flat if isinstance(leaf, Tensor)}
     return {
         device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         for device in sorted(filter(torch.amp.is_autocast_available, devices))

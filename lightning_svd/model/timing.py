@@ -267,13 +267,12 @@ class _Whole:
 
     def seconds(self, choices: Sequence[Mapping[str, int]]) -> list[float]:
         """Of the model for each choice of ranks, layers that are in none dense."""
-        # What takes long to make is timed at once; otherwise they all take turns.
-        return [min(taken) for taken in self._turns(choices, stopwatch.ROUNDS if self._is_made_fast else 1)]
+        return [min(taken) for taken in self._turns(choices)]
 
     def share(self, ranks: Mapping[str, int]) -> float:
         """Of the time of the dense model, in the same turns."""
         if self._is_made_fast:
-            dense, now = self._turns([{}, ranks], stopwatch.ROUNDS)
+            dense, now = self._turns([{}, ranks])
             return stopwatch.ratio(now, dense)
         start = time.perf_counter()
         with ExitStack() as stack:
@@ -293,8 +292,10 @@ class _Whole:
     def _seconds_each(self) -> float:
         return self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES))
 
-    def _turns(self, choices: Sequence[Mapping[str, int]], rounds: int) -> list[list[float]]:
+    def _turns(self, choices: Sequence[Mapping[str, int]]) -> list[list[float]]:
         """Seconds in each turn; what is timed is made anew for each, so that not all are there at once."""
+        # What takes long to make is timed at once; otherwise they all take turns.
+        rounds = stopwatch.ROUNDS if self._is_made_fast else 1
         each = self._seconds_each / rounds
         taken: list[list[float]] = [[] for _ in choices]
         start = time.perf_counter()

@@ -18,12 +18,13 @@ from lightning_svd.arguments import check_count, check_module, shown
 from lightning_svd.layers.compounds import no_faster
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import SVDForm
-from lightning_svd.layers.layer import SVDLayer, telling_of_reads
+from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.shards import is_sharded
 from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.layer_times import time_layers
 from lightning_svd.model.plan import LayerPlan, weights_of, with_reasons
+from lightning_svd.model.reads import telling_of_reads
 from lightning_svd.model.repeats import RepeatedCalls
 from lightning_svd.model.surgery import (
     begin,

@@ -1,0 +1,68 @@
+"""Which weights a training step reads by their names, beside the calls that are noted of it."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_svd.layers.layer import SVDLayer
+
+_LIBRARIES = (__name__.partition(".")[0], "torch", "lightning", "pytorch_lightning")
+_TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
+_TELLING: set[Any] = set()  # classes that do
+
+
+@contextmanager
+def telling_of_reads(layers: Iterable[SVDLayer], tell: Callable[[SVDLayer], None]) -> Iterator[None]:
+    """Tell of layers of these classes whose ``weight`` a ``training_step``, or what it calls, reads by its name inside.
+
+    Reads as one of ``parameters()``, and those by torch, Lightning and this package, are not told. For a batch:
+    meanwhile their classes have a property, past which nn.Module would look the parameter up itself.
+
+    Args:
+        layers: Of the classes.
+        tell: A bound method, which is not kept alive.
+    """
+    told = weakref.WeakMethod(tell)
+    del tell
+    _TOLD_OF_READS.append(told)
+    _TELLING.update(map(type, layers))
+    del layers
+    for kind in _TELLING:
+        kind.weight = property(_weight_by_name)
+    try:
+        yield
+    finally:
+        _TOLD_OF_READS[:] = [each for each in _TOLD_OF_READS if each is not told]
+        while _TELLING and not _TOLD_OF_READS:
+            del _TELLING.pop().weight
+
+
+def _is_users_step(reader: FrameType | None) -> bool:
+    """Whether code of a user's own reads, and a ``training_step`` has called it."""
+    if reader is None or str(reader.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+        return False
+    frame: FrameType | None = reader
+    while frame is not None and frame.f_code.co_name != "training_step":
+        frame = frame.f_back
+    return frame is not None
+
+
+def _weight_by_name(layer: SVDLayer) -> Tensor | None:
+    if not torch.compiler.is_compiling():
+        reader = inspect.currentframe()
+        by_step = _is_users_step(reader.f_back if reader else None)
+        for told in _TOLD_OF_READS if by_step else ():
+            if (tell := told()) is not None:
+                tell(layer)
+    for where in (vars(layer), layer._parameters):
+        if "weight" in where:
+            return cast("Tensor | None", where["weight"])
+    raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")

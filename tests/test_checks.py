@@ -14,6 +14,7 @@ from lightning_svd.layers.pairs import is_pair
 from lightning_svd.model import checks
 from lightning_svd.model.calls import Call
 from lightning_svd.model.checks import (
+    NotTheSameError,
     chunks,
     difference,
     differing,
@@ -118,7 +119,7 @@ def test_what_stays_in_place_of_what_is_blamed():
     layers = svd_layers(net)
     fine = [name for name in layers if name not in reasons]
     expected = net(x)
-    with pairs_in_place(layers, fine):
+    with pairs_in_place(net, layers, fine):
         assert [is_pair(child) for child in net.children()] == [True, False, False, True]
         torch.testing.assert_close(net(x), expected)
 
@@ -149,7 +150,7 @@ def test_pairs_in_place_are_what_the_layers_become_and_leave_everything_as_it_wa
     weight, bias = first.weight, first.bias
     before, expected = state_of(net), net(x)
     names, optimizer = [*layers], torch.optim.SGD(net.parameters(), 0.1)
-    with pytest.raises(ZeroDivisionError), pairs_in_place(layers, names):
+    with pytest.raises(ZeroDivisionError), pairs_in_place(net, layers, names):
         assert (
             is_pair(first)
             and first.note == "mine"
@@ -181,7 +182,7 @@ def test_pairs_in_place_of_layers_in_any_form(form):
         if form == "shown":
             layer.show_factors()
     before, expected = state_of(net), net(x)
-    with pairs_in_place(layers, [*layers]):
+    with pairs_in_place(net, layers, [*layers]):
         assert all(map(is_pair, layers.values()))
         torch.testing.assert_close(net(x), expected, atol=1e-5, rtol=1e-4)
     assert_unchanged(net, before)
@@ -191,29 +192,93 @@ def test_pairs_in_place_of_layers_in_the_dense_form_cost_no_svd(monkeypatch):
     net, x = Net(), torch.randn(5, 12)
     layers, expected = factorized(net, "dense"), net(x)
     monkeypatch.setattr(torch.linalg, "svd", None)
-    with pairs_in_place(layers, [*layers]):
+    with pairs_in_place(net, layers, [*layers]):
         torch.testing.assert_close(net(x), expected)
 
 
-def test_parts_of_attention_and_recurrent_nets_are_left_out():
-    class Sequences(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-            self.lstm, self.head = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 8)
+class Sequences(nn.Module):
+    """Attention and a recurrent module, one of which a subclass asks for something."""
 
-        def forward(self, x):
-            return self.head(self.lstm(self.attention(x, x, x)[0])[0]) + self.head.bias
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, dropout=0.1)
+        self.lstm, self.head = nn.LSTM(8, 8, 2, batch_first=True, dropout=0.1), nn.Linear(8, 8)
 
+    def asked(self, x):
+        return x
+
+    def forward(self, x):
+        return self.head(self.lstm(self.asked(self.attention(x, x, x)[0]))[0])
+
+
+class ReadsAttention(Sequences):
+    def asked(self, x):
+        return x * self.attention.in_proj_weight.abs().mean()
+
+
+class ReadsOutput(Sequences):
+    def asked(self, x):
+        return x.to(self.attention.out_proj.weight.dtype)
+
+
+class ReadsRecurrent(Sequences):
+    def asked(self, x):
+        return x.to(self.lstm.weight_hh_l1.device)
+
+
+class AsksForClass(Sequences):
+    def asked(self, x):
+        return x if type(self.attention) is nn.MultiheadAttention else 2 * x
+
+
+ATTENTION = {f"attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")}
+RECURRENT = {f"lstm.{name}_l{layer}" for name in ("ih", "hh") for layer in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "blamed"),
+    [
+        (Sequences, set()),
+        (ReadsAttention, ATTENTION),
+        (ReadsOutput, {"attention.out_proj"}),
+        (ReadsRecurrent, RECURRENT),
+    ],
+)
+@pytest.mark.parametrize("form", ["dense", "svd"])
+def test_what_a_model_reads_inside_attention_and_recurrent_modules(kind, blamed, form):
     torch.manual_seed(0)
-    net = Sequences()
-    layers = factorized(net)
-    assert checks.visible(net, layers) == ["head"]
-    assert len(layers) == 7
-    calls = [Call(net, (torch.randn(2, 3, 8),))]
-    assert whole_layers(net, calls, layers).keys() == {"head"}
-    with pairs_in_place(layers, ["lstm.ih_l0"]):
-        assert not is_pair(layers["lstm.ih_l0"])
+    net, x = kind(), torch.randn(2, 3, 8)
+    layers = factorized(net, form)
+    before = {name: dict(vars(module)) for name, module in net.named_modules()}
+    kinds = {name: type(module) for name, module in net.named_modules()}
+    assert len(layers) == 9
+    assert whole_layers(net, [Call(net, (x,))], layers).keys() == blamed
+    assert {name: type(module) for name, module in net.named_modules()} == kinds
+    for name, module in net.named_modules():
+        assert vars(module).keys() == before[name].keys()
+        assert vars(module)["_parameters"] is before[name]["_parameters"]
+
+
+def test_a_model_that_asks_for_the_exact_class_of_attention_is_refused():
+    torch.manual_seed(0)
+    net = AsksForClass()
+    with pytest.raises(NotTheSameError, match=r"type\(layer\) is MultiheadAttention.*attention\.q_proj"):
+        whole_layers(net, [Call(net, (torch.randn(2, 3, 8),))], factorized(net, "dense"))
+
+
+@pytest.mark.parametrize("form", ["dense", "svd"])
+def test_pairs_in_place_inside_attention_and_recurrent_modules(form):
+    torch.manual_seed(0)
+    net, x = Sequences().eval(), torch.randn(2, 3, 8)
+    expected = net(x)
+    layers = factorized(net, form)
+    for names in ([*layers], ["attention.k_proj", "lstm.hh_l1"], ["attention.out_proj"]):
+        with pairs_in_place(net, layers, names):
+            for name in names:
+                assert is_pair(net.get_submodule(name))
+            torch.testing.assert_close(net(x), expected)
+        torch.testing.assert_close(net(x), expected)
+        assert not any(map(is_pair, net.modules()))
 
 
 def test_derivatives_and_masked_outputs():

@@ -76,6 +76,7 @@ class Pattern:
 
 PATTERNS: list[Pattern] = []
 READ_BY_NAME = "read by the step itself"
+NEEDS_DENSE = "the model needs what only the dense layer has"
 
 
 def people(area, **about):
@@ -1326,6 +1327,77 @@ def tied_by_assignment(fit):
     model = fit(Tied())
     assert model.head.weight is model.embed.weight
     return Seen(model.losses[0], [model.losses, net(model)])
+
+
+class Sequence(Net):
+    """Attention and an LSTM over three steps of four numbers, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.lstm = nn.LSTM(4, 8, batch_first=True)
+        self.net = nn.Linear(8, 4)
+
+    def forward(self, x):
+        steps = x.unflatten(1, (3, 4))
+        hidden, _ = self.attention(steps, steps, steps)
+        return self.net(self.lstm(hidden)[0].mean(1))
+
+
+IN_ATTENTION = tuple(f"attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj"))
+IN_LSTM = ("lstm.ih_l0", "lstm.hh_l0")
+
+
+@people(LOSSES, stays=dict.fromkeys(IN_LSTM, NEEDS_DENSE), says="stay dense", target=0.95)
+def an_lstm_asked_for_its_device(fit):
+    """`forward` makes a state on the device of `self.lstm.weight_hh_l0`"""
+
+    class Stateful(Sequence):
+        def forward(self, x):
+            start = x.new_zeros(1, len(x), 8).to(self.lstm.weight_hh_l0.device)
+            steps = x.unflatten(1, (3, 4))
+            hidden, _ = self.attention(steps, steps, steps)
+            return self.net(self.lstm(hidden, (start, start))[0].mean(1))
+
+    model = fit(Stateful())
+    return Seen(model.losses[0], [model.losses, weights(model), model(torch.ones(2, 12))])
+
+
+@people(LOSSES, stays=dict.fromkeys(IN_ATTENTION, NEEDS_DENSE), says="stay dense", target=0.95)
+def attention_by_its_packed_weight(fit):
+    """`forward` multiplies by `self.attention.in_proj_weight` itself"""
+
+    class Packed(Sequence):
+        def forward(self, x):
+            steps = x.unflatten(1, (3, 4))
+            q, k, v = F.linear(steps, self.attention.in_proj_weight, self.attention.in_proj_bias).chunk(3, -1)
+            return self.net(self.lstm(F.scaled_dot_product_attention(q, k, v))[0].mean(1))
+
+    model = fit(Packed())
+    return Seen(model.losses[0], [model.losses, weights(model), model(torch.ones(2, 12))])
+
+
+@people(LOSSES, says=READ_BY_NAME, target=0.9)
+def a_penalty_of_recurrent_weights(fit):
+    """`training_step` penalizes `self.lstm.weight_hh_l0`"""
+
+    class Penalized(Sequence):
+        def loss(self, batch):
+            weight = self.lstm.weight_hh_l0
+            return super().loss(batch) + 0.01 * (weight.T @ weight - torch.eye(8)).square().sum()
+
+    model = fit(Penalized())
+    return Seen(model.losses[0], [model.losses, weights(model)])
+
+
+@people(HOOKS, target=0.9)
+def a_hook_on_the_output_of_attention(fit):
+    """Forward hooks on `attention.out_proj`, which torch never calls"""
+    model, calls = Sequence(), []
+    model.attention.out_proj.register_forward_hook(lambda module, args, output: calls.append(output) or 2 * output)
+    fit(model)
+    return Seen([model.losses[0], len(calls)], [model.losses, weights(model)])
 
 
 @people(LOSSES, refused=r"`net\.3\.weight` cannot be replaced .*exclude_modules=\['net\.3'\]")

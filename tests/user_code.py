@@ -48,9 +48,9 @@ def outcome(pattern):
         return f"not yet: {pattern.broken}"
     if pattern.refused is not None:
         return f"refused: {plain(pattern.refused)}"
-    if pattern.says is not None:
-        return f"same, with a warning: {plain(pattern.says)}"
-    return f"same, left dense: {'; '.join(pattern.stays.values())}" if pattern.stays else "same"
+    if pattern.stays:
+        return f"same, left dense: {'; '.join(dict.fromkeys(pattern.stays.values()))}"
+    return "same" if pattern.says is None else f"same, with a warning: {plain(pattern.says)}"
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class SplitAttention(InParts):
             heads = weights @ v
         else:
             weights, heads = None, F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        out = self.out_proj(heads.transpose(1, 2).flatten(2))
+        # Past its hooks, which torch's own function never calls.
+        out = self.out_proj.forward(heads.transpose(1, 2).flatten(2))
         if weights is not None:
             weights = weights.mean(1) if average_attn_weights else weights
         if not batched:

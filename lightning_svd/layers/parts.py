@@ -198,7 +198,17 @@ class TakenApart(FactorizedModule, InParts):
     _keys: list[str]  # of the parameters that it shows otherwise, where it shows factors
 
     def parts(self) -> dict[str, nn.Module]:
-        return {name: vars(self)[name] for name in self._slots} | dict(self.named_children())
+        return self.hidden_parts() | dict(self.named_children())
+
+    def hidden_parts(self) -> dict[str, Any]:
+        """The layers that are out of sight: all but those that torch's own module has as children too."""
+        return {name: vars(self)[name] for name in self._slots}
+
+    @property
+    def torch_class(self) -> type[nn.Module]:
+        """The class that it was written as."""
+        kind: type[nn.Module] = _bases(self)[1]
+        return kind
 
     # What it computes. A parameter that is no DenseWeight is what is to be used: the layer's own, or another that
     # torch.func.functional_call put in its place.
@@ -318,6 +328,14 @@ class TakenApart(FactorizedModule, InParts):
     def _shared(self) -> list[tuple[str, list[tuple[Any, Slot]]]]:
         keys = dict.fromkeys(weight.key for weight, _ in self._slots.values() if weight.rows is not None)
         return [(key, self._sharing(key)) for key in keys]
+
+    def weight_names(self) -> list[str]:
+        """Torch's names of the weights that its hidden parts stand for."""
+        return [*dict.fromkeys(weight.key for weight, _ in self._slots.values())]
+
+    def layers_of(self, key: str) -> list[SVDLayer]:
+        """The factorized layers that the weight of this name consists of."""
+        return [part for part, _ in self._sharing(key) if isinstance(part, SVDLayer)]
 
     # The two ways to show its parameters
 
@@ -502,26 +520,62 @@ class TakenApart(FactorizedModule, InParts):
             if isinstance(part, SVDLayer) and isinstance(part.form, DenseForm):
                 part.form = DenseForm(part.view, part._parameters)
             if bias is not None and bias.rows is not None:
-                holder = part[1] if is_pair(part) else part
-                holder.bias = _cut(bias, shown[bias.key])
-                cut.setdefault(bias.key, []).append(holder.bias)
+                cut.setdefault(bias.key, []).append(_with_bias(part, bias, shown[bias.key]))
             part.train(self.training)
+        self._show_parts(parts, slots)
+        return [([shown[key]], parameters) for key, parameters in cut.items()]
+
+    def _show_parts(self, parts: Mapping[str, nn.Module], slots: Slots) -> None:
+        """Have these parts as children, and torch's own parameters no more."""
         # None holds the places of torch's own, for when they come back and for code that looks whether they are there.
         self._parameters.update(dict.fromkeys(slot.key for both in slots.values() for slot in both if slot is not None))
         children = dict(self._modules)
         self._modules.clear()
-        self._modules.update(parts | children)
+        self._modules.update({**parts, **children})
         vars(self)["_slots"] = slots
         self.__class__ = in_parts_class(*_bases(self))  # type: ignore[assignment]
         self._relink()
-        return [([shown[key]], parameters) for key, parameters in cut.items()]
+
+    def opened_twin(self, pairs: Mapping[str, nn.Module]) -> nn.Module:
+        """What :meth:`open_up` would make of it; itself it stays as it is.
+
+        Args:
+            pairs: In the place of hidden parts, by name; the other parts are plain layers in the twin.
+        """
+        shown, twin = self._shown(), self._twin()
+        plain = {name: linear_of(dense_weight(part), part.bias) for name, part in self.hidden_parts().items()}
+        parts: dict[str, nn.Module] = {**plain, **pairs}
+        for name, (_, bias) in self._slots.items():
+            if bias is not None and bias.rows is not None:
+                _with_bias(parts[name], bias, shown[bias.key])
+        twin._set_parameters(shown)
+        twin._show_parts(parts, self._slots)
+        return twin
+
+    def whole_twin(self) -> nn.Module:
+        """The torch module of the weights that its parts stand for; itself it stays as it is."""
+        values, twin = self._shown(), self._twin()
+        for key, held in values.items():
+            if type(held) is DenseWeight:
+                values[key] = nn.Parameter(held.source.rebuilt().detach(), held.requires_grad)
+        twin._set_parameters(values)
+        twin._become_whole()
+        return twin
+
+    def _twin(self) -> TakenApart:
+        """A shallow copy without parts."""
+        twin = object.__new__(type(self))
+        hidden = {*_OWN, *self._slots, *self.weight_names()}
+        vars(twin).update({key: value for key, value in vars(self).items() if key not in hidden})
+        vars(twin).update(_parameters=dict(self._parameters), _modules=dict(self._modules))
+        return twin
 
     def _let_go(self, parameters: dict[str, Any]) -> dict[str, nn.Module]:
         """Have these parameters, and forget what only a module taken apart has; returns the parts."""
         parts = {name: vars(self).pop(name) for name in self._slots}
         for part in parts.values():
             vars(part).pop(PART_OF, None)
-        for attribute in (*(weight.key for weight, _ in self._slots.values()), *_OWN):
+        for attribute in (*self.weight_names(), *_OWN):
             vars(self).pop(attribute, None)
         self._set_parameters(parameters)
         return parts
@@ -622,7 +676,15 @@ def _any_trained(weights: Sequence[Tensor]) -> bool:
     return any(weight.requires_grad for weight in weights)
 
 
-def _cut(slot: Slot, parameter: nn.Parameter) -> nn.Parameter:
+def _with_bias(part: Any, slot: Slot, parameter: Tensor) -> nn.Parameter:
+    """Give a plain layer or a pair the bias that stands there."""
+    holder = part[1] if is_pair(part) else part
+    holder.bias = _cut(slot, parameter)
+    bias: nn.Parameter = holder.bias
+    return bias
+
+
+def _cut(slot: Slot, parameter: Tensor) -> nn.Parameter:
     """A parameter of its own for what stands there."""
     return nn.Parameter(slot.of(parameter).detach().clone(), parameter.requires_grad)
 

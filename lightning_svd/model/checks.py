@@ -5,6 +5,7 @@ A model may read what only the dense layer has, or ask what class a layer is of.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_svd.layers.compounds import owners_of
 from lightning_svd.layers.layer import PART_OF, SVDLayer, own_class, plain_dense, plain_pair
 from lightning_svd.layers.matrices import wide
-from lightning_svd.layers.parts import InParts
+from lightning_svd.layers.parts import TakenApart
 from lightning_svd.model.calls import Call
 from lightning_svd.model.replay import cut, replay
 from lightning_svd.model.surgery import become
@@ -45,40 +47,34 @@ def whole_layers(
     Args:
         module: The whole tree; it is changed only meanwhile.
         calls: Of one batch; a few inputs are used where that is safe.
-        layers: By name. Parts of attention and recurrent modules, which call them themselves, are taken to be fine.
+        layers: By name, parts of attention and recurrent modules among them.
         limit_s: When to give up; what is not cleared by then is blamed.
         entries: Of the pairs that are held at a time.
 
     Raises:
         NotTheSameError: If the model asks for a layer's exact class; the message names the layers.
     """
-    names = visible(module, layers)
-    if not names or not calls:
+    if not layers or not calls:
         return {}
     until = time.monotonic() + limit_s
     calls, _ = cut(module, calls, FEW)
     expected, blamed = replay(module, calls), dict[str, str]()
     allowed = _allowed(module, calls, expected)
-    plain = _Search(module, calls, lambda some: plain_in_place(layers, some), expected, allowed, until, limit_s)
-    asked = plain.among(names)
+    plain, pairs = (functools.partial(change, module, layers) for change in (plain_in_place, pairs_in_place))
+    search = _Search(module, calls, plain, expected, allowed, until, limit_s)
+    asked = search.among([*layers])
     if asked:
         first = next(iter(asked))
+        owner = next((each for each in owners_of(module) if layers[first] in each.parts().values()), None)
+        kind = own_class(layers[first]) if owner is None else owner.torch_class
         raise NotTheSameError(
             f"`{first}`: {asked[first]}, where the plain layer itself is in its place. A model that asks for the exact "
-            f"class, `type(layer) is {own_class(layers[first]).__name__}`, sees another while layers train as factors: "
+            f"class, `type(layer) is {kind.__name__}`, sees another while layers train as factors: "
             f"ask by `isinstance`, or leave the layers out, `exclude_modules={[*asked]}`"
         )
-    for chunk in chunks({name: layers[name] for name in names}, entries):
-        search = _Search(module, calls, lambda some: pairs_in_place(layers, some), expected, allowed, until, limit_s)
-        blamed |= search.among(chunk)
+    for chunk in chunks(layers, entries):
+        blamed |= _Search(module, calls, pairs, expected, allowed, until, limit_s).among(chunk)
     return blamed
-
-
-def visible(module: nn.Module, layers: Mapping[str, SVDLayer]) -> list[str]:
-    """Names of the layers that the model's own code calls, and not an attention or recurrent module that has them."""
-    owners = (child for child in module.modules() if isinstance(child, InParts))
-    owned = {id(part) for owner in owners for part in owner.parts().values()}
-    return [name for name, layer in layers.items() if id(layer) not in owned]
 
 
 def chunks(layers: Mapping[str, SVDLayer], entries: int) -> Iterator[list[str]]:
@@ -97,37 +93,47 @@ def chunks(layers: Mapping[str, SVDLayer], entries: int) -> Iterator[list[str]]:
 
 
 @contextmanager
-def pairs_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iterator[None]:
+def pairs_in_place(module: nn.Module, layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iterator[None]:
     """Have layers be the pairs of plain ones that they become at the end of a fit; afterwards, exactly what they were.
 
-    Of a layer that trains its dense weight one of the two is the identity: it computes the same, and costs no SVD.
-    Parts that an attention or recurrent module hides are left alone.
+    Of a layer that trains its dense weight one of the two is the identity: it computes the same, and costs no SVD. An
+    attention or recurrent module that one of them is in shows its parts, as it does at the end.
     """
-    with _in_place(layers, names, lambda layer: plain_pair(layer, exact=False)):
+    chosen = [layers[name] for name in names]
+    make = functools.partial(plain_pair, exact=False)
+
+    def opened(owner: TakenApart) -> nn.Module:
+        hidden = owner.hidden_parts().items()
+        return owner.opened_twin({name: make(layer) for name, layer in hidden if any(layer is one for one in chosen)})
+
+    with _in_place(module, chosen, make, opened):
         yield
 
 
 @contextmanager
-def plain_in_place(layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iterator[None]:
+def plain_in_place(module: nn.Module, layers: Mapping[str, SVDLayer], names: Sequence[str]) -> Iterator[None]:
     """Have layers be plain ones of their own class inside, with the weights that they stand for; as before afterwards.
 
-    Parts that an attention or recurrent module hides are left alone.
+    An attention or recurrent module that one of them is in is torch's own.
     """
-    with _in_place(layers, names, plain_dense):
+    with _in_place(module, [layers[name] for name in names], plain_dense, TakenApart.whole_twin):
         yield
 
 
 @contextmanager
 def _in_place(
-    layers: Mapping[str, SVDLayer], names: Sequence[str], make: Callable[[SVDLayer], nn.Module]
+    module: nn.Module,
+    layers: Sequence[SVDLayer],
+    of_layer: Callable[[SVDLayer], nn.Module],
+    of_owner: Callable[[TakenApart], nn.Module],
 ) -> Iterator[None]:
-    saved: list[tuple[SVDLayer, type[nn.Module], dict[str, Any]]] = []
+    saved: list[tuple[nn.Module, type[nn.Module], dict[str, Any]]] = []
+    chosen = {id(layer) for layer in layers}
     try:
-        for name in names:
-            layer: Any = layers[name]
+        for layer in layers:
             if PART_OF in vars(layer):
                 continue
-            twin, own = make(layer), vars(layer)
+            twin, own = of_layer(layer), vars(layer)
             saved.append((layer, type(layer), dict(own)))
             # New containers, so that those that it has are there afterwards, in their order.
             of_form = set(layer.form.columns)
@@ -136,12 +142,21 @@ def _in_place(
             for attribute in ("view", "form", "svd_name", "shows_factors", "weight", "_face", "_remembered"):
                 own.pop(attribute, None)
             become(layer, twin)
+        for owner in owners_of(module):
+            if any(id(part) in chosen for part in owner.parts().values()):
+                twin = of_owner(owner)
+                saved.append((owner, type(owner), dict(vars(owner))))
+                _be(owner, type(twin), vars(twin))
         yield
     finally:
-        for layer, kind, before in reversed(saved):
-            vars(layer).clear()
-            vars(layer).update(before)
-            layer.__class__ = kind
+        for changed, kind, before in reversed(saved):
+            _be(changed, kind, before)
+
+
+def _be(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    vars(module).clear()
+    vars(module).update(attributes)
+    module.__class__ = kind
 
 
 def differing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -12,37 +13,41 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.layer import PART_OF, SVDLayer
+from lightning_svd.layers.parts import TakenApart
 
 _LIBRARIES = (__name__.partition(".")[0], "torch", "lightning", "pytorch_lightning")
 _TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
-_TELLING: set[Any] = set()  # classes that do
+_TELLING: set[tuple[Any, str]] = set()  # classes that do, and of what
 
 
 @contextmanager
 def telling_of_reads(layers: Iterable[SVDLayer], tell: Callable[[SVDLayer], None]) -> Iterator[None]:
-    """Tell of layers of these classes whose ``weight`` a ``training_step``, or what it calls, reads by its name inside.
+    """Tell of layers of these classes whose weight a ``training_step``, or what it calls, reads by its name inside.
 
     Reads as one of ``parameters()``, and those by torch, Lightning and this package, are not told. For a batch:
     meanwhile their classes have a property, past which nn.Module would look the parameter up itself.
 
     Args:
-        layers: Of the classes.
+        layers: Of the classes; an attention or recurrent module that has one of them shows its weight by another name.
         tell: A bound method, which is not kept alive.
     """
     told = weakref.WeakMethod(tell)
     del tell
     _TOLD_OF_READS.append(told)
-    _TELLING.update(map(type, layers))
+    for layer in layers:
+        owner = vars(layer).get(PART_OF)
+        names = owner.weight_names() if isinstance(owner, TakenApart) else ["weight"]
+        _TELLING.update((type(layer if owner is None else owner), name) for name in names)
     del layers
-    for kind in _TELLING:
-        kind.weight = property(_weight_by_name)
+    for kind, name in _TELLING:
+        setattr(kind, name, property(functools.partial(_by_name, name)))
     try:
         yield
     finally:
         _TOLD_OF_READS[:] = [each for each in _TOLD_OF_READS if each is not told]
         while _TELLING and not _TOLD_OF_READS:
-            del _TELLING.pop().weight
+            delattr(*_TELLING.pop())
 
 
 def _is_users_step(reader: FrameType | None) -> bool:
@@ -55,14 +60,15 @@ def _is_users_step(reader: FrameType | None) -> bool:
     return frame is not None
 
 
-def _weight_by_name(layer: SVDLayer) -> Tensor | None:
+def _by_name(name: str, module: SVDLayer | TakenApart) -> Tensor | None:
     if not torch.compiler.is_compiling():
         reader = inspect.currentframe()
         by_step = _is_users_step(reader.f_back if reader else None)
         for told in _TOLD_OF_READS if by_step else ():
             if (tell := told()) is not None:
-                tell(layer)
-    for where in (vars(layer), layer._parameters):
-        if "weight" in where:
-            return cast("Tensor | None", where["weight"])
-    raise AttributeError(f"{type(layer).__name__!r} object has no attribute 'weight'")
+                for layer in module.layers_of(name) if isinstance(module, TakenApart) else [module]:
+                    tell(layer)
+    for where in (vars(module), module._parameters):
+        if name in where:
+            return cast("Tensor | None", where[name])
+    raise AttributeError(f"{type(module).__name__!r} object has no attribute {name!r}")

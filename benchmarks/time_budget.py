@@ -29,6 +29,11 @@ from torch import Tensor, nn
 
 from lightning_svd import Timing, compress, decompose, to_dense
 
+CHANNELS_LAST = "channels-last"
+RUNTIMES = {
+    **{runtime: runtime for runtime in ("eager", "compiled", "onnx")},
+    **{f"{runtime} {CHANNELS_LAST}": runtime for runtime in ("eager", "compiled")},
+}
 SEARCH = 6  # halvings of the interval in which a budget of MACs is searched
 WIDTH, BLOCKS = 512, 4  # of the encoder of BERT's kind, as its "small" one has them
 
@@ -110,7 +115,9 @@ def measure(
     """A row for each share."""
     model = dense(net, options.seed)
     x, rounds = torch.randn(batch_size, *NETS[net][1]), options.rounds
-    timing = Timing(batch_size=batch_size, runtime=runtime, seconds=options.seconds)
+    if CHANNELS_LAST in runtime:
+        model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    timing = Timing(batch_size=batch_size, runtime=RUNTIMES[runtime], seconds=options.seconds)
     rows: list[Row] = []
     for target in targets:
         progress(f"{net}, {batch_size} at a time, {runtime}: {target:g} of the time")
@@ -184,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--nets", type=lambda text: text.split(","), default=list(NETS))
     parser.add_argument("--batches", type=lambda text: [int(item) for item in text.split(",")], default=[1, 64])
     parser.add_argument(
-        "--runtimes", type=lambda text: text.split(","), default=["eager"], help="eager, compiled, onnx"
+        "--runtimes", type=lambda text: text.split(","), default=["eager"], help=", ".join(RUNTIMES)
     )
     parser.add_argument(
         "--targets", type=lambda text: [float(item) for item in text.split(",")], default=[0.7, 0.5, 0.35]

@@ -237,6 +237,25 @@ def test_a_budget_of_time_has_a_row_for_each_share_or_says_what_can_be_reached(t
     assert len(time_budget.tables(rows)[0].rows) == 2
 
 
+def test_a_budget_of_time_in_the_layout_that_is_asked_for(tmp_path, monkeypatch):
+    seen = []
+
+    def cut(model, batch, budget):
+        layouts = [x.is_contiguous(memory_format=torch.channels_last) for x in (batch, model[0].weight)]
+        seen.append((layouts, budget["latency_table"].runtime))
+        raise ValueError("`target_latency` must be at least 1")
+
+    def net():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
+
+    monkeypatch.setattr(time_budget, "NETS", {"small": (net, (3, 8, 8))})
+    monkeypatch.setattr(time_budget, "cut", cut)
+    arguments = ("--batches", "4", "--targets", "0.9", "--runtimes", "eager,eager channels-last,compiled channels-last")
+    rows_written(time_budget.main, tmp_path / "r.json", *arguments)
+    ways = [([False, False], "eager"), ([True, True], "eager"), ([True, True], "compiled")]
+    assert seen == ways
+
+
 def test_each_way_to_treat_memory_has_a_process_of_its_own(tmp_path, monkeypatch, capsys):
     nets_of_test = {"small": (lambda: nets.mlp(64, 10, width=256, depth=2), (1, 8, 8))}
     monkeypatch.setattr(time_budget, "NETS", nets_of_test)

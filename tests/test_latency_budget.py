@@ -166,6 +166,24 @@ def test_a_batch_is_made_of_the_size_that_is_asked_for(clock, there, asked):
     assert table.layers["2"].latency.dense == pytest.approx(1e-6 + asked * 1e-9 * 48 * 48)
 
 
+def test_a_larger_batch_has_the_layout_of_the_one_that_is_there():
+    class Layouts(nn.Module):
+        """Notes how each input lies in memory, outside of the copy that is measured."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 3)
+
+        def forward(self, x):
+            layouts.append((len(x), x.is_contiguous(memory_format=torch.channels_last)))
+            return self.conv(x)
+
+    layouts = []
+    images = torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    profile(Layouts().to(memory_format=torch.channels_last), images, replace(QUICK, batch_size=5))
+    assert (5, True) in layouts and all(channels_last for _, channels_last in layouts)
+
+
 def test_layers_alike_are_timed_once(clock, monkeypatch):
     timed, staircase_of = [], layer_times._staircase
     monkeypatch.setattr(layer_times, "_staircase", lambda *args: (timed.append(args), staircase_of(*args))[1])

@@ -211,7 +211,8 @@ def _of_size(module: nn.Module, calls: Sequence[Call], batch_size: int) -> list[
         times = -(-batch_size // there)
 
         def repeated(tensor: Tensor) -> Tensor:
-            return tensor.repeat(times, *[1] * (tensor.ndim - 1)) if tensor.ndim and len(tensor) == there else tensor
+            # Not `repeat`, which would give images another layout than they have.
+            return torch.cat([tensor] * times) if tensor.ndim and len(tensor) == there else tensor
 
         calls = [
             replace(call, args=mapped(call.args, repeated), kwargs=mapped(call.kwargs, repeated)) for call in calls

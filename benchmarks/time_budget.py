@@ -190,9 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = arguments(__doc__, rounds=15)
     parser.add_argument("--nets", type=lambda text: text.split(","), default=list(NETS))
     parser.add_argument("--batches", type=lambda text: [int(item) for item in text.split(",")], default=[1, 64])
-    parser.add_argument(
-        "--runtimes", type=lambda text: text.split(","), default=["eager"], help=", ".join(RUNTIMES)
-    )
+    parser.add_argument("--runtimes", type=lambda text: text.split(","), default=["eager"], help=", ".join(RUNTIMES))
     parser.add_argument(
         "--targets", type=lambda text: [float(item) for item in text.split(",")], default=[0.7, 0.5, 0.35]
     )

@@ -329,6 +329,18 @@ def test_runs_of_other_lengths_and_validations_meet_the_budget(options):
     assert trainer.validate(model, data(), verbose=False)[0]["val_loss"] > 0
 
 
+@pytest.mark.parametrize("options", [{"limit_train_batches": 0}, {"max_epochs": 0}, {"max_steps": 0}], ids=str)
+@pytest.mark.combination("Trainer", "{options}: nothing is trained, and the next fit is the first")
+def test_a_fit_without_batches_leaves_the_model_and_the_next_fit_meets_the_budget(options):
+    model, callback = ValidatedNet(), ours()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    quiet_trainer(callbacks=[callback], **options).fit(model, data(), data())
+    assert callback.report is None and not svd_layers(model)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    quiet_trainer(callbacks=[callback]).fit(model, data(), data())
+    assert_budget_met(model)
+
+
 @pytest.mark.parametrize("scheduling", [{1: 4}, {0: 4, 1: 2, 3: 1}, {0: 3}], ids=str)
 @pytest.mark.combination("Optimization", "GradientAccumulationScheduler({scheduling})")
 def test_accumulation_that_changes_between_epochs_meets_the_budget(scheduling):

@@ -3081,6 +3081,20 @@ def channels_last(fit):
     return Seen([strides.seen, model.losses[0]], model.losses)
 
 
+@people(MODULES, refused=r"`convolutions\.2\.dilation` cannot become \(1, 2\) .*exclude_modules=\['convolutions\.2'\]")
+def dilation_that_grows(fit):
+    """The dilation and padding of a convolution set anew in `on_train_epoch_start`"""
+
+    class Growing(Convolutions):
+        def on_train_epoch_start(self):
+            last = self.convolutions[2]
+            last.stride, last.padding = 1, 1  # as they are
+            if self.current_epoch == 1:
+                last.dilation, last.padding = (1, 2), (1, 2)
+
+    fit(Growing())
+
+
 @people(MODULES)
 def compiled_in_the_fit(fit):
     """`self.net = torch.compile(self.net)` in `on_train_start`"""

@@ -520,6 +520,7 @@ class SVDLayer(FactorizedModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._refuse_another_weight(name)
+        self._refuse_another_geometry(name, value)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -531,6 +532,15 @@ class SVDLayer(FactorizedModule):
             raise RuntimeError(
                 f"`{self.weight_name()}` cannot be replaced while its layer trains U, s and V: leave the layer out, "
                 f"`exclude_modules={self.layer_names()}`, or load it by `load_state_dict`"
+            )
+
+    def _refuse_another_geometry(self, attribute: str, value: Any) -> None:
+        planned = self.view.geometry if "view" in vars(self) else {}
+        if attribute in planned and value not in (was := planned[attribute], was[0] if isinstance(was, tuple) else was):
+            raise RuntimeError(
+                f"`{self.svd_name}.{attribute}` cannot become {value!r} while the layer is factorized, as one of "
+                f"{planned[attribute]!r}: set it before the fit, or leave the layer out, "
+                f"`exclude_modules={self.layer_names()}`"
             )
 
     # Files and copies have the dense weight, under its own name

@@ -91,8 +91,9 @@ class SVDTrainingCallback(CallbackWithRun):
         if self._is_finished(pl_module):
             rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
             return
-        if trainers.is_trial(trainer):
-            self._before_trial = copy.deepcopy(pl_module.state_dict())
+        if trainers.trains_nothing(trainer):
+            return
+        self._before_trial = copy.deepcopy(pl_module.state_dict()) if trainers.is_trial(trainer) else {}
         run = trainers.kind_of_run(trainer)(
             pl_module,
             trainer.optimizers,
@@ -109,8 +110,7 @@ class SVDTrainingCallback(CallbackWithRun):
         rank_zero_info(plan_table(self.plan))
         if pl_module.example_input_array is not None and run.cost is None:
             run.recorder.start()
-            with trainers.running_again(trainer):
-                trainers.forward_example(pl_module)
+            trainers.forward_example(trainer)
             self._learn_costs(trainer, run)
         if trainer.is_global_zero:
             self._spectra = loggers.log_start(trainer.loggers, self.arguments, run, trainer.global_step)

@@ -188,6 +188,11 @@ def is_trial(trainer: Trainer) -> bool:
     return bool(vars(trainer)["fast_dev_run"])
 
 
+def trains_nothing(trainer: Trainer) -> bool:
+    """Whether no batch is asked for: of a fit that validates at most, and ends."""
+    return 0 in (trainer.limit_train_batches, trainer.max_epochs, trainer.max_steps)
+
+
 def log_interval(trainer: Trainer) -> int:
     """The Trainer's `log_every_n_steps`; 1 where logging is off and the interval with it."""
     return vars(trainer)["log_every_n_steps"] or 1
@@ -272,10 +277,11 @@ def batch_size(batch: Any) -> int:
 
 
 @torch.no_grad()
-def forward_example(pl_module: LightningModule) -> None:
+def forward_example(trainer: Trainer) -> None:
     """Run ``example_input_array`` through the model as in evaluation, leaving everything as it was."""
+    pl_module = trainer.lightning_module
     example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
-    with untouched(pl_module):
+    with running_again(trainer), untouched(pl_module):
         if isinstance(example, dict):
             pl_module(**example)
         else:

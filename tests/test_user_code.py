@@ -1557,6 +1557,25 @@ def maml(fit):
 
 
 @people(DERIVATIVES)
+def maml_of_first_order(fit):
+    """MAML of first order: `p.detach().requires_grad_()`, `torch.autograd.grad` by these, and a step from each `p`"""
+
+    class MAML(Net):
+        def loss(self, batch):
+            def inner(given):
+                return F.cross_entropy(torch.func.functional_call(self.net, given, (batch[0],)), batch[1])
+
+            given = {name: p.detach().requires_grad_() for name, p in self.net.named_parameters()}
+            slopes = torch.autograd.grad(inner(given), [*given.values()])
+            assert all(type(slope) is Tensor and slope.abs().sum() > 0 for slope in slopes)
+            named = zip(self.net.named_parameters(), slopes, strict=True)
+            return inner({name: p - 0.1 * slope for (name, p), slope in named})
+
+    model = fit(MAML())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(DERIVATIVES)
 def maml_by_function_transforms(fit):
     """MAML by `torch.func.grad` over a dict of the parameters"""
 
@@ -1922,6 +1941,38 @@ def the_best_net_put_back(fit):
     if fit.callback is not None and fit.form == "cut":
         assert "3 layers are not in the model any more" in " ".join(fit.callback.report.warnings)
     return Seen([type(layer) for layer in model.net], net(model))
+
+
+class Wrapped(LightningModule):
+    """Trains the net that it is given, and keeps it among its hyperparameters."""
+
+    def __init__(self, net, rate=0.1):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = net
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.parameters(), lr=self.hparams.rate)
+
+
+@people(FILES)
+def the_net_among_hyperparameters(fit):
+    """`save_hyperparameters()` of a module that is given its net, and `load_from_checkpoint` of a file after the fit"""
+    torch.manual_seed(5)
+    model, x = Wrapped(mlp()), torch.ones(2, 12)
+    in_fit = At("on_train_end", lambda trainer, _: trainer.save_checkpoint(folder / "in_the_fit.ckpt"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fit(model, in_fit)
+        fit.trainer.save_checkpoint(folder / "after.ckpt")
+        for path in folder.iterdir():
+            loaded = Wrapped.load_from_checkpoint(path, weights_only=False)
+            assert_same(loaded.net(x), model.net(x))
+            assert [type(layer) for layer in loaded.net] == [type(layer) for layer in mlp()]
+    return Seen([sorted(model.hparams)], net(model))
 
 
 @people(FILES)
@@ -3509,6 +3560,7 @@ def skip_without(pattern):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*`ckpt_path`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Attribute 'net' is an instance of `nn.Module`:UserWarning")
 @pytest.mark.usefixtures("_in_double_precision")
 @pytest.mark.parametrize("pattern", [*cases(refused=False)])
 def test_what_people_write_is_what_it_is_without_the_callback(pattern):

@@ -212,6 +212,7 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
         _refuse(first.source, f"takes no `{name}`")
     if func is torch.autograd.grad:
         _refuse_derivatives(args, kwargs)
+        return _by_the_stand_in(func, args, kwargs)  # of views themselves, which a graph may lead to
     values: dict[int, Tensor] = {}
     result = func(*_plain(args, values), **_plain(kwargs, values))
     if name in _VIEWS and isinstance(first, mine) and not torch.compiler.is_compiling():
@@ -295,7 +296,7 @@ def _refuse(source: Source, what: str) -> NoReturn:
 def _refuse_derivatives(args: Any, kwargs: Any) -> None:
     """Refuse a derivative with respect to a weight: no graph leads to it, and with ``allow_unused`` none would come."""
     inputs = kwargs["inputs"] if "inputs" in kwargs else args[1]
-    sources = [each.source for each in _flattened([inputs]) if isinstance(each, (DenseWeight, DenseView))]
+    sources = [each.source for each in _flattened([inputs]) if isinstance(each, DenseWeight)]
     if sources:
         names = [name for source in sources for name in source.layer_names()]
         raise RuntimeError(

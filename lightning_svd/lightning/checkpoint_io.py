@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from torch import nn
 
 from lightning_svd.files.checkpoints import (
     State,
@@ -33,6 +34,7 @@ from lightning_svd.files.checkpoints import (
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.lightning import trainers
+from lightning_svd.model.surgery import to_dense
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.writing import whole_file
 
@@ -80,6 +82,11 @@ class SVDCheckpointIO(CheckpointIO):
         if "state_dict" not in checkpoint:
             return to_dense_state(module, checkpoint)
         checkpoint = dict(checkpoint)
+        if "hyper_parameters" in checkpoint:
+            checkpoint["hyper_parameters"] = {
+                name: to_dense(value) if isinstance(value, nn.Module) and low_rank_pairs(value) else value
+                for name, value in checkpoint["hyper_parameters"].items()
+            }
         if CURRENT in checkpoint and self._trainer.state.status != TrainerStatus.RUNNING:
             # The average has been in the model since the fit's end, and the average's own copy is of no use any more.
             checkpoint["state_dict"] = checkpoint.pop(CURRENT)

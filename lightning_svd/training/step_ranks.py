@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.calls import Call, CallWatcher, holders
-from lightning_svd.model.replay import replay
+from lightning_svd.model.replay import run_again, untouched
 from lightning_svd.training.distillation import Distillation, Distiller
 
 
@@ -99,7 +100,8 @@ class StepRanks(CallWatcher):
 class OwnTeacher(Distiller):
     """The model with all its ranks, which teaches the same model with fewer (in-place distillation).
 
-    As a teacher it runs in evaluation, and remembers nothing of it.
+    As a teacher it runs in evaluation, and remembers nothing of it; but it normalizes by the batch where the student
+    does: running statistics are of steps with few ranks too, and with all of them outputs would be far off.
     """
 
     def __init__(self, asked: Distillation, step_ranks: StepRanks) -> None:
@@ -116,5 +118,8 @@ class OwnTeacher(Distiller):
         return self._step_ranks.draws()
 
     def _ask(self, call: Call) -> Any:
-        with self._step_ranks.all_ranks():
-            return replay(self.model, [call])[0]
+        norms = [child for child in self.model.modules() if isinstance(child, _BatchNorm) and child.training]
+        with self._step_ranks.all_ranks(), untouched(self.model):
+            for norm in norms:
+                norm.training = True
+            return run_again(call)

@@ -39,6 +39,11 @@ def begun(model=None, optimizer="sgd", steps=20, **options):
     return SVDTraining(model, OPTIMIZERS[optimizer](model.parameters()), steps, **options)
 
 
+def normalized():
+    first, *others = net()
+    return nn.Sequential(first, nn.BatchNorm1d(10), *others)
+
+
 class RanksOfCalls:
     """Notes with which ranks each layer computes, call by call."""
 
@@ -169,6 +174,29 @@ def test_who_looks_sees_all_ranks():
     assert all(torch.equal(value, whole[name]) for name, value in run.model.state_dict().items())
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_are_of_all_ranks(momentum):
+    model = normalized()
+    norm = model[1]
+    norm.momentum = momentum
+    run = begun(model)
+    loop(run.model, run, 2)  # the first ladder
+    (x, y), *_ = batches(1)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    ranks = run.ranks()
+    for rung in (None, 0, 2):
+        run.step_ranks.drawn = None if rung is None else run.ladder[rung]
+        F.cross_entropy(run.model(x), y).backward()
+        run.step_ranks.restore()
+        assert norm.momentum == momentum and run.ranks() == ranks
+        now = {name: value.clone() for name, value in norm.named_buffers()}
+        changed = [name for name in ("running_mean", "running_var") if not torch.equal(now[name], before[name])]
+        assert changed == ([] if rung is not None else ["running_mean", "running_var"])
+        before = now
+    if momentum is None:  # of the batches that went through all ranks
+        assert norm.num_batches_tracked == 3
+
+
 def test_a_step_goes_on_after_the_draw_with_all_ranks_for_regularizer_and_optimizer():
     run = begun()
     loop(run.model, run, 3)
@@ -243,11 +271,6 @@ def test_all_passes_of_a_step_use_its_ranks_and_other_steps_all(shares):
 
 
 # --------------------------------------------------------------------------------------------------------- the teacher
-
-
-def normalized():
-    first, *others = net()
-    return nn.Sequential(first, nn.BatchNorm1d(10), *others)
 
 
 @pytest.mark.parametrize("make", [net, normalized])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_svd.layers.forms import SVDForm
@@ -39,6 +39,8 @@ class StepRanks(CallWatcher):
         self.distiller: OwnTeacher | None = None
         self._layers: dict[str, SVDLayer] = {}
         self._own: dict[str, int] = {}  # ranks of the layers that use fewer now
+        self._norms: list[_BatchNorm] = []
+        self._held: list[tuple[_BatchNorm, float | None, Tensor | None]] = []  # momentum, and batches that were counted
 
     def start(self, layers: Mapping[str, SVDLayer], teaches: bool | Distillation) -> None:
         """See calls of the model from now on; does nothing where it does already.
@@ -50,6 +52,7 @@ class StepRanks(CallWatcher):
         if self._layers:
             return
         self._layers = dict(layers)
+        self._norms = [child for child in self.model.modules() if isinstance(child, _BatchNorm)]
         self.watch(holders(self.model, layers.values()))
         if teaches:
             self.distiller = OwnTeacher(Distillation() if teaches is True else teaches, self)
@@ -78,17 +81,26 @@ class StepRanks(CallWatcher):
             layer = self._layers[name]
             if isinstance(layer.form, SVDForm) and rank < layer.rank:
                 self._own[name], layer.form.rank = layer.rank, rank
+        for norm in () if self._held else self._norms:
+            if norm.training and norm.running_mean is not None:
+                counted = norm.num_batches_tracked if norm.momentum is None else None  # whose mean is of all batches
+                self._held.append((norm, norm.momentum, None if counted is None else counted.clone()))
+                norm.momentum = 0.0
 
     def restore(self) -> None:
         """Use all ranks again."""
         for name, rank in self._own.items():
             self._layers[name].form.rank = rank
-        self._own = {}
+        for norm, momentum, counted in self._held:
+            norm.momentum = momentum
+            if counted is not None and norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.copy_(counted)
+        self._own, self._held = {}, []
 
     @contextmanager
     def all_ranks(self) -> Iterator[None]:
         """Use all ranks inside."""
-        used = bool(self._own)
+        used = bool(self._own or self._held)
         self.restore()
         try:
             yield

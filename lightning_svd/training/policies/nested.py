@@ -28,7 +28,8 @@ class Nested(PlannedPolicy):
     Args:
         budgets: How many rungs the ladder has; all ranks are one rung more.
         start: Share of the run before the first ladder, in [0, 1), in which all steps use all ranks.
-        share: Share of the steps from then on that use the ranks of a rung, in [0, 1]; the others use all ranks.
+        share: Share of the steps from then on that use the ranks of a rung, in [0, 1]; the others use all ranks, and
+            are what running statistics of batch normalization are of, so that there should be some.
         cuts: How often factors are made exact and ranks are chosen anew, evenly spread over the rest of the run.
         distill: Whether a step with fewer ranks is pulled towards what all ranks put out for the same batch too, which
             takes another forward pass; or a :class:`~lightning_svd.Distillation`, which says how.

@@ -101,6 +101,8 @@ class Setting:
     weight_decay: float = 5e-4
     rounds: int = 101
     """In which models that are timed take their turn; 0 for no times."""
+    inputs: int = 512
+    """Training images that a model is cut by where nothing is trained for the budget."""
 
     @property
     def images(self) -> image_data.Images:
@@ -418,7 +420,7 @@ def compressed(model: nn.Module, setting: Setting) -> nn.Module:
         loss=lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
         target_macs=setting.target,
         conv_mode=setting.conv_mode,
-        inputs=512,
+        inputs=setting.inputs,
         progress=False,
     )
     return small
@@ -789,6 +791,9 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=Setting.rounds, help="how often timed models take turns; 0: never"
     )
+    parser.add_argument(
+        "--inputs", type=int, default=Setting.inputs, help="training images that ours_nested and dense_compressed see"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--threads", type=int, help="of each process")
     parser.add_argument("--json", type=Path, help="file for the rows; those it holds are not computed again")
@@ -799,8 +804,9 @@ def main() -> None:
     data = Data(options.data_set, options.data, options.train_size, options.test_size)
     common = (data, options.net, options.epochs, options.batch_size, options.rate, options.precision, options.conv_mode)
     recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "rounds": options.rounds}
+    recipe |= {"inputs": options.inputs}
     about = asdict(Setting(*common, seed=0, **recipe))
-    del about["seed"], about["target"], about["rounds"]
+    del about["seed"], about["target"], about["rounds"], about["inputs"]
     about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}
     rows = rows_in(options.json, about)
     methods = [*options.methods, *(f"ours {arguments}" for arguments in options.ours)]

@@ -494,6 +494,25 @@ def test_what_would_be_lost_of_a_weight_is_refused_by_name(what):
     fit(Net(), svd(exclude_modules=["net.2"], target_macs=0.8), *([write(WRITES[what])] if "grad" not in what else []))
 
 
+VIEWS = {
+    "detach().requires_grad_()": lambda weight: weight.detach().requires_grad_(),
+    "view(-1)": lambda weight: weight.view(-1),
+    "t()[:8]": lambda weight: weight.t()[:8],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@combination("The user's network", "`torch.autograd.grad` of a function of `weight.{view}` by it")
+def test_what_is_made_of_a_weight_has_derivatives(view):
+    def act(trainer, pl_module):
+        part = VIEWS[view](pl_module.net[2].weight)
+        (slope,) = torch.autograd.grad((part**2).sum(), part)
+        assert type(slope) is torch.Tensor
+        torch.testing.assert_close(slope, 2 * part.detach().clone(), check_stride=False)
+
+    fit(Net(), svd(), At("on_train_batch_start", act, step=0))
+
+
 @pytest.mark.parametrize("how", ["copy_", "data ="])
 @combination("The user's network", "`weight`: all values replaced by `{how}`, which loads them")
 def test_replacing_all_values_loads_them(how):

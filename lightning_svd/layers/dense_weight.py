@@ -212,7 +212,9 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
         _refuse(first.source, f"takes no `{name}`")
     if func is torch.autograd.grad:
         _refuse_derivatives(args, kwargs)
-        return _by_the_stand_in(func, args, kwargs)  # of views themselves, which a graph may lead to
+        known: dict[int, Tensor] = {}
+        # By views themselves, which a graph may lead to.
+        return _by_the_stand_in(func, _plain(args, known, views=False), _plain(kwargs, known, views=False))
     values: dict[int, Tensor] = {}
     result = func(*_plain(args, values), **_plain(kwargs, values))
     if name in _VIEWS and isinstance(first, mine) and not torch.compiler.is_compiling():
@@ -226,18 +228,18 @@ def _as_views(result: Any, source: Source) -> Any:
     return type(result)(_as_views(item, source) for item in result) if isinstance(result, (list, tuple)) else result
 
 
-def _plain(value: Any, known: dict[int, Tensor]) -> Any:
-    """The same with values in the place of weights and views; each weight is computed once."""
+def _plain(value: Any, known: dict[int, Tensor], views: bool = True) -> Any:
+    """The same with values in the place of weights, and of views if asked for; each weight is computed once."""
     if isinstance(value, DenseWeight):
         if id(value) not in known:
             known[id(value)] = value.source.rebuilt()
         return known[id(value)]
-    if isinstance(value, DenseView):
+    if isinstance(value, DenseView) and views:
         return value.as_subclass(torch.Tensor)
     if type(value) in (list, tuple):
-        return type(value)(_plain(item, known) for item in value)
+        return type(value)(_plain(item, known, views) for item in value)
     if type(value) is dict:
-        return {key: _plain(item, known) for key, item in value.items()}
+        return {key: _plain(item, known, views) for key, item in value.items()}
     return value
 
 

@@ -154,6 +154,7 @@ def _in_place(
 
 
 def _be(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    """Have a module be of this class, and have these attributes and no others."""
     vars(module).clear()
     vars(module).update(attributes)
     module.__class__ = kind

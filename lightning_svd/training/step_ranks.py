@@ -113,7 +113,7 @@ class OwnTeacher(Distiller):
     """The model with all its ranks, which teaches the same model with fewer (in-place distillation).
 
     As a teacher it runs in evaluation, and remembers nothing of it; but it normalizes by the batch where the student
-    does: running statistics are of steps with few ranks too, and with all of them outputs would be far off.
+    does, as in a step with all ranks: running statistics are those of its weights a few steps ago.
     """
 
     def __init__(self, asked: Distillation, step_ranks: StepRanks) -> None:

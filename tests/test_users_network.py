@@ -513,6 +513,25 @@ def test_what_is_made_of_a_weight_has_derivatives(view):
     fit(Net(), svd(), At("on_train_batch_start", act, step=0))
 
 
+PAST_HOOKS = {
+    "torch.vmap": lambda weight: torch.vmap(lambda row: row.norm())(weight).sum(),
+    "torch.func.grad": lambda weight: torch.func.grad(lambda weight: (weight**3).sum())(weight).square().sum(),
+    "torch.nested": lambda weight: torch.nested.nested_tensor([weight, weight[:1]]).to_padded_tensor(0.0).sum(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("what", PAST_HOOKS)
+@combination("The user's network", "`{what}` of `weight.clone()`; of the weight itself it is NaN")
+def test_what_takes_a_weight_past_all_hooks_takes_its_clone(what):
+    def act(trainer, pl_module):
+        weight, function = pl_module.net[2].weight, PAST_HOOKS[what]
+        torch.testing.assert_close(function(weight.clone()), function(weight.detach().clone().contiguous()))
+        assert function(weight).isnan()
+
+    fit(Net(), svd(), At("on_train_batch_start", act, step=0))
+
+
 @pytest.mark.parametrize("how", ["copy_", "data ="])
 @combination("The user's network", "`weight`: all values replaced by `{how}`, which loads them")
 def test_replacing_all_values_loads_them(how):

@@ -803,8 +803,7 @@ def main() -> None:
 
     data = Data(options.data_set, options.data, options.train_size, options.test_size)
     common = (data, options.net, options.epochs, options.batch_size, options.rate, options.precision, options.conv_mode)
-    recipe = {"optimizer": options.optimizer, "weight_decay": options.weight_decay, "rounds": options.rounds}
-    recipe |= {"inputs": options.inputs}
+    recipe = {key: getattr(options, key) for key in ("optimizer", "weight_decay", "rounds", "inputs")}
     about = asdict(Setting(*common, seed=0, **recipe))
     del about["seed"], about["target"], about["rounds"], about["inputs"]
     about["data"] |= {"path": None, "title": data.images().name, "test_size": len(data.images().test[1])}

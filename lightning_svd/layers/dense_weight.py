@@ -210,12 +210,11 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
             _refuse(target.source, f"was to be changed by `{name}`")
     if name in _HOOKS and isinstance(first, mine):
         _refuse(first.source, f"takes no `{name}`")
+    values: dict[int, Tensor] = {}
     if func is torch.autograd.grad:
         _refuse_derivatives(args, kwargs)
-        known: dict[int, Tensor] = {}
         # By views themselves, which a graph may lead to.
-        return _by_the_stand_in(func, _plain(args, known, views=False), _plain(kwargs, known, views=False))
-    values: dict[int, Tensor] = {}
+        return _by_the_stand_in(func, _plain(args, values, views=False), _plain(kwargs, values, views=False))
     result = func(*_plain(args, values), **_plain(kwargs, values))
     if name in _VIEWS and isinstance(first, mine) and not torch.compiler.is_compiling():
         return _as_views(result, first.source)

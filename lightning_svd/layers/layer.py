@@ -652,9 +652,9 @@ def _new_factorized(kind: type[nn.Module]) -> SVDLayer:
     return factorized.__new__(factorized)
 
 
-def own_class(layer: nn.Module) -> type[nn.Module]:
-    """The class that a layer was written as, factorized or not."""
-    return type(layer).__bases__[-1] if isinstance(layer, SVDLayer) else type(layer)
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module was written as, factorized or not."""
+    return type(module).__bases__[-1] if isinstance(module, FactorizedModule) else type(module)
 
 
 @functools.cache

@@ -204,12 +204,6 @@ class TakenApart(FactorizedModule, InParts):
         """The layers that are out of sight: all but those that torch's own module has as children too."""
         return {name: vars(self)[name] for name in self._slots}
 
-    @property
-    def torch_class(self) -> type[nn.Module]:
-        """The class that it was written as."""
-        kind: type[nn.Module] = _bases(self)[1]
-        return kind
-
     # What it computes. A parameter that is no DenseWeight is what is to be used: the layer's own, or another that
     # torch.func.functional_call put in its place.
 

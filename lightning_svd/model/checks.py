@@ -66,7 +66,7 @@ def whole_layers(
     if asked:
         first = next(iter(asked))
         owner = next((each for each in owners_of(module) if layers[first] in each.parts().values()), None)
-        kind = own_class(layers[first]) if owner is None else owner.torch_class
+        kind = own_class(layers[first] if owner is None else owner)
         raise NotTheSameError(
             f"`{first}`: {asked[first]}, where the plain layer itself is in its place. A model that asks for the exact "
             f"class, `type(layer) is {kind.__name__}`, sees another while layers train as factors: "
@@ -100,11 +100,11 @@ def pairs_in_place(module: nn.Module, layers: Mapping[str, SVDLayer], names: Seq
     attention or recurrent module that one of them is in shows its parts, as it does at the end.
     """
     chosen = [layers[name] for name in names]
-    make = functools.partial(plain_pair, exact=False)
+    ids, make = {*map(id, chosen)}, functools.partial(plain_pair, exact=False)
 
     def opened(owner: TakenApart) -> nn.Module:
         hidden = owner.hidden_parts().items()
-        return owner.opened_twin({name: make(layer) for name, layer in hidden if any(layer is one for one in chosen)})
+        return owner.opened_twin({name: make(layer) for name, layer in hidden if id(layer) in ids})
 
     with _in_place(module, chosen, make, opened):
         yield

@@ -35,10 +35,7 @@ def telling_of_reads(layers: Iterable[SVDLayer], tell: Callable[[SVDLayer], None
     told = weakref.WeakMethod(tell)
     del tell
     _TOLD_OF_READS.append(told)
-    for layer in layers:
-        owner = vars(layer).get(PART_OF)
-        names = owner.weight_names() if isinstance(owner, TakenApart) else ["weight"]
-        _TELLING.update((type(layer if owner is None else owner), name) for name in names)
+    _TELLING.update(shown for layer in layers for shown in _shown_by(layer))
     del layers
     for kind, name in _TELLING:
         setattr(kind, name, property(functools.partial(_by_name, name)))
@@ -48,6 +45,14 @@ def telling_of_reads(layers: Iterable[SVDLayer], tell: Callable[[SVDLayer], None
         _TOLD_OF_READS[:] = [each for each in _TOLD_OF_READS if each is not told]
         while _TELLING and not _TOLD_OF_READS:
             delattr(*_TELLING.pop())
+
+
+def _shown_by(layer: SVDLayer) -> list[tuple[Any, str]]:
+    """The class that shows a layer's weight, and by which names it shows weights."""
+    owner = vars(layer).get(PART_OF)
+    if isinstance(owner, TakenApart):
+        return [(type(owner), name) for name in owner.weight_names()]
+    return [(type(layer), "weight")]
 
 
 def _is_users_step(reader: FrameType | None) -> bool:

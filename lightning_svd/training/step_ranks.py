@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.model.calls import Call, CallWatcher, holders
-from lightning_svd.model.replay import run_again, untouched
+from lightning_svd.model.replay import replay
 from lightning_svd.training.distillation import Distillation, Distiller
 
 
@@ -30,6 +30,7 @@ class StepRanks(CallWatcher):
     Attributes:
         drawn: The ranks of the present step by layer; None for all.
         distiller: What pulls such a step towards what all ranks put out; None without it.
+        norms: The model's batch normalizations, once calls are seen.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -39,7 +40,7 @@ class StepRanks(CallWatcher):
         self.distiller: OwnTeacher | None = None
         self._layers: dict[str, SVDLayer] = {}
         self._own: dict[str, int] = {}  # ranks of the layers that use fewer now
-        self._norms: list[_BatchNorm] = []
+        self.norms: list[_BatchNorm] = []
         self._held: list[tuple[_BatchNorm, float | None, Tensor | None]] = []  # momentum, and batches that were counted
 
     def start(self, layers: Mapping[str, SVDLayer], teaches: bool | Distillation) -> None:
@@ -52,7 +53,7 @@ class StepRanks(CallWatcher):
         if self._layers:
             return
         self._layers = dict(layers)
-        self._norms = [child for child in self.model.modules() if isinstance(child, _BatchNorm)]
+        self.norms = [child for child in self.model.modules() if isinstance(child, _BatchNorm)]
         self.watch(holders(self.model, layers.values()))
         if teaches:
             self.distiller = OwnTeacher(Distillation() if teaches is True else teaches, self)
@@ -81,7 +82,7 @@ class StepRanks(CallWatcher):
             layer = self._layers[name]
             if isinstance(layer.form, SVDForm) and rank < layer.rank:
                 self._own[name], layer.form.rank = layer.rank, rank
-        for norm in () if self._held else self._norms:
+        for norm in () if self._held else self.norms:
             if norm.training and norm.running_mean is not None:
                 counted = norm.num_batches_tracked if norm.momentum is None else None  # whose mean is of all batches
                 self._held.append((norm, norm.momentum, None if counted is None else counted.clone()))
@@ -130,8 +131,13 @@ class OwnTeacher(Distiller):
         return self._step_ranks.draws()
 
     def _ask(self, call: Call) -> Any:
-        norms = [child for child in self.model.modules() if isinstance(child, _BatchNorm) and child.training]
-        with self._step_ranks.all_ranks(), untouched(self.model):
+        norms = [norm for norm in self._step_ranks.norms if norm.training]
+
+        @contextmanager
+        def by_the_batch(_: Call) -> Iterator[None]:
             for norm in norms:
                 norm.training = True
-            return run_again(call)
+            yield
+
+        with self._step_ranks.all_ranks():
+            return replay(self.model, [call], by_the_batch)[0]

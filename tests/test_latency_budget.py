@@ -412,6 +412,32 @@ def test_ranks_are_some_that_were_measured_where_time_jumps(monkeypatch, fast, t
     assert 0.8 * share < promised <= min(share, target) * (1 + timing.CLOSE)
 
 
+@pytest.mark.parametrize("target", [0.7, 0.5, 0.35])
+def test_a_table_that_is_off_everywhere_is_right_from_the_second_choice_on(monkeypatch, target):
+    """With ends of lines that stay where they were, a curve would come closer by a little each time."""
+    model, x, dense = nn.Sequential(nn.Linear(800, 800), nn.Linear(800, 800)), torch.randn(4, 800), 2e-3
+    cost = count_costs(_factorized(copy.deepcopy(model)), x)
+    latency = LayerLatency(1e-3, tuple((rank, 2.4e-6 * rank) for rank in (1, 400)))
+    prices = {name: replace(price, latency=latency) for name, price in cost.layers.items()}
+    samples = tuple((share * dense, share * dense) for share in (0.05, 0.1, 0.2, 0.4, 0.8, 1.0))
+    cost = replace(cost, layers=prices, latency=ModelLatency(dense, samples))
+    seen = []
+
+    def share_of(whole, pairs):
+        taken = sum(latency.at(pairs[name]) if name in pairs else 1e-3 for name in prices)
+        seen.append(1.15 * taken / dense)
+        return seen[-1]
+
+    def choose(cost):
+        priced = cost.by("latency")
+        return keep_by_budget({n: torch.arange(800, 0, -1.0) for n in prices}, priced, priced.budget(target))
+
+    monkeypatch.setattr(timing._Whole, "share", share_of)
+    timing.corrected(model, plan(model), [Call(model, (x,), {})], QUICK, cost, target, choose)
+    assert seen[0] > 1.1 * target and len(seen) == 2
+    assert 0.97 * target < seen[1] < (1 + timing.CLOSE) * target  # ranks come in steps
+
+
 def test_a_time_that_was_not_reached_is_said(clock, monkeypatch):
     # Slower than by the table, once ranks are chosen by it.
     monkeypatch.setattr(timing._Whole, "share", lambda *_: 1.2)

@@ -140,7 +140,13 @@ def corrected(
         target: The share of the dense model's time.
         choose: The rank of each factorized layer at a cost.
     """
+    assert cost.latency is not None
     measured: list[tuple[float, dict[str, int]]] = []
+    curve = _Curve(cost.latency)
+
+    def having(share: float, ranks: Mapping[str, int]) -> ModelCost:
+        return replace(cost, latency=curve.having_measured(cost.by("latency").total(ranks) / 1e6, share))
+
     with stopwatch.measuring():
         whole = _Whole(model, plans, calls, timing)
         for _ in range(CORRECTIONS):
@@ -156,23 +162,46 @@ def corrected(
                 break
             share = whole.share(pairs)
             measured.append((share, ranks))
-            cost = _having_measured(cost, share, ranks)
+            cost = having(share, ranks)
             if abs(share - target) <= CLOSE * target:
                 break
     share, ranks = min(measured, key=lambda each: (each[0] > (1 + CLOSE) * target, abs(each[0] - target)))
-    return ranks, _having_measured(cost, share, ranks)
+    return ranks, having(share, ranks)
 
 
-def _having_measured(cost: ModelCost, share: float, ranks: Mapping[str, int]) -> ModelCost:
-    """The cost by which the whole takes this share of the dense model's time at these ranks."""
-    assert cost.latency is not None
-    dense, others = cost.latency.samples[-1], cost.latency.samples[:-1]
-    # One that is slower than the dense model says no more than that it is not faster.
-    mine = (cost.by("latency").total(ranks) / 1e6, min(share, 1 - CLOSE / 2) * cost.latency.dense)
-    if mine[0] >= dense[0]:
-        return cost
-    alike = [each for each in others if (each[0] - mine[0]) * (each[1] - mine[1]) > 0]
-    return replace(cost, latency=replace(cost.latency, samples=(*sorted([*alike, mine]), dense)))
+class _Curve:
+    """Seconds of the whole against the sum of its layers', as a table has them, drawn through what is measured later.
+
+    Between two times that were measured the table's are off by as much as at these, in proportion; so that one that is
+    off everywhere is right from the second choice of ranks on.
+    """
+
+    def __init__(self, table: ModelLatency) -> None:
+        self._table = table
+        self._points: list[tuple[float, float]] = []
+
+    def having_measured(self, layers: float, share: float) -> ModelLatency:
+        """The curve through this one too, and through those before that do not contradict it.
+
+        Args:
+            layers: Sum of the layers' seconds.
+            share: Of the dense model's time, that the whole took.
+        """
+        dense = self._table.samples[-1]
+        # One that is slower than the dense model says no more than that it is not faster.
+        mine = (layers, min(share, 1 - CLOSE / 2) * self._table.dense)
+        if layers < dense[0]:
+            self._points = sorted([*(point for point in self._points if _agree(point, mine)), mine])
+        off = [(x, y / self._table.whole(x)) for x, y in self._points if y < (1 - CLOSE / 2) * dense[1]]
+        scaled = ModelLatency(1.0, ((0.0, off[0][1]), *off, (dense[0], 1.0))) if off else None
+        rest = [(x, y * scaled.whole(x) if scaled else y) for x, y in self._table.samples[:-1]]
+        rest = [each for each in rest if all(_agree(each, point) for point in (*self._points, dense))]
+        return replace(self._table, samples=(*sorted([*self._points, *_ascending(rest)]), dense))
+
+
+def _agree(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether the one of two samples that has more of the layers' seconds takes longer."""
+    return (one[0] - other[0]) * (one[1] - other[1]) > 0
 
 
 def beside_dense(model: nn.Module, calls: Sequence[Call], timing: Timing) -> tuple[float, float]:

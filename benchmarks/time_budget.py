@@ -7,7 +7,8 @@ Each net is cut by ``compress(..., target_latency=...)``, which measures how lon
 ranks. Then dense and low-rank take turns, in the runtime that was asked for; a row is the median of the ratios of the
 same round, with the middle half of them as its spread. The goal is to be within 5 % of what was asked for. Beside it
 stands what the same net takes at the same share of its multiply-accumulates, and by which factor the dense net itself
-takes longer than it did while ranks were chosen: a machine that others use too is not steady.
+takes longer than it did while ranks were chosen: a machine that others use too is not steady. A net that is "folded"
+has its batch normalizations merged into its convolutions first, dense and low-rank alike.
 
 With ``--equal`` a budget of multiply-accumulates is searched for that takes as long as the net that was cut to the
 time: how far the outputs of either are from the dense net's says what it is worth to ask for time.
@@ -24,15 +25,16 @@ from typing import Any
 import nets
 import torch
 from harness import Row, Table, against, arguments, in_turns, middle_half, progress, save, times
-from latency import computed, repeats_of, shape_spectra
+from latency import computed, folded, repeats_of, shape_spectra
 from torch import Tensor, nn
 
 from lightning_svd import Timing, compress, decompose, to_dense
 
-CHANNELS_LAST = "channels-last"
+CHANNELS_LAST, FOLDED = "channels-last", "folded"
 RUNTIMES = {
     **{runtime: runtime for runtime in ("eager", "compiled", "onnx")},
-    **{f"{runtime} {CHANNELS_LAST}": runtime for runtime in ("eager", "compiled")},
+    **{f"{runtime} {how}": runtime for runtime in ("eager", "compiled") for how in (CHANNELS_LAST, FOLDED)},
+    **{f"{runtime} {FOLDED} {CHANNELS_LAST}": runtime for runtime in ("eager", "compiled")},
 }
 SEARCH = 6  # halvings of the interval in which a budget of MACs is searched
 WIDTH, BLOCKS = 512, 4  # of the encoder of BERT's kind, as its "small" one has them
@@ -114,6 +116,8 @@ def measure(
 ) -> list[Row]:
     """A row for each share."""
     model = dense(net, options.seed)
+    if FOLDED in runtime:
+        model = folded(model)
     x, rounds = torch.randn(batch_size, *NETS[net][1]), options.rounds
     if CHANNELS_LAST in runtime:
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)

@@ -237,22 +237,27 @@ def test_a_budget_of_time_has_a_row_for_each_share_or_says_what_can_be_reached(t
     assert len(time_budget.tables(rows)[0].rows) == 2
 
 
-def test_a_budget_of_time_in_the_layout_that_is_asked_for(tmp_path, monkeypatch):
+def test_a_budget_of_time_in_the_layout_that_is_asked_for_and_without_normalizations(tmp_path, monkeypatch):
     seen = []
 
     def cut(model, batch, budget):
-        layouts = [x.is_contiguous(memory_format=torch.channels_last) for x in (batch, model[0].weight)]
-        seen.append((layouts, budget["latency_table"].runtime))
+        weight = model.get_parameter("0.weight")
+        layouts = [x.is_contiguous(memory_format=torch.channels_last) for x in (batch, weight)]
+        normalizes = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+        seen.append((layouts, normalizes, budget["latency_table"].runtime))
         raise ValueError("`target_latency` must be at least 1")
 
     def net():
-        return torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.Conv2d(32, 32, 3))
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.Conv2d(32, 32, 3))
 
     monkeypatch.setattr(time_budget, "NETS", {"small": (net, (3, 8, 8))})
     monkeypatch.setattr(time_budget, "cut", cut)
-    arguments = ("--batches", "4", "--targets", "0.9", "--runtimes", "eager,eager channels-last,compiled channels-last")
+    runtimes = "eager,eager channels-last,compiled channels-last,compiled folded,eager folded channels-last"
+    arguments = ("--batches", "4", "--targets", "0.9", "--runtimes", runtimes)
     rows_written(time_budget.main, tmp_path / "r.json", *arguments)
-    ways = [([False, False], "eager"), ([True, True], "eager"), ([True, True], "compiled")]
+    contiguous, last = [False, False], [True, True]
+    ways = [(contiguous, True, "eager"), (last, True, "eager"), (last, True, "compiled")]
+    ways += [(contiguous, False, "compiled"), (last, False, "eager")]
     assert seen == ways
 
 

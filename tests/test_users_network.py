@@ -1,10 +1,12 @@
 """What people do to a network while it trains: the same as without the callback, or refused by name."""
 
+import contextlib
 import copy
 import io
 import pickle
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -530,6 +532,21 @@ def test_what_takes_a_weight_past_all_hooks_takes_its_clone(what):
         assert function(weight).isnan()
 
     fit(Net(), svd(), At("on_train_batch_start", act, step=0))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_loss_that_is_nan_at_once_is_said_with_what_may_be_why(lost):
+    class Penalized(Net):
+        def training_step(self, batch, batch_idx):
+            weight = self.net[2].weight
+            norms = torch.vmap(torch.linalg.vector_norm)(weight if lost else weight.clone())
+            return super().training_step(batch, batch_idx) + 1e-4 * norms.sum()
+
+    said = "the loss of the first batch is NaN"
+    with warnings.catch_warnings(record=True) as met, contextlib.suppress(ValueError):  # of NaN, at the first cut
+        warnings.simplefilter("always")
+        fit(Penalized(), svd())
+    assert sum(said in str(warning.message) for warning in met) == lost
 
 
 @pytest.mark.parametrize("how", ["copy_", "data ="])

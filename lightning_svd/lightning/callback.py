@@ -125,7 +125,7 @@ class SVDTrainingCallback(CallbackWithRun):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         run = self._run
         if run is not None:
-            run.backwards += 1
+            run.before_backward(loss)
             # In manual optimization another network may be still to come.
             self._learn_costs(trainer, run, every_layer=not pl_module.automatic_optimization)
 

@@ -58,6 +58,10 @@ from lightning_svd.wording import counted, few
 # Of a budget: layers that come to less together train their dense weights once ranks fall, while they keep all of their
 # own. Whether one of them loses ranks hardly matters, and U, s and V of full rank take several times as long.
 SLIGHT = 0.02
+LOST_AT_ONCE = (
+    "the loss of the first batch is NaN. If it is not without SVD training, something takes a weight past every hook "
+    "that torch has, as `torch.vmap`, `torch.func.grad` and `torch.jit.script` do: give it `weight.clone()`"
+)
 
 
 class SVDTraining:
@@ -526,6 +530,12 @@ class SVDTraining:
             for optimizer in self.optimizers:
                 stack.enter_context(optimizer.showing_weights(faces))
             yield
+
+    def before_backward(self, loss: Tensor) -> None:
+        """A backward pass of this loss comes next."""
+        self.backwards += 1
+        if self.cost is None and LOST_AT_ONCE not in self.warnings and bool(loss.detach().isnan().any()):
+            self.warnings.append(LOST_AT_ONCE)  # of the first batch only: in others nothing waits for the device
 
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""

@@ -42,8 +42,10 @@ from lightning_svd import (
     Spectrum,
     SVDLayer,
     SVDTrainingCallback,
+    compress,
     decompose,
     svd_layers,
+    to_dense,
 )
 from lightning_svd.layers.matrices import roundoff
 
@@ -741,6 +743,20 @@ def test_a_second_fit_trains_the_low_rank_model_further():
     assert callback.report is report
     assert macs(model) == cost
     assert model.state_dict().keys() == before.keys() and not same_state(model.state_dict(), before)
+
+
+def test_a_new_callback_leaves_what_is_low_rank_alone_until_it_is_made_dense():
+    model = SmallNet()
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)]).fit(model, data())
+    before, cost = copy.deepcopy(model.state_dict()), macs(model)
+    with pytest.raises(ValueError, match=r"at least 0\.\d+ for this model.*low-rank one; `to_dense\(model\)` makes"):
+        quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)]).fit(model, data())
+    assert same_state(model.state_dict(), before)
+    with pytest.raises(ValueError, match=r"low-rank one; `to_dense\(model\)` makes"):
+        compress(model, [torch.randn(8, 1, 8, 8)] * 4, target_macs=0.1, progress=False)
+    again = to_dense(model)
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4)]).fit(again, data())
+    assert macs(again) == pytest.approx(cost, rel=0.05)
 
 
 def test_an_early_end_is_said_in_the_report():

@@ -23,6 +23,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_svd.arguments import check_count, check_module, check_rank_pattern, needs, shown
 from lightning_svd.layers.compounds import linears_of, named_layers, owner_of, why_not_split
 from lightning_svd.layers.layer import FactorizedModule, SVDLayer, name_taken, own_class
+from lightning_svd.layers.pairs import low_rank_pairs
 from lightning_svd.layers.parts import prefix_of
 from lightning_svd.layers.views import CONV_MODES, CONVOLUTIONS, View, supported_type
 from lightning_svd.model.replay import untouched
@@ -294,6 +295,7 @@ class _Reasons:
             for parameter in child._parameters.values()
             if parameter is not None and not is_lazy(parameter)
         ]
+        self.halves = {half for pair in low_rank_pairs(module).values() for half in pair}
         self.owners = Counter(map(id, own))
         self.places = Counter(place for parameter in {id(p): p for p in own}.values() if (place := _place(parameter)))
 
@@ -303,6 +305,8 @@ class _Reasons:
     def _reasons(self, name: str, layer: nn.Module) -> Iterator[str]:
         if isinstance(layer, SVDLayer):
             yield "already factorized"
+        if layer in self.halves:
+            yield "one of the two layers of a low-rank one; `to_dense(model)` makes them one again"
         if name in self.excluded:
             yield "excluded by `exclude_modules`"
         kind = supported_type(layer)

@@ -30,7 +30,9 @@ from lightning_svd.model.values import leaves, mapped, once_each, with_own_attri
 _CONTAINERS = (list, dict, set, deque)
 _VALUES = (bool, int, float, complex, str, bytes, tuple, NoneType, Tensor)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor)
-DEEP, MANY = 2, 1000
+_PLAIN = (nn.Parameter, Tensor)
+DEEP, MANY = 4, 1000
+_LIBRARIES = {"torch", "lightning", "lightning_svd"}  # whose classes keep nothing outside of what they are part of
 LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
 
 
@@ -47,8 +49,9 @@ def replay(
     from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model differentiates in
     its forward pass. Autocast is as it was in the call. Hooks that the user registered do run, and what they keep (in
     lists, tensors, metrics and objects, in variables of the function that made them or of its file, whose functions
-    they may call) is as before. Objects that a model was called with are shallow copies. What is in these, and what is
-    done elsewhere, in files or by functions of other files, is not undone.
+    they may call) is as before, and so is what ``forward`` keeps in such variables, in attributes of its class and in
+    objects in objects of the model's own package. Objects that a model was called with are shallow copies. What is in
+    these, and what is done elsewhere, in files, queues or by functions of other files, is not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -167,14 +170,21 @@ def _keeping_state(module: nn.Module) -> Iterator[None]:
     """Parameters, buffers, attributes, what is in containers and objects among them, and what hooks keep, as before."""
     kept = _Kept()
     kept.modules(module, and_objects=True)
+    for of in {type(child) for child in module.modules()}:
+        kept.forward_of(of)
     for hook in _hooks(module):
         kept.function(hook)
-    written = _Written([*module.parameters(), *kept.tensors])
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers(), *kept.tensors)}.values()
+    written = _Written(tensors)
     buffers = [(b, b._version, b.detach().clone()) for b in module.buffers() if not b.is_inference()]
+    memory = [(tensor, tensor.data) for tensor in tensors if type(tensor) in _PLAIN and _place(tensor)]
     try:
         with written:
             yield
     finally:
+        for tensor, before in memory:  # where it was given another, as momentum encoders do: `.data = ...`
+            if not tensor.is_set_to(before):
+                tensor.data = before
         written.restore()
         kept.restore()
         with torch.no_grad():
@@ -197,7 +207,7 @@ class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
         self._versions = ExitStack()
         for tensor in tensors:
-            if type(tensor) in (nn.Parameter, Tensor) and (place := _place(tensor)):
+            if type(tensor) in _PLAIN and (place := _place(tensor)):
                 self._at.setdefault(place, []).append(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -264,9 +274,11 @@ class _Kept:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._seen: set[int] = set()
+        self._packages: set[str] = set()  # of the model's own classes, whose objects may hold others
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
         self._variables: list[tuple[dict[str, Any], str, Any]] = []
+        self._attributes: list[tuple[Any, str, Any]] = []  # of classes, and of objects with slots
         self._arrays: list[tuple[Any, Any]] = []
         self._rewindings: list[Callable[[], Any]] = []
 
@@ -279,10 +291,34 @@ class _Kept:
         """
         if id(vars(root)) in self._seen:
             return
+        self._packages |= {_package(type(child)) for child in root.modules()} - _LIBRARIES
         new = [own for own in map(vars, root.modules()) if id(own) not in self._seen]
         self._seen.update(map(id, new))
         for own in new:
             self._contents(own, DEEP, and_objects)
+
+    def forward_of(self, module_class: type) -> None:
+        """Note attributes of a class, and what the methods keep that its ``forward`` calls: a list for losses, say."""
+        lines = [of for of in module_class.__mro__ if _package(of) not in _LIBRARIES]
+        for of in lines:
+            if id(of) not in self._seen:
+                self._seen.add(id(of))
+                for name, value in [*vars(of).items()]:
+                    if not name.startswith("__") and isinstance(value, (*_CONTAINERS, *_VALUES)):
+                        self._attribute(of, name, value)
+        called, left = set[str](), ["forward"]
+        while left:
+            called.add(name := left.pop())
+            for method in (vars(of).get(name) for of in lines):
+                function = method.fget if isinstance(method, property) else getattr(method, "__func__", method)
+                if isinstance(function, FunctionType):
+                    self.function(function)
+                    left += {*_names_in(function.__code__)} - called
+
+    def _attribute(self, of: Any, name: str, value: Any) -> None:
+        self._attributes.append((of, name, value))
+        if isinstance(value, (*_CONTAINERS, Tensor)):
+            self._kept_by(value)
 
     def function(self, function: Any) -> None:
         """Note what a function keeps: its object's attributes, its arguments, and the variables that it uses.
@@ -326,13 +362,16 @@ class _Kept:
             self._container(vars(value), DEEP)
 
     def _container(self, container: Any, deep: int, and_objects: bool = False) -> None:
+        of = type(container)
+        if isinstance(container, (dict, list)) and of.__getitem__ not in (dict.__getitem__, list.__getitem__):
+            return  # it gives others than it holds
         if id(container) not in self._seen:
             self._seen.add(id(container))
             self._contents(container, deep, and_objects)
 
     def _contents(self, container: Any, deep: int, and_objects: bool) -> None:
         self._containers.append((container, {**container} if isinstance(container, dict) else [*container]))
-        if len(container) <= MANY:
+        if len(container) <= MANY and len(self._containers) <= DEEP * MANY:
             for value in container.values() if isinstance(container, dict) else container:
                 if issubclass(type(value), _CONTAINERS):  # past what a weak reference says that it is
                     if deep:
@@ -345,14 +384,21 @@ class _Kept:
             return
         if rewind := _rewinding(value):
             self._rewindings.append(rewind)
-        elif not isinstance(value, _NO_PLAIN_OBJECTS) and isinstance(own := getattr(value, "__dict__", None), dict):
-            self._container(own, DEEP)
+        elif not isinstance(value, _NO_PLAIN_OBJECTS):
+            is_own = _package(type(value)) in self._packages
+            if isinstance(own := getattr(value, "__dict__", None), dict):
+                self._container(own, DEEP, is_own)
+            if is_own and id(value) not in self._seen:
+                self._seen.add(id(value))
+                for name in (name for of in type(value).__mro__ for name in _slots(of)):
+                    if hasattr(value, name):
+                        self._attribute(value, name, getattr(value, name))
 
     def _memory(self, value: Any, and_objects: bool = False) -> bool:
         """Note what may be written into: a tensor, an array, a module (a metric, say); whether it is one."""
         if isinstance(value, nn.Module):
             self.modules(value, and_objects)
-        elif type(value) in (Tensor, nn.Parameter):
+        elif type(value) in _PLAIN:
             self.tensors += [] if value.is_inference() else [value]
         elif _is_small_array(value):
             self._arrays.append((value, value.copy()))
@@ -373,6 +419,20 @@ class _Kept:
                 cell.cell_contents = before
         for there, name, before in self._variables:
             there[name] = before
+        for of, name, before in self._attributes:
+            if getattr(of, name, None) is not before:
+                setattr(of, name, before)
+
+
+def _package(of: type) -> str:
+    """The package, or the file, that a class is from."""
+    return str(of.__module__).partition(".")[0]
+
+
+def _slots(of: type) -> Iterable[str]:
+    """The names of a class's slots."""
+    slots = vars(of).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def _names_in(code: CodeType) -> Iterator[str]:

@@ -52,15 +52,28 @@ class OptimizerOfFactors:
             layers: Those of the model that are factorized.
 
         Raises:
-            ValueError: If it steps more than once for a gradient, trains matrices only, or keeps a list of the
-                parameters of its own.
+            ValueError: If it is none of torch's, steps more than once for a gradient, trains matrices only, or keeps a
+                list of the parameters of its own.
         """
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(
+                f"SVD training does not work with {type(optimizer).__name__}, which is no subclass of torch's "
+                "Optimizer: it has no hooks, by which factors are kept from weight decay"
+            )
         self.optimizer = optimizer
         self.enforced = self.announced = self.gradients_added = self._are_reached = False
+        self._begun = 0  # steps that are not over: one that calls the step of its base class runs hooks for both
         self._layers = list(layers)
         self._all = [optimizer, *_inner(optimizer)]
         self._check()
         self._whole: list[tuple[list[Group], list[Group], list[list[Group]]]] = []
+        self._per_group = [
+            (each, values)
+            for each in self._all
+            for values in vars(each).values()
+            if _repeats(values, each.param_groups)
+        ]
+        self._widened: list[tuple[list[Any], list[Any]]] = []
         self._held: tuple[Any, frozenset[nn.Parameter]] = (None, frozenset())
         self._factors: tuple[int, frozenset[nn.Parameter]] = (-1, frozenset())
         self._forms = 0
@@ -84,10 +97,27 @@ class OptimizerOfFactors:
                         f"SVD training does not work with {kind}, which keeps a list of its own, `{name}`, of the "
                         "parameters that it was built with"
                     )
+        for group in self.optimizer.param_groups:
+            for name, value in group.items():
+                if name != "params" and _is_like(group["params"], value):
+                    raise ValueError(
+                        f"SVD training does not work with {kind}, in whose groups `{name}` has a tensor for each "
+                        "parameter"
+                    )
 
     def know(self, layers: Iterable[SVDLayer]) -> None:
         """Take note of which layers are factorized from now on."""
         self._layers, self._forms = list(layers), self._forms + 1
+
+    def begin_batch(self) -> None:
+        """A batch begins, in which every step is announced."""
+        self.enforced, self._begun = True, 0  # one of before may have failed
+        self.adopt_faces()
+
+    def end_batch(self) -> None:
+        """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
+        self.merge()
+        self.enforced, self._begun = False, 0
 
     def adopt_faces(self) -> None:
         """Replace dense weights that were added to the optimizer later, by a finetuning schedule say, by factors."""
@@ -243,6 +273,7 @@ class OptimizerOfFactors:
     # A step
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        self._begun += 1
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._split()
@@ -258,6 +289,9 @@ class OptimizerOfFactors:
         return args[:1], {**kwargs, "closure": then_split}
 
     def _after_step(self, *_: Any) -> None:
+        self._begun -= 1
+        if self._begun:
+            return
         announced, self.announced = self.announced, False
         self.merge()
         if self.enforced and not announced and self.regularized:
@@ -280,6 +314,10 @@ class OptimizerOfFactors:
             if any(part is not group for of_group, group in zip(parts, groups, strict=True) for part in of_group):
                 self._whole.append((groups, list(groups), parts))
                 groups[:] = [part for of_group in parts for part in of_group]
+                for owner, values in self._per_group:
+                    if owner.param_groups is groups and len(values) == len(parts):
+                        self._widened.append((values, list(values)))
+                        values[:] = [value for value, of in zip(values, parts, strict=True) for _ in of]
 
     def _undecayed(self) -> frozenset[nn.Parameter]:
         if self._factors[0] != self._forms:
@@ -295,7 +333,9 @@ class OptimizerOfFactors:
                 noted = {key: value for key, value in of_group[0].items() if key not in _OF_A_PART}
                 group.update(noted)
             groups[:] = whole
-        self._whole = []
+        for values, whole_values in self._widened:
+            values[:] = whole_values
+        self._whole, self._widened = [], []
 
     def remove(self) -> None:
         """Let go of the optimizer."""
@@ -340,6 +380,20 @@ def _is_a_list_of(held: Collection[int], value: Any) -> bool:
     found = [*_in_containers(value)]
     tensors = sum(isinstance(each, Tensor) for each in found)
     return tensors >= max(1, len(held)) or any(type(each) is int and each in held for each in found)
+
+
+def _is_like(parameters: Sequence[nn.Parameter], value: Any) -> bool:
+    """Whether it is a list of tensors, one of the shape of each parameter."""
+    if not isinstance(value, (list, tuple)) or len(value) != len(parameters) or not value:
+        return False
+    return all(isinstance(each, Tensor) and each.shape == p.shape for each, p in zip(value, parameters, strict=True))
+
+
+def _repeats(values: Any, groups: Sequence[Group]) -> bool:
+    """Whether it is a list of what each group has under some key, as AdaBound keeps the rates that it began with."""
+    if not isinstance(values, list) or not all(isinstance(value, (int, float)) for value in values):
+        return False
+    return any(values == [group.get(key) for group in groups] for key in next(iter(groups), {}))
 
 
 def _in_containers(value: Any, depth: int = 2) -> Iterator[Any]:

@@ -506,8 +506,7 @@ class SVDTraining:
         for layer in self.layers.values():
             layer.forget_loaded()
         for optimizer in self.optimizers:
-            optimizer.enforced = True
-            optimizer.adopt_faces()
+            optimizer.begin_batch()
 
     def _draw(self, step: int) -> None:
         """Have the step after this many use ranks of the ladder, if the policy says so."""
@@ -543,8 +542,7 @@ class SVDTraining:
         if self.evidence is not None:
             self.evidence.end_batch(self._device)
         for optimizer in self.optimizers:
-            optimizer.merge()
-            optimizer.enforced = False
+            optimizer.end_batch()
 
     def see_metric(self, metric: Callable[[], float], step: int) -> Pause | None:
         """Take note of the watched metric; returns the pause that begins or ends with it.

@@ -125,6 +125,11 @@ class DenseView(torch.Tensor):
             return DenseView.of(args[0].as_subclass(torch.Tensor).detach(), args[0].source, args[0].whole)
         return _computed(func, args, kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_is_param":  # as `nn.Parameter` notes what it makes of a tensor
+            _refuse(self.source, "was to share its memory, which it has none of, with another parameter")
+        super().__setattr__(name, value)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
@@ -164,18 +169,23 @@ class DenseGradient(torch.Tensor):
             return args[0]
         if name in ("untyped_storage", "storage_offset", "grad.__get__"):  # torch.compile looks at what it is given
             return _by_the_stand_in(func, args, kwargs)
-        if name in _ELEMENTWISE and isinstance(args[0], DenseGradient):
-            for gradient in args[0].factors():
+        first = next(value for value in _flattened((args, kwargs)) if isinstance(value, DenseGradient))
+        by_entry = any(isinstance(each, Tensor) and each.numel() != 1 for each in _flattened((args[1:], kwargs)))
+        if name in _ELEMENTWISE and first is args[0] and not by_entry:
+            for gradient in first.factors():
                 getattr(gradient, name)(*args[1:], **kwargs)
-            return args[0]
-        if name in _ELEMENTWISE_OF_LISTS:
-            gradients, *rest = args
-            func([part for gradient in gradients for part in _parts(gradient)], *rest, **kwargs)
+            return first
+        if name in _ELEMENTWISE_OF_LISTS and not by_entry:
+            parts = [_parts(gradient) for gradient in args[0]]
+            rest = [_for_each(given, parts) for given in args[1:]]
+            func([part for of_one in parts for part in of_one], *rest, **kwargs)
             return None
-        if name in _NORMS:
+        if name in _NORMS and not {int, tuple, list} & {type(kwargs.get("dim")), *map(type, args[2:3])}:
             return func(*(_flat(argument) for argument in args), **kwargs)
-        face = next(value for value in _flattened((args, kwargs)) if isinstance(value, DenseGradient))
-        return _refuse(face.source, f"has no gradient, of which `{name}` was asked")
+        if name in _SEARCHES:
+            found = func(_flat(first))
+            return (found.all() if name == "isfinite" else found.any()).expand(first.shape)
+        return _refuse(first.source, f"has no gradient, of which `{name}` was asked")
 
 
 def _by_the_stand_in(func: Any, args: Any, kwargs: Any) -> Any:
@@ -210,21 +220,27 @@ def _computed(func: Any, args: Any, kwargs: Any) -> Any:
             _refuse(target.source, f"was to be changed by `{name}`")
     if name in _HOOKS and isinstance(first, mine):
         _refuse(first.source, f"takes no `{name}`")
+    if name == "__dlpack__" and isinstance(first, mine):
+        _refuse(first.source, "was to share its memory, which it has none of, by `__dlpack__`")
     values: dict[int, Tensor] = {}
     if func is torch.autograd.grad:
         _refuse_derivatives(args, kwargs)
         # By views themselves, which a graph may lead to.
         return _by_the_stand_in(func, _plain(args, values, views=False), _plain(kwargs, values, views=False))
     result = func(*_plain(args, values), **_plain(kwargs, values))
-    if name in _VIEWS and isinstance(first, mine) and not torch.compiler.is_compiling():
-        return _as_views(result, first.source)
+    if isinstance(first, mine) and not torch.compiler.is_compiling():
+        if name in _VIEWS:
+            return _as_views(result, first.source, values.get(id(first), first))
+        if name in ("numpy", "__array__"):
+            result.flags.writeable = False
     return result
 
 
-def _as_views(result: Any, source: Source) -> Any:
+def _as_views(result: Any, source: Source, of: Tensor) -> Any:
     if isinstance(result, torch.Tensor):
-        return DenseView.of(result, source)
-    return type(result)(_as_views(item, source) for item in result) if isinstance(result, (list, tuple)) else result
+        # On another device, or of another dtype, it is a copy of the user's own.
+        return DenseView.of(result, source) if (result.dtype, result.device) == (of.dtype, of.device) else result
+    return type(result)(_as_views(item, source, of) for item in result) if isinstance(result, (list, tuple)) else result
 
 
 def _plain(value: Any, known: dict[int, Tensor], views: bool = True) -> Any:
@@ -278,6 +294,13 @@ def _flattened(value: Any) -> Iterator[Any]:
 
 def _parts(gradient: Tensor) -> list[Tensor]:
     return gradient.factors() if isinstance(gradient, DenseGradient) else [gradient]
+
+
+def _for_each(given: Any, parts: Sequence[Sequence[Tensor]]) -> Any:
+    """A number for each gradient as one for each of its parts; one for all as it is."""
+    if not isinstance(given, (list, tuple)) or len(given) != len(parts):
+        return given
+    return [each for each, of_one in zip(given, parts, strict=True) for _ in of_one]
 
 
 def _flat(argument: Any) -> Any:
@@ -430,11 +453,12 @@ _VIEWS = {
     *("expand_as", "t", "transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "T.__get__"),
     *("mT.__get__", "H.__get__", "mH.__get__", "__getitem__", "narrow", "select", "unbind", "chunk", "split"),
     *("tensor_split", "split_with_sizes", "diagonal", "unfold", "as_strided", "to", "cpu", "cuda", "float", "double"),
-    *("half", "bfloat16", "contiguous", "type", "type_as"),
+    *("half", "bfloat16", "contiguous", "type", "type_as", "adjoint", "broadcast_to", "hsplit", "vsplit", "dsplit"),
+    *("unsafe_chunk", "unsafe_split", "atleast_1d", "atleast_2d", "atleast_3d", "positive", "real.__get__"),
 }
 _ELEMENTWISE = {"zero_", "detach_", "requires_grad_", "mul_", "div_", "clamp_", "clamp_min_", "clamp_max_", "clip_"}
 _ELEMENTWISE |= {"nan_to_num_", "__imul__", "__itruediv__"}
 _ELEMENTWISE_OF_LISTS = {"_foreach_mul_", "_foreach_div_", "_foreach_zero_", "_foreach_clamp_min_"}
 _ELEMENTWISE_OF_LISTS |= {"_foreach_clamp_max_"}
 _NORMS = {"norm", "linalg_vector_norm", "vector_norm", "linalg_norm", "_foreach_norm"}
-_NORMS |= {"isfinite", "isnan", "isinf"}
+_SEARCHES = {"isfinite", "isnan", "isinf"}

@@ -106,10 +106,19 @@ class DenseForm(Form):
     def __init__(self, view: View, parameters: dict[str, Any], key: str = "weight", rows: slice | None = None) -> None:
         super().__init__(view, parameters, min(view.matrix_shape))
         self.key, self.rows = key, rows
+        self._last = parameters.get(key)
 
     @property
     def trained(self) -> list[nn.Parameter]:
+        self._last = self.parameters[self.key]
         return [self.parameters[self.key]]
+
+    def came_back(self) -> bool:
+        """Whether the parameter was gone from its place, where it is again now."""
+        if self._last is None or self.parameters.get(self.key) is not None:
+            return False
+        self.parameters[self.key] = self._last
+        return True
 
     def weight(self) -> Tensor:
         """The weight, or a view of it."""
@@ -300,6 +309,9 @@ def _over_groups(energies: Tensor) -> Tensor:
 
 
 def parameter_of(value: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter of its own with these values, trained as ``like`` is."""
+    """A parameter of its own with these values, trained as ``like`` is, with the plain attributes that it was given."""
     # clone: a view would keep, and save, the whole storage.
-    return nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), like.requires_grad)
+    parameter = nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format), like.requires_grad)
+    noted = {key: value for key, value in vars(like).items() if isinstance(value, (bool, int, float, str))}
+    vars(parameter).update(noted)  # a rate of its own, say, that the user's optimizer asks for
+    return parameter

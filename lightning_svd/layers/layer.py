@@ -313,6 +313,8 @@ class SVDLayer(FactorizedModule):
         self._hide_factors()
         plain = face.give_back(values)
         plain.requires_grad_(like.requires_grad)
+        if self._parameters.get("weight") is None:  # torch's older weight norm takes it out before it is refused
+            self._parameters["weight"] = plain
         self.form = DenseForm(self.view, self._parameters)
         self._tell()
         return old, [plain]
@@ -519,20 +521,28 @@ class SVDLayer(FactorizedModule):
         return self.form.trained[-1]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._refuse_another_weight(name)
+        form = vars(self).get("form")
+        # Where it is gone, as for torch's prune and the older weight norm, it comes back before anybody misses it.
+        if name == "weight" and (not isinstance(form, DenseForm) or form.came_back()):
+            self._refuse_another_weight()
+        if name == "__class__":
+            raise RuntimeError(
+                f"`{self.svd_name}` cannot become a {value.__name__} while it is factorized: make it one before the "
+                f"fit, or leave the layer out, `exclude_modules={self.layer_names()}`"
+            )
         self._refuse_another_geometry(name, value)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        self._refuse_another_weight(name)
+        if name == "weight":
+            self._refuse_another_weight()
         super().__delattr__(name)
 
-    def _refuse_another_weight(self, attribute: str) -> None:
-        if attribute == "weight" and not isinstance(vars(self).get("form"), DenseForm):
-            raise RuntimeError(
-                f"`{self.weight_name()}` cannot be replaced while its layer trains U, s and V: leave the layer out, "
-                f"`exclude_modules={self.layer_names()}`, or load it by `load_state_dict`"
-            )
+    def _refuse_another_weight(self) -> NoReturn:
+        raise RuntimeError(
+            f"`{self.weight_name()}` cannot be replaced while its layer trains U, s and V: leave the layer out, "
+            f"`exclude_modules={self.layer_names()}`, or load it by `load_state_dict`"
+        )
 
     def _refuse_another_geometry(self, attribute: str, value: Any) -> None:
         planned = self.view.geometry if "view" in vars(self) else {}
@@ -694,6 +704,11 @@ def factorize(
     return factorized
 
 
+def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Have a module be of another class, which a factorized layer lets nobody else do."""
+    object.__setattr__(module, "__class__", kind)
+
+
 def release(layer: SVDLayer, weight: Tensor | None = None) -> Replaced:
     """Make a factorized layer a plain one of its own class again, the same object with the same parameter.
 
@@ -705,7 +720,7 @@ def release(layer: SVDLayer, weight: Tensor | None = None) -> Replaced:
     kind = own_class(layer)
     for attribute in _OWN:
         vars(layer).pop(attribute, None)
-    layer.__class__ = kind  # type: ignore[assignment]
+    set_class(layer, kind)
     return replaced
 
 

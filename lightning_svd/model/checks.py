@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_svd.layers.compounds import owners_of
-from lightning_svd.layers.layer import PART_OF, SVDLayer, own_class, plain_dense, plain_pair
+from lightning_svd.layers.layer import PART_OF, SVDLayer, own_class, plain_dense, plain_pair, set_class
 from lightning_svd.layers.matrices import wide
 from lightning_svd.layers.parts import TakenApart
 from lightning_svd.model.calls import Call
@@ -157,7 +157,7 @@ def _be(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) ->
     """Have a module be of this class, and have these attributes and no others."""
     vars(module).clear()
     vars(module).update(attributes)
-    module.__class__ = kind
+    set_class(module, kind)
 
 
 def differing(

@@ -28,6 +28,7 @@ from lightning_svd.layers.layer import (
     factorize,
     plain_pair,
     release,
+    set_class,
 )
 from lightning_svd.layers.matrices import Factors, check_finite
 from lightning_svd.layers.pairs import is_pair, low_rank_pairs, merged, rank_of, view_of
@@ -534,4 +535,4 @@ def become(module: nn.Module, twin: nn.Module) -> None:
     for attribute in ("low_rank_view",):
         vars(module).pop(attribute, None)
     vars(module).update(attributes_of(twin))
-    module.__class__ = type(twin)
+    set_class(module, type(twin))

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from helpers import assert_same, counted_macs, svd_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import prune
 
 from lightning_svd.layers.compounds import svd_layers
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.layer import SVDLayer, own_class
+from lightning_svd.layers.pairs import factored_pair
 from lightning_svd.layers.views import View
 from lightning_svd.model.counting import count_costs, count_params
 from lightning_svd.model.plan import plan
@@ -100,6 +102,22 @@ def reason(module, name, **options):
     return {layer.name: layer.skipped for layer in plan(module, **options)}[name]
 
 
+class DropsWeights(nn.Module):
+    """Gives a recurrent module other tensors for a weight in each call, as fastai's ``WeightDropout``."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(12, 16)
+        self.raw = nn.Parameter(self.rnn.weight_hh_l0.detach().clone())
+        self.rnn._parameters["weight_hh_l0"] = F.dropout(self.raw, 0.5, training=False)
+
+
+def pruned_attention():
+    module = nn.MultiheadAttention(16, 2)
+    prune.l1_unstructured(module, "in_proj_weight", 0.3)
+    return module
+
+
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
@@ -118,10 +136,30 @@ def reason(module, name, **options):
         (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), "0", "on the meta device, without values"),
         (lambda: nn.Sequential(nn.Linear(8, 1)), "0", "too thin: even rank 1 costs as much as the dense layer"),
         (lambda: nn.Sequential(svd_of(nn.Linear(8, 8))), "0", "already factorized"),
+        (
+            lambda: nn.Sequential(factored_pair(View.of(nn.Linear(8, 8)), 2, True)),
+            "0.1",
+            "one of the two layers of a low-rank one; `to_dense(model)` makes them one again",
+        ),
+        (
+            pruned_attention,
+            "v_proj",
+            "in an attention or recurrent module (MultiheadAttention) with a weight that is computed from other "
+            "parameters",
+        ),
+        (DropsWeights, "rnn.ih_l0", "weight tied to another module's"),
     ],
 )
 def test_a_layer_is_skipped_with_its_reason(build, name, why):
     assert reason(build(), name) == why
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_padding_row_that_is_not_zero_would_move(value):
+    embedding = nn.Embedding(20, 16, padding_idx=3)
+    nn.init.constant_(embedding.weight[3], value)
+    why = reason(embedding, "", target_modules=["Embedding"])
+    assert (why is not None) == bool(value) and "padding row" in (why or "padding row")
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")

@@ -1123,6 +1123,26 @@ def distance_to_the_start(fit):
     return Seen(model.losses[0], [distances.seen, net(model)])
 
 
+@people(COPIES)
+def what_forward_puts_in_the_place_of_data(fit):
+    """A buffer and a frozen parameter that `forward` moves on by `.data = ...`"""
+
+    class Scaled(Net):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4), requires_grad=False)
+            self.register_buffer("shift", torch.ones(4))
+
+        def forward(self, x):
+            self.scale.data, self.shift.data = self.scale.data * 0.9, self.shift.data + 0.1
+            return self.net(x) * self.scale + self.shift
+
+    model = Scaled()
+    kept = At("on_train_batch_end", lambda *_: [model.scale.detach().clone(), model.shift.clone()])
+    fit(model, kept)
+    return Seen(kept.seen, net(model))
+
+
 # ------------------------------------------------------------------------------------------- losses that read weights
 
 LOSSES = "Losses that read weights"
@@ -1921,6 +1941,52 @@ def layers_swapped_by_state_dicts(fit):
     return Seen(model.losses[0], [start.seen, model.losses])
 
 
+@people(WRITES, refused=r"read-only")
+def by_numpy(fit):
+    """`weight.detach().numpy()[0] = 0`: the array is read-only"""
+
+    def clear(trainer, pl_module):
+        pl_module.net[2].weight.detach().numpy()[0] = 0
+
+    fit(Net(), At("on_train_batch_end", clear))
+
+
+@people(WRITES, refused=LOST.format("zero_"))
+def by_parts_of_other_names(fit):
+    """`hsplit`, `adjoint` and `broadcast_to` of `weight.data`, written into"""
+
+    def clear(trainer, pl_module):
+        weight = pl_module.net[2].weight
+        assert weight.data.hsplit(2)[0].shape == (16, 8) and weight.data.adjoint().shape == (16, 16)
+        torch.broadcast_to(weight.data, (1, 16, 16))[0, 0].zero_()
+
+    fit(Net(), At("on_train_batch_end", clear))
+
+
+@people(WRITES, refused=r"`net\.2\.weight` was to share its memory.*exclude_modules=\['net\.2'\]")
+def shared_by_dlpack(fit):
+    """`torch.from_dlpack(weight.detach())`, by which other libraries write"""
+    fit(Net(), At("on_train_batch_end", lambda trainer, model: torch.from_dlpack(model.net[2].weight.detach())))
+
+
+@people(WRITES, refused=r"`net\.2\.weight` was to share its memory.*exclude_modules=\['net\.2'\]")
+def shared_with_another_parameter(fit):
+    """`nn.Parameter(weight.data)` in the middle of a fit: two parameters of the same memory"""
+    fit(Net(), At("on_train_start", lambda trainer, model: nn.Parameter(model.net[2].weight.data)))
+
+
+@people(WRITES)
+def a_converted_copy(fit):
+    """`weight.detach().float()` of another dtype, a copy, written into"""
+
+    def clear(trainer, pl_module):
+        copied = pl_module.net[2].weight.detach().to(torch.bfloat16)
+        copied[0] = 0
+        assert not copied[0].any() and pl_module.net[2].weight[0].any()
+
+    return Seen(values=net(fit(Net(), At("on_train_batch_end", clear))))
+
+
 # ---------------------------------------------------------------------------------------------- files and several fits
 
 FILES = "Files, and several fits"
@@ -2483,6 +2549,91 @@ def low_bit_adam(fit):
     return fit_with(fit, lambda m: AdamW8bit(m.parameters(), lr=0.01, block_size=64))
 
 
+class StepsItsOwnWay(torch.optim.SGD):
+    """Steps as plain SGD with a rate for each group in a list, and one of a parameter's own."""
+
+    def __init__(self, parameters, **options):
+        super().__init__(parameters, **options)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure()
+        for group, rate in zip(self.param_groups, self.base_lrs, strict=True):
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad + group["weight_decay"] * p, alpha=-rate * getattr(p, "lr_scale", 1.0))
+        return loss
+
+
+@people(OPTIMIZERS)
+def a_list_by_groups_in_the_optimizer(fit):
+    """`zip(self.param_groups, self.base_lrs)` in the step, as AdaBound has it, with weight decay"""
+    before = At("on_train_start", lambda trainer, model: weights(model.net))
+    model = fit(Net(lambda net: StepsItsOwnWay(net.parameters(), lr=0.1, weight_decay=0.01)), before)
+    if fit.form != "cut":
+        assert all(not torch.equal(value, before.seen[0][name]) for name, value in net(model).items())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(OPTIMIZERS)
+def an_attribute_in_the_step(fit):
+    """`getattr(p, "lr_scale", 1.0)` in the optimizer's own step"""
+
+    def make(model):
+        model.net[2].weight.lr_scale = 0.0
+        return StepsItsOwnWay(model.parameters(), lr=0.1)
+
+    before = At("on_train_start", lambda trainer, model: weights(model.net[2]))
+    model = fit(Net(make), before)
+    if fit.form != "cut":
+        assert_same(weights(model.net[2])["weight"], before.seen[0]["weight"])
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+class CallsItsBase(torch.optim.AdamW):
+    """Has a step of its own that calls torch's."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@people(OPTIMIZERS)
+def a_step_that_calls_its_base(fit):
+    """`super().step(closure)` in a subclass of AdamW, where another AdamW was made before"""
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    model = fit(Net(lambda net: CallsItsBase(net.parameters(), lr=0.01, weight_decay=0.1)))
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(OPTIMIZERS, refused="SVD training does not work with SGD, in whose groups `anchors` has a tensor for each")
+def anchors_in_a_group(fit):
+    """A list of tensors beside `params` in a group: the anchors of FedProx"""
+
+    def make(model):
+        own = [*model.parameters()]
+        return torch.optim.SGD([{"params": own, "anchors": [p.detach().clone() for p in own]}], lr=0.1)
+
+    fit(Net(make))
+
+
+class OnlyLooksLikeOne:
+    """What Lightning asks of an optimizer, and no more."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.defaults, self.state, self.param_groups = optimizer.defaults, optimizer.state, optimizer.param_groups
+        self.state_dict, self.load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+        self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
+
+
+@people(OPTIMIZERS, refused="SVD training does not work with OnlyLooksLikeOne, which is no subclass")
+def no_optimizer_of_torchs(fit):
+    """A wrapper that is no `torch.optim.Optimizer`, which Lightning takes"""
+    fit(Net(lambda net: OnlyLooksLikeOne(torch.optim.SGD(net.parameters(), lr=0.1))))
+
+
 # ----------------------------------------------------------------------------------------- gradients and their clipping
 
 GRADIENTS = "Gradients"
@@ -2775,6 +2926,44 @@ def zero_grad_by_hand(fit):
             assert all(p.grad is None or float(p.grad.norm()) == 0.0 for p in self.parameters())
 
     model = fit(Zeros())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` has no gradient, of which `mul_` was asked.*exclude_modules=\['net\.0'\]")
+def masked_by_inputs(fit):
+    """`weight.grad.mul_(mask)` with a mask over the inputs"""
+    mask = (torch.arange(12) % 2).float()
+    fit(Net(), At("on_after_backward", lambda trainer, model: model.net[0].weight.grad.mul_(mask)))
+
+
+@people(GRADIENTS, refused=r"`net\.0\.weight` has no gradient, of which `norm` was asked")
+def norms_by_unit(fit):
+    """`weight.grad.norm(dim=1)`, a norm for each unit"""
+    fit(Net(), At("on_after_backward", lambda trainer, model: model.net[0].weight.grad.norm(dim=1)))
+
+
+@people(GRADIENTS)
+def searched_for_nan(fit):
+    """`torch.isnan(p.grad)`, in the shape of the weight, and `isfinite(p.grad).all()`"""
+
+    def look(trainer, pl_module):
+        shapes = [torch.isnan(p.grad).shape == p.shape for p in pl_module.parameters()]
+        return shapes, [bool(torch.isfinite(p.grad).all()) for p in pl_module.parameters()]
+
+    found = At("on_after_backward", look)
+    model = fit(Net(), found)
+    return Seen(found.seen, net(model))
+
+
+@people(GRADIENTS)
+def scaled_by_a_list(fit):
+    """`torch._foreach_mul_(gradients, [a number for each])`"""
+
+    def scale(trainer, pl_module):
+        gradients = [p.grad for p in pl_module.parameters()]
+        torch._foreach_mul_(gradients, [0.5 + 0.1 * place for place in range(len(gradients))])
+
+    model = fit(Net(), At("on_after_backward", scale))
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
@@ -3233,6 +3422,94 @@ def nets_with_checkpointing(fit):
 
     model = fit(Saves())
     return Seen(model.losses[0], [model.losses, net(model)])
+
+
+LOSSES_ON_THE_SIDE: list[Tensor] = []
+
+
+class KeepsItsLoss(nn.Module):
+    """A layer that notes a loss of its own in a list of this file, and a count in its class."""
+
+    calls = 0
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+
+    def forward(self, x):
+        y = self.inner(x)
+        self.note(y.square().mean())
+        return y
+
+    def note(self, loss):
+        LOSSES_ON_THE_SIDE.append(loss)
+        type(self).calls += 1
+
+
+@people(MODULES)
+def losses_in_a_list_of_the_file(fit):
+    """`forward` appends a loss to a list of its file, which the step adds and clears, and counts in its class"""
+
+    class OnTheSide(Net):
+        def __init__(self):
+            super().__init__()
+            self.net[2] = KeepsItsLoss()
+
+        def loss(self, batch):
+            loss = super().loss(batch)
+            counts.append((len(LOSSES_ON_THE_SIDE), KeepsItsLoss.calls))
+            loss = loss + 0.1 * sum(LOSSES_ON_THE_SIDE)
+            LOSSES_ON_THE_SIDE.clear()
+            return loss
+
+    counts, KeepsItsLoss.calls = [], 0
+    model = fit(OnTheSide())
+    return Seen([counts, model.losses[0]], [model.losses, net(model)])
+
+
+@dataclass(slots=True)
+class Tally:
+    """A count in a slot."""
+
+    calls: int = 0
+
+
+class Holder:
+    """An object of the user's own."""
+
+
+@people(MODULES)
+def what_is_kept_deep_down(fit):
+    """What `forward` counts in dicts of dicts, in objects in objects, and in slots"""
+
+    class Counting(Net):
+        def __init__(self):
+            super().__init__()
+            self.cache, self.tally, self.agent = {"layer": {"name": []}}, Tally(), Holder()
+            self.agent.memory = Holder()
+            self.agent.memory.items = []
+
+        def forward(self, x):
+            self.cache["layer"]["name"].append(len(x))
+            self.agent.memory.items.append(len(x))
+            self.tally.calls += 1
+            return self.net(x)
+
+    model = fit(Counting())
+    return Seen([len(model.cache["layer"]["name"]), len(model.agent.memory.items), model.tally.calls], net(model))
+
+
+@people(MODULES, refused=r"`net\.2` cannot become a Other while it is factorized.*exclude_modules=\['net\.2'\]")
+def another_class_in_the_fit(fit):
+    """`layer.__class__ = Other` in the middle of a fit"""
+
+    class Other(nn.Linear):
+        pass
+
+    def change(trainer, pl_module):
+        pl_module.net[2].__class__ = Other
+
+    fit(Net(), At("on_train_batch_end", change, step=2))
 
 
 # ----------------------------------------------------------------------------------------------------- other libraries

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule
 from models import quiet_trainer
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_svd import FallToBudget, Regularizer, SVDLayer, SVDTrainingCallback, svd_layers
@@ -532,6 +533,45 @@ def test_what_takes_a_weight_past_all_hooks_takes_its_clone(what):
         assert function(weight).isnan()
 
     fit(Net(), svd(), At("on_train_batch_start", act, step=0))
+
+
+TAKES_AWAY = {
+    "parametrizations.weight_norm": nn.utils.parametrizations.weight_norm,
+    "parametrizations.spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+    "del": lambda layer: delattr(layer, "weight"),
+    "__class__": lambda layer: setattr(layer, "__class__", type("Other", (nn.Linear,), {})),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", TAKES_AWAY)
+@pytest.mark.parametrize("form", ["svd", "dense"])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_weight_is_not_taken_away_while_its_layer_trains(form, how, step):
+    def act(trainer, pl_module):
+        TAKES_AWAY[how](pl_module.net[2])
+
+    model, late = Net(), FallToBudget(start=0.9, end=1.0)
+    with pytest.raises(RuntimeError, match=r"net\.2|DenseWeight"):
+        fit(model, svd(full_rank_as=form, schedule=late), At("on_train_batch_start", act, step=step))
+    assert type(model.net[2]) is nn.Linear and model(torch.ones(1, 64)).isfinite().all()
+    model.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("schedule", [FallToBudget(), "finetune"])
+def test_a_network_of_which_nothing_is_left_to_cut_is_trained_as_it_is(schedule):
+    class ReadsAll(Net):
+        def forward(self, x):
+            for layer in self.net:
+                x = layer(x) + (0 * layer.weight.sum() if isinstance(layer, nn.Linear) else 0)
+            return x
+
+    model, callback = ReadsAll(), SVDTrainingCallback(target_macs=1.0, schedule=schedule)
+    fit(model, callback)
+    assert callback.report.macs_ratio == 1.0 and all(type(layer) in (nn.Linear, nn.ReLU) for layer in model.net)
 
 
 @pytest.mark.parametrize("lost", [True, False])

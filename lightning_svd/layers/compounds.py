@@ -74,9 +74,18 @@ def why_not_split(module: nn.Module) -> str | None:
         return _COMPUTED.format(base.__name__)
     if type(module) is not base:
         return f"in a subclass of {base.__name__}, which may have a forward of its own"
-    if any(name.startswith("weight_") and isinstance(value, Tensor) for name, value in vars(module).items()):
-        return _COMPUTED.format(base.__name__)  # by a hook of torch's older kind
+    if any(map(_is_written_to, (module, *module.children()))):
+        return _COMPUTED.format(base.__name__)
     return KINDS[base].why_not(module)
+
+
+def _is_written_to(module: nn.Module) -> bool:
+    """Whether a weight of it is no parameter: torch's older hooks write one there in each call, and so do people."""
+    own = {**vars(module), **module._parameters}
+    return any(
+        "weight" in name and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+        for name, value in own.items()
+    )
 
 
 def owner_of(module: nn.Module, name: str) -> nn.Module | None:

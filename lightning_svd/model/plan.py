@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, NoneType
 from typing import Any
 
 import torch
@@ -242,7 +242,10 @@ def _computes_weight(module: nn.Module) -> bool:
     """Whether a supported layer computes its weight from other parameters, or hides it in a script."""
     if isinstance(module, torch.jit.ScriptModule):
         return isinstance(getattr(module, "weight", None), Tensor) and module.weight.ndim >= 2
-    return supported_type(module) is not None and "weight" not in module._parameters
+    if supported_type(module) is None:
+        return False
+    weight = module._parameters.get("weight")
+    return "weight" not in module._parameters or not isinstance(weight, (nn.Parameter, NoneType))
 
 
 def _of_no_layer(parameter: nn.Parameter) -> str:
@@ -329,6 +332,8 @@ class _Reasons:
         yield from self._of_weight(name, layer, weight)
         if isinstance(layer, nn.Embedding) and (layer.sparse or layer.max_norm is not None or layer.scale_grad_by_freq):
             yield "an Embedding with `sparse`, `max_norm` or `scale_grad_by_freq`"
+        if isinstance(layer, nn.Embedding) and _is_padding_seen(layer):
+            yield "its padding row, which never trains, is not zero: factors would move it"
         if [*layer.children()]:
             yield "has modules of its own in it"
         if taken := name_taken(layer):
@@ -348,7 +353,9 @@ class _Reasons:
             yield f"its weight is of {parameter.dtype}"
         if not parameter.numel():
             yield "its weight is empty"
-        if self.owners[id(parameter)] > 1:
+        # A module that holds another's weight may be given other tensors in its place in every call.
+        with_it = [] if owner is None else [p for p in owner._parameters.values() if p is not None]
+        if any(self.owners[id(p)] > 1 for p in (parameter, *with_it)):
             yield "weight tied to another module's"
         place = _place(parameter)
         if place and self.places[place] > 1:
@@ -364,6 +371,13 @@ def _place(parameter: Tensor) -> tuple[Any, int] | None:
     if parameter.is_meta or type(parameter) is not nn.Parameter or not parameter.numel():
         return None
     return parameter.device, parameter.data_ptr()
+
+
+def _is_padding_seen(layer: nn.Embedding) -> bool:
+    """Whether the row of what stands for nothing is not zero."""
+    if layer.padding_idx is None or layer.weight.is_meta:
+        return False
+    return bool(layer.weight[layer.padding_idx].detach().any())
 
 
 def _weight_shape(layer: nn.Module) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ class Verdict:
 
         for name, (values,) in processes.shared_out(self._names, judge, lambda name: [_like(layers[name], ())]):
             found[name] = values
-        totals = torch.stack([values.sum() for values in found.values()]).tolist()
+        totals = torch.stack([values.sum() for values in found.values()]).tolist() if found else []
         worth = [total for name, total in zip(found, totals, strict=True) if name not in self.unseen]
         for name, total in zip(found, totals, strict=True):
             if name in self.unseen and worth and total > 0:

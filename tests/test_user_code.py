@@ -3512,6 +3512,18 @@ def another_class_in_the_fit(fit):
     fit(Net(), At("on_train_batch_end", change, step=2))
 
 
+@people(MODULES)
+def sparse_inputs(fit):
+    """Inputs that are sparse tensors, `x.to_sparse()`"""
+
+    class Sparse(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step([batch[0].relu().to_sparse(), batch[1]], batch_idx)
+
+    model = fit(Sparse())
+    return Seen(model.losses[0], [model.losses, net(model)])
+
+
 # ----------------------------------------------------------------------------------------------------- other libraries
 
 LIBRARIES = "Other libraries"

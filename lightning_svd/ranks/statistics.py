@@ -231,6 +231,7 @@ def features_of(layer: SVDLayer, x: Tensor, out: Tensor | None = None, bias: Ten
         bias: What was added to it.
     """
     with torch.no_grad(), exact_products(x.device):
+        x = x if x.layout is torch.strided else x.to_dense()
         precise = torch.get_float32_matmul_precision() == "highest"
         if out is not None and precise and _are_outputs(layer) and out.dtype == wide(layer.form.trained[0][:0]).dtype:
             along = () if bias is None else (*bias.shape, *[1] * len(layer.view.kernel))

@@ -3524,6 +3524,29 @@ def sparse_inputs(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
+@people(MODULES, refused=r"`net\.0\.weight_hh_l0` cannot be replaced .*exclude_modules=\['net\.0\.hh_l0'\]")
+def a_pruned_recurrent_module(fit):
+    """`torch.nn.utils.prune` of a weight of an LSTM in the middle of a fit"""
+
+    class Remembers(Net):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.LSTM(12, 16, batch_first=True), nn.Linear(16, 4))
+
+        def forward(self, x):
+            return self.net[1](self.net[0](x.unsqueeze(1))[0][:, -1])
+
+    def cut(trainer, pl_module):
+        nn.utils.prune.l1_unstructured(pl_module.net[0], "weight_hh_l0", 0.3)
+
+    model = Remembers()
+    try:
+        fit(model, At("on_train_batch_end", cut, step=2))
+    finally:
+        assert fit.form == "reference" or type(model.net[0]) is nn.LSTM
+        model(torch.ones(1, 12))
+
+
 # ----------------------------------------------------------------------------------------------------- other libraries
 
 LIBRARIES = "Other libraries"

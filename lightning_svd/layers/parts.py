@@ -401,7 +401,7 @@ class TakenApart(FactorizedModule, InParts):
     def __setattr__(self, name: str, value: Any) -> None:
         slots = vars(self).get("_slots", {})
         keys = {slot.key: part for part, both in slots.items() for slot in both if slot is not None}
-        if name in keys and type(self._held(name)) is DenseWeight:
+        if name in keys and (type(self._held(name)) is DenseWeight or self._came_back(name)):
             raise RuntimeError(
                 f"`{self.svd_name}.{name}` cannot be replaced while its layers train U, s and V: leave them out, "
                 f"`exclude_modules={self._names_of(name)}`, or load it by `load_state_dict`"
@@ -409,6 +409,16 @@ class TakenApart(FactorizedModule, InParts):
         super().__setattr__(name, value)
         if name in keys:
             self.parts_changed()
+
+    def _came_back(self, key: str) -> bool:
+        """Whether a weight was gone from its place, as when torch's prune begins, where it is again now."""
+        for part in [vars(self)[name] for name, (weight, _) in self._slots.items() if weight.key == key]:
+            if self._held(key) is None and isinstance(part, SVDLayer):
+                if isinstance(part.form, DenseForm):
+                    return part.form.came_back()
+                self._parameters[key] = part._face
+                return True
+        return False
 
     def _names_of(self, key: str) -> list[str]:
         names = (name for name, (weight, _) in self._slots.items() if weight.key == key)

@@ -60,7 +60,7 @@ from lightning_svd.ranks.costs import ModelCost
 
 MOMENTUM = 0.9
 FINETUNE_SHARE, FINETUNE_RATE = 0.25, 0.2  # of the epochs, and of the learning rate, for those who finetune
-SMALLEST = 0.15  # of the budgets that a nested run leaves open
+SMALLEST, A_QUARTER = 0.15, 0.25  # of the budgets that a nested run leaves open
 TIMED_BATCH = 64  # images, for the time of a model
 SEARCH_SHARE = 0.2  # of the rounds for a row are those for each step of a search
 NEAR = 8  # widths on either side that are measured again where a search has ended
@@ -404,6 +404,17 @@ def ours_nested(setting: Setting) -> nn.Module:
     return compressed(nested_for_all(setting), setting)
 
 
+@SharedStart
+def nested_from_a_quarter(setting: Setting) -> nn.Module:
+    """The dense net at the end of the nested run for budgets from ``A_QUARTER`` up."""
+    return nested_run(replace(setting, target=A_QUARTER))
+
+
+def ours_nested_from_a_quarter(setting: Setting) -> nn.Module:
+    """The same of a run that leaves budgets from ``A_QUARTER`` up open."""
+    return compressed(nested_from_a_quarter(setting), setting)
+
+
 dense_for_all = SharedStart(dense)
 
 
@@ -511,6 +522,7 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "ours": ours,
     "ours_from_trained": ours_from_trained,
     "ours_nested": ours_nested,
+    "ours_nested_from_a_quarter": ours_nested_from_a_quarter,
     "dense_compressed": dense_compressed,
 }
 SHARED_STARTS = {
@@ -521,6 +533,7 @@ SHARED_STARTS = {
     "ours": ours_by_default,
     "ours_from_trained": dense_but_finetuning,
     "ours_nested": nested_for_all,
+    "ours_nested_from_a_quarter": nested_from_a_quarter,
     "dense_compressed": dense_for_all,
 }
 WIDTHS = {"narrow": width_in_macs, "narrow_in_time": width_in_time}  # found before the training, whose time is told

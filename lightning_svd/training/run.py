@@ -531,7 +531,11 @@ class SVDTraining:
             yield
 
     def before_backward(self, loss: Tensor) -> None:
-        """A backward pass of this loss comes next."""
+        """A backward pass comes next: count it, and say so if the first batch's loss is NaN.
+
+        Args:
+            loss: Whose.
+        """
         self.backwards += 1
         if self.cost is None and LOST_AT_ONCE not in self.warnings and bool(loss.detach().isnan().any()):
             self.warnings.append(LOST_AT_ONCE)  # of the first batch only: in others nothing waits for the device

@@ -212,7 +212,7 @@ def cases(draw: Any, simple: bool = False) -> Case:
     arguments: dict[str, Any] = {target: draw(st.sampled_from([0.2, 0.4, 0.7, 0.9, 1.0]))}
     optional: dict[str, list[Any]] = {
         "full_rank_as": ["auto", "dense"],
-        "regularizer": ["hoyer", "l1", "hoyer_square", None] if not simple else ["hoyer", "l1", None],
+        "regularizer": ["hoyer", "l1", "hoyer_square", "group_lasso", None] if not simple else ["hoyer", "l1", None],
         "final": ["factored", "factored", "dense", "decomposed"],
         "min_rank": [1, 1, 2],
         "round_to": [1, 1, 2],

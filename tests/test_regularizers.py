@@ -28,6 +28,7 @@ FORMULAS = {
     "l1": lambda s: s.abs().sum(),
     "hoyer": lambda s: s.abs().sum() / s.square().sum().sqrt(),
     "hoyer_square": lambda s: s.abs().sum().square() / s.square().sum(),
+    "group_lasso": lambda s: sum(torch.linalg.vector_norm(s[first:]) for first in range(len(s))),
 }
 
 
@@ -200,7 +201,7 @@ def test_orthogonality_error_is_zero_when_orthonormal_and_per_rank_otherwise():
     assert float(error) == pytest.approx(4.5**0.5, rel=roundoff((6, 5), torch.float64))
 
 
-@pytest.mark.parametrize("sparsity", ["l1", "hoyer", "hoyer_square"])
+@pytest.mark.parametrize("sparsity", SPARSITY)
 def test_layers_of_one_shape_computed_together_get_what_each_gets_alone(sparsity):
     together = nn.Sequential(*(nn.Linear(7, 9, dtype=torch.float64) for _ in range(4)), nn.Linear(7, 5).double())
     decompose(together)
@@ -307,7 +308,7 @@ def test_in_half_precision_or_tf32_the_penalty_is_computed_exactly():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"sparsity": "l2"}, "`sparsity` must be one of 'hoyer', 'hoyer_square', 'l1', None, got 'l2'"),
+        ({"sparsity": "l2"}, "`sparsity` must be one of 'hoyer', 'hoyer_square', 'l1', 'group_lasso', None, got 'l2'"),
         ({"sparsity_weight": -1.0}, "`sparsity_weight` must be a finite number >= 0, got -1.0"),
         ({"sparsity_weight": "0.1"}, "`sparsity_weight` must be a finite number >= 0, got '0.1'"),
         ({"orthogonality_weight": float("inf")}, "`orthogonality_weight` must be a finite number >= 0, got inf"),
@@ -318,7 +319,7 @@ def test_a_regularizer_names_the_argument_and_the_value(arguments, message):
         Regularizer(**arguments)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("hoyer", 2e-3), ("hoyer_square", 2e-4), ("l1", 5e-4), (None, 0.0)])
+@pytest.mark.parametrize(("name", "weight"), [("hoyer", 2e-3), ("hoyer_square", 2e-4), ("l1", 5e-4), ("group_lasso", 5e-5), (None, 0.0)])
 def test_each_penalty_has_a_weight_of_its_own_unless_one_is_given(name, weight):
     assert Regularizer(name).sparsity_weight == weight
     assert Regularizer(name, 0.5).sparsity_weight == 0.5

@@ -74,7 +74,8 @@ class Recipe:
             with "fall", "finetune" and "grow_and_prune", and "spectrum" otherwise.
         min_rank: The fewest ranks that a layer may end with.
         round_to: What ranks are multiples of; "auto" for what the device's kernels compute at once.
-        regularizer: The sparsity penalty: "hoyer", "hoyer_square", "l1", None for none, or a ``Regularizer``.
+        regularizer: The sparsity penalty: "hoyer", "hoyer_square", "l1", "group_lasso", None for none, or a
+            ``Regularizer``.
         measure_latency: Whether layers are timed at the end, and become dense again where factors are no faster.
         final: What the model is made of at the end: "factored" (two plain layers), "dense", or "decomposed" (U, s, V).
         distill: Whether the dense model teaches, True, False or a ``Distillation``.

@@ -79,6 +79,19 @@ def hoyer_square(s: Tensor) -> ValueAndGradient:
     return ratio.square(), 2.0 * ratio.unsqueeze(-1) * gradient
 
 
+def group_lasso(s: Tensor) -> ValueAndGradient:
+    """``sum_b |s_b.|_2`` over all suffixes ``s_b. = (s_b, ..., s_r)`` of s (..., r), and its gradient.
+
+    The hierarchical group lasso of Maestro (Horvath et al. 2023, arXiv 2308.14929) for orthonormal factors: the later a
+    rank stands, the more groups it is in, so that ranks go from the last on. The gradient is ``s_i`` times the sum of
+    ``1 / |s_b.|_2`` over b <= i, without the suffixes that are 0.
+    """
+    unit, length = _normalized(s)
+    suffixes = unit.square().flip(-1).cumsum(-1).flip(-1).sqrt()
+    pulls = torch.where(suffixes > 0, 1.0 / suffixes, 0.0).cumsum(-1)
+    return (suffixes * length).sum(-1), unit * pulls
+
+
 def _normalized(s: Tensor) -> tuple[Tensor, Tensor]:
     """``s / |s|_2`` and ``|s|_2`` (..., 1), safe from overflow and underflow; 0 and 1 for s = 0."""
     largest = s.abs().amax(-1, keepdim=True) if s.shape[-1] else s.new_zeros(*s.shape[:-1], 1)
@@ -88,10 +101,12 @@ def _normalized(s: Tensor) -> tuple[Tensor, Tensor]:
     return unit, torch.where(length > 0, length * largest, 1.0)
 
 
-SPARSITY: dict[str, Callable[[Tensor], ValueAndGradient]] = {"hoyer": hoyer, "hoyer_square": hoyer_square, "l1": l1}
+SPARSITY: dict[str, Callable[[Tensor], ValueAndGradient]] = {
+    **{"hoyer": hoyer, "hoyer_square": hoyer_square, "l1": l1, "group_lasso": group_lasso}
+}
 
 # Weights at which each penalty helps a falling budget without doing the pruning alone.
-SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, None: 0.0}
+SPARSITY_WEIGHTS = {"hoyer": 2e-3, "hoyer_square": 2e-4, "l1": 5e-4, "group_lasso": 5e-5, None: 0.0}
 
 
 @dataclass(frozen=True)
@@ -99,8 +114,8 @@ class Regularizer:
     """What the factors are regularized by: U and V towards orthonormal columns, s towards few singular values.
 
     Args:
-        sparsity: The penalty of s, "hoyer", "hoyer_square" or "l1"; None for none.
-        sparsity_weight: Its full weight; None for 0.002, 0.0002 and 0.0005 respectively.
+        sparsity: The penalty of s, "hoyer", "hoyer_square", "l1" or "group_lasso"; None for none.
+        sparsity_weight: Its full weight; None for 0.002, 0.0002, 0.0005 and 0.00005 respectively.
         orthogonality_weight: Weight of the orthogonality penalty of U and V.
         centralize: Whether the loss's gradient is centered over each layer's inputs, see
             :func:`~lightning_svd.training.regularizers.centralize`.

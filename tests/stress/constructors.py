@@ -201,7 +201,7 @@ OF_CALLBACK = LAYERS | {
     ),
     "full_rank_as": choice("auto", "svd", "dense"),
     "importance": choice("auto", "spectrum", "outputs", "fisher", others=[Fisher(), Outputs(3)]),
-    "regularizer": choice("hoyer", "hoyer_square", "l1", others=[Regularizer()], optional=True),
+    "regularizer": choice("hoyer", "hoyer_square", "l1", "group_lasso", others=[Regularizer()], optional=True),
     "measure_latency": flag(),
     "final": choice("factored", "dense", "decomposed"),
     "distill": Kind([True, False, Distillation(temperature=2.0)], [*flag().junk, Distillation, "logits"]),
@@ -303,7 +303,7 @@ CONSTRUCTORS = {
     "Regularizer": (
         Regularizer,
         {
-            "sparsity": choice("hoyer", "hoyer_square", "l1", optional=True),
+            "sparsity": choice("hoyer", "hoyer_square", "l1", "group_lasso", optional=True),
             "sparsity_weight": weight(optional=True),
             "orthogonality_weight": weight(),
             "centralize": flag(),

@@ -508,7 +508,8 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         ({"conv_mode": "depth"}, "`conv_mode` must be one of 'channel', 'spatial', 'auto', got 'depth'"),
         (
             {"regularizer": "l2"},
-            "`regularizer` must be one of 'hoyer', 'hoyer_square', 'l1', 'group_lasso', None or a Regularizer, got 'l2'",
+            "`regularizer` must be one of 'hoyer', 'hoyer_square', 'l1', 'group_lasso', None or a Regularizer, "
+            "got 'l2'",
         ),
         ({"regularizer": {"sparsity": "l1"}}, r"`regularizer` must be one of .*, got \{'sparsity': 'l1'\}"),
         (

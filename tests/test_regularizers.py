@@ -319,7 +319,10 @@ def test_a_regularizer_names_the_argument_and_the_value(arguments, message):
         Regularizer(**arguments)
 
 
-@pytest.mark.parametrize(("name", "weight"), [("hoyer", 2e-3), ("hoyer_square", 2e-4), ("l1", 5e-4), ("group_lasso", 5e-5), (None, 0.0)])
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("hoyer", 2e-3), ("hoyer_square", 2e-4), ("l1", 5e-4), ("group_lasso", 5e-5), (None, 0.0)],
+)
 def test_each_penalty_has_a_weight_of_its_own_unless_one_is_given(name, weight):
     assert Regularizer(name).sparsity_weight == weight
     assert Regularizer(name, 0.5).sparsity_weight == 0.5

@@ -102,7 +102,10 @@ def _normalized(s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SPARSITY: dict[str, Callable[[Tensor], ValueAndGradient]] = {
-    **{"hoyer": hoyer, "hoyer_square": hoyer_square, "l1": l1, "group_lasso": group_lasso}
+    "hoyer": hoyer,
+    "hoyer_square": hoyer_square,
+    "l1": l1,
+    "group_lasso": group_lasso,
 }
 
 # Weights at which each penalty helps a falling budget without doing the pruning alone.

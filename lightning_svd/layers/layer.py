@@ -525,7 +525,7 @@ class SVDLayer(FactorizedModule):
         # Where it is gone, as for torch's prune and the older weight norm, it comes back before anybody misses it.
         if name == "weight" and (not isinstance(form, DenseForm) or form.came_back()):
             self._refuse_another_weight()
-        if name == "__class__":
+        if name == "__class__" and not issubclass(value, SVDLayer):  # as what shards a module makes of its class
             raise RuntimeError(
                 f"`{self.svd_name}` cannot become a {value.__name__} while it is factorized: make it one before the "
                 f"fit, or leave the layer out, `exclude_modules={self.layer_names()}`"

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_svd.model import calls as module_of_calls
-from lightning_svd.model.calls import CallRecorder, inputs_of
+from lightning_svd.model.calls import Call, CallRecorder, inputs_of
 from lightning_svd.model.plan import plan
 from lightning_svd.model.replay import cut, replay, same_version
 from lightning_svd.model.surgery import begin
@@ -592,3 +592,18 @@ def test_a_compiled_network_is_replayed_in_eager_mode(way):
     assert [call.module for call in recorder.calls] == [own] and recorder.seen == set(layers)
     assert step.model._compiled_call_impl is compiled and no_hooks(own)
     torch.testing.assert_close(replay(step, recorder.calls)[0], expected)
+
+
+def test_what_each_of_many_modules_keeps_is_as_before():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.seen = nn.Linear(2, 2), {"inputs": []}
+
+        def forward(self, x):
+            self.seen["inputs"].append(x)
+            return self.layer(x)
+
+    net = nn.Sequential(*(Keeps() for _ in range(400)))
+    replay(net, [Call(net, (torch.ones(1, 2),), {})])
+    assert not any(module.seen["inputs"] for module in net)

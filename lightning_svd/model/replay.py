@@ -31,7 +31,7 @@ _CONTAINERS = (list, dict, set, deque)
 _VALUES = (bool, int, float, complex, str, bytes, tuple, NoneType, Tensor)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor)
 _PLAIN = (nn.Parameter, Tensor)
-DEEP, MANY = 4, 1000
+DEEP, MANY, MOST = 4, 1000, 100_000  # levels, entries of a container that is looked into, containers in one module
 _LIBRARIES = {"torch", "lightning", "lightning_svd"}  # whose classes keep nothing outside of what they are part of
 LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
 
@@ -274,6 +274,7 @@ class _Kept:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._seen: set[int] = set()
+        self._room = MOST  # for containers in what is looked into now
         self._packages: set[str] = set()  # of the model's own classes, whose objects may hold others
         self._containers: list[tuple[Any, Any]] = []
         self._cells: list[tuple[Any, Any]] = []
@@ -295,6 +296,7 @@ class _Kept:
         new = [own for own in map(vars, root.modules()) if id(own) not in self._seen]
         self._seen.update(map(id, new))
         for own in new:
+            self._room = MOST
             self._contents(own, DEEP, and_objects)
 
     def forward_of(self, module_class: type) -> None:
@@ -351,6 +353,7 @@ class _Kept:
                 self._variables.append((there, name, value))
 
     def _kept_by(self, value: Any) -> None:
+        self._room = MOST
         if isinstance(value, functools.partial):
             for each in (value.func, *value.args, *value.keywords.values()):
                 self._kept_by(each)
@@ -371,7 +374,8 @@ class _Kept:
 
     def _contents(self, container: Any, deep: int, and_objects: bool) -> None:
         self._containers.append((container, {**container} if isinstance(container, dict) else [*container]))
-        if len(container) <= MANY and len(self._containers) <= DEEP * MANY:
+        self._room -= 1
+        if len(container) <= MANY and self._room > 0:
             for value in container.values() if isinstance(container, dict) else container:
                 if issubclass(type(value), _CONTAINERS):  # past what a weak reference says that it is
                     if deep:

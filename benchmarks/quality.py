@@ -393,34 +393,21 @@ def nested_run(setting: Setting, **arguments: Any) -> nn.Module:
     return svd_trained(module, {"schedule": lightning_svd.Nested(**arguments)})
 
 
-@SharedStart
-def nested_for_all(setting: Setting) -> nn.Module:
-    """The dense net at the end of the nested run for all budgets down to ``SMALLEST``."""
-    return nested_run(replace(setting, target=SMALLEST))
+def nested_down_to(smallest: float) -> SharedStart:
+    """The dense net at the end of the nested run that leaves budgets from this one up open."""
+    return SharedStart(lambda setting: nested_run(replace(setting, target=smallest)))
 
 
-def ours_nested(setting: Setting) -> nn.Module:
-    """One nested run for all budgets, cut to this one by the loss of training images, without training."""
-    return compressed(nested_for_all(setting), setting)
+CUT_LATER = {
+    "ours_nested": nested_down_to(SMALLEST),
+    "ours_nested_from_a_quarter": nested_down_to(A_QUARTER),
+    "dense_compressed": SharedStart(dense),
+}
 
 
-@SharedStart
-def nested_from_a_quarter(setting: Setting) -> nn.Module:
-    """The dense net at the end of the nested run for budgets from ``A_QUARTER`` up."""
-    return nested_run(replace(setting, target=A_QUARTER))
-
-
-def ours_nested_from_a_quarter(setting: Setting) -> nn.Module:
-    """The same of a run that leaves budgets from ``A_QUARTER`` up open."""
-    return compressed(nested_from_a_quarter(setting), setting)
-
-
-dense_for_all = SharedStart(dense)
-
-
-def dense_compressed(setting: Setting) -> nn.Module:
-    """The dense net, cut to this budget in the same way."""
-    return compressed(dense_for_all(setting), setting)
+def cut_later(setting: Setting, name: str) -> nn.Module:
+    """A net that was trained for all budgets, cut to this one by the loss of training images, without training."""
+    return compressed(CUT_LATER[name](setting), setting)
 
 
 def compressed(model: nn.Module, setting: Setting) -> nn.Module:
@@ -521,9 +508,7 @@ METHODS: dict[str, Callable[[Setting], nn.Module]] = {
     "three_stages": three_stages,
     "ours": ours,
     "ours_from_trained": ours_from_trained,
-    "ours_nested": ours_nested,
-    "ours_nested_from_a_quarter": ours_nested_from_a_quarter,
-    "dense_compressed": dense_compressed,
+    **{name: functools.partial(cut_later, name=name) for name in CUT_LATER},
 }
 SHARED_STARTS = {
     "truncate_and_finetune": dense_but_finetuning,
@@ -532,9 +517,7 @@ SHARED_STARTS = {
     "three_stages": two_of_three_stages,
     "ours": ours_by_default,
     "ours_from_trained": dense_but_finetuning,
-    "ours_nested": nested_for_all,
-    "ours_nested_from_a_quarter": nested_from_a_quarter,
-    "dense_compressed": dense_for_all,
+    **CUT_LATER,
 }
 WIDTHS = {"narrow": width_in_macs, "narrow_in_time": width_in_time}  # found before the training, whose time is told
 

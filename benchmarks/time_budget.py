@@ -33,8 +33,11 @@ from lightning_svd import Timing, compress, decompose, to_dense
 CHANNELS_LAST, FOLDED = "channels-last", "folded"
 RUNTIMES = {
     **{runtime: runtime for runtime in ("eager", "compiled", "onnx")},
-    **{f"{runtime} {how}": runtime for runtime in ("eager", "compiled") for how in (CHANNELS_LAST, FOLDED)},
-    **{f"{runtime} {FOLDED} {CHANNELS_LAST}": runtime for runtime in ("eager", "compiled")},
+    **{
+        f"{runtime} {how}": runtime
+        for runtime in ("eager", "compiled")
+        for how in (CHANNELS_LAST, FOLDED, f"{FOLDED} {CHANNELS_LAST}")
+    },
 }
 SEARCH = 6  # halvings of the interval in which a budget of MACs is searched
 WIDTH, BLOCKS = 512, 4  # of the encoder of BERT's kind, as its "small" one has them

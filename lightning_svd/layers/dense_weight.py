@@ -180,7 +180,8 @@ class DenseGradient(torch.Tensor):
             rest = [_for_each(given, parts) for given in args[1:]]
             func([part for of_one in parts for part in of_one], *rest, **kwargs)
             return None
-        if name in _NORMS and not {int, tuple, list} & {type(kwargs.get("dim")), *map(type, args[2:3])}:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+        if name in _NORMS and not isinstance(dim, (int, tuple, list)):
             return func(*(_flat(argument) for argument in args), **kwargs)
         if name in _SEARCHES:
             found = func(_flat(first))

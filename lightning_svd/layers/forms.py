@@ -110,11 +110,11 @@ class DenseForm(Form):
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        self._last = self.parameters[self.key]
-        return [self.parameters[self.key]]
+        self._last = self.parameters[self.key]  # it may be another by now
+        return [self._last]
 
-    def came_back(self) -> bool:
-        """Whether the parameter was gone from its place, where it is again now."""
+    def bring_back(self) -> bool:
+        """Put the parameter back into its place if it is gone; whether it was."""
         if self._last is None or self.parameters.get(self.key) is not None:
             return False
         self.parameters[self.key] = self._last

@@ -523,7 +523,7 @@ class SVDLayer(FactorizedModule):
     def __setattr__(self, name: str, value: Any) -> None:
         form = vars(self).get("form")
         # Where it is gone, as for torch's prune and the older weight norm, it comes back before anybody misses it.
-        if name == "weight" and (not isinstance(form, DenseForm) or form.came_back()):
+        if name == "weight" and (not isinstance(form, DenseForm) or form.bring_back()):
             self._refuse_another_weight()
         if name == "__class__" and not issubclass(value, SVDLayer):  # as what shards a module makes of its class
             raise RuntimeError(

@@ -401,7 +401,7 @@ class TakenApart(FactorizedModule, InParts):
     def __setattr__(self, name: str, value: Any) -> None:
         slots = vars(self).get("_slots", {})
         keys = {slot.key: part for part, both in slots.items() for slot in both if slot is not None}
-        if name in keys and (type(self._held(name)) is DenseWeight or self._came_back(name)):
+        if name in keys and (type(self._held(name)) is DenseWeight or self._bring_back(name)):
             raise RuntimeError(
                 f"`{self.svd_name}.{name}` cannot be replaced while its layers train U, s and V: leave them out, "
                 f"`exclude_modules={self._names_of(name)}`, or load it by `load_state_dict`"
@@ -410,12 +410,12 @@ class TakenApart(FactorizedModule, InParts):
         if name in keys:
             self.parts_changed()
 
-    def _came_back(self, key: str) -> bool:
-        """Whether a weight was gone from its place, as when torch's prune begins, where it is again now."""
+    def _bring_back(self, key: str) -> bool:
+        """Put a weight back into its place if it is gone, as when torch's prune begins; whether it was."""
         for part in [vars(self)[name] for name, (weight, _) in self._slots.items() if weight.key == key]:
             if self._held(key) is None and isinstance(part, SVDLayer):
                 if isinstance(part.form, DenseForm):
-                    return part.form.came_back()
+                    return part.form.bring_back()
                 self._parameters[key] = part._face
                 return True
         return False

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_svd.layers.layer import PART_OF, SVDLayer
 from lightning_svd.layers.parts import TakenApart
+from lightning_svd.model.replay import LIBRARIES, package_of
 
-_LIBRARIES = (__name__.partition(".")[0], "torch", "lightning", "pytorch_lightning")
 _TOLD_OF_READS: list[weakref.WeakMethod[Callable[[SVDLayer], None]]] = []
 _TELLING: set[tuple[Any, str]] = set()  # classes that do, and of what
 
@@ -57,7 +57,7 @@ def _shown_by(layer: SVDLayer) -> list[tuple[Any, str]]:
 
 def _is_users_step(reader: FrameType | None) -> bool:
     """Whether code of a user's own reads, and a ``training_step`` has called it."""
-    if reader is None or str(reader.f_globals.get("__name__")).partition(".")[0] in _LIBRARIES:
+    if reader is None or package_of(reader.f_globals.get("__name__")) in LIBRARIES:
         return False
     frame: FrameType | None = reader
     while frame is not None and frame.f_code.co_name != "training_step":

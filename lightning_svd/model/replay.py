@@ -32,7 +32,8 @@ _VALUES = (bool, int, float, complex, str, bytes, tuple, NoneType, Tensor)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor)
 _PLAIN = (nn.Parameter, Tensor)
 DEEP, MANY, MOST = 4, 1000, 100_000  # levels, entries of a container that is looked into, containers in one module
-_LIBRARIES = {"torch", "lightning", "lightning_svd"}  # whose classes keep nothing outside of what they are part of
+# What is no code of a user's own; classes from there keep nothing outside of what they are part of.
+LIBRARIES = ("lightning_svd", "torch", "lightning", "pytorch_lightning")
 LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
 
 
@@ -260,7 +261,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
     own = (getattr(child, f"_{kind}") for child in module.modules() for kind in _KINDS)
     for hooks in (*everywhere, *own):
         for hook in hooks.values():
-            if str(getattr(hook, "__module__", "")).partition(".")[0] != __name__.partition(".")[0]:  # ours count
+            if package_of(getattr(hook, "__module__", "")) != package_of(__name__):  # ours count
                 yield hook
 
 
@@ -292,7 +293,7 @@ class _Kept:
         """
         if id(vars(root)) in self._seen:
             return
-        self._packages |= {_package(type(child)) for child in root.modules()} - _LIBRARIES
+        self._packages |= {package_of(type(child).__module__) for child in root.modules()}.difference(LIBRARIES)
         new = [own for own in map(vars, root.modules()) if id(own) not in self._seen]
         self._seen.update(map(id, new))
         for own in new:
@@ -301,7 +302,7 @@ class _Kept:
 
     def forward_of(self, module_class: type) -> None:
         """Note attributes of a class, and what the methods keep that its ``forward`` calls: a list for losses, say."""
-        lines = [of for of in module_class.__mro__ if _package(of) not in _LIBRARIES]
+        lines = [of for of in module_class.__mro__ if package_of(of.__module__) not in LIBRARIES]
         for of in lines:
             if id(of) not in self._seen:
                 self._seen.add(id(of))
@@ -389,7 +390,7 @@ class _Kept:
         if rewind := _rewinding(value):
             self._rewindings.append(rewind)
         elif not isinstance(value, _NO_PLAIN_OBJECTS):
-            is_own = _package(type(value)) in self._packages
+            is_own = package_of(type(value).__module__) in self._packages
             if isinstance(own := getattr(value, "__dict__", None), dict):
                 self._container(own, DEEP, is_own)
             if is_own and id(value) not in self._seen:
@@ -428,9 +429,9 @@ class _Kept:
                 setattr(of, name, before)
 
 
-def _package(of: type) -> str:
-    """The package, or the file, that a class is from."""
-    return str(of.__module__).partition(".")[0]
+def package_of(module_name: object) -> str:
+    """The package, or the file, that a module of Python's is in or is."""
+    return str(module_name).partition(".")[0]
 
 
 def _slots(of: type) -> Iterable[str]:

@@ -44,7 +44,7 @@ from lightning_svd.model.layer_times import time_layers
 MODES = ("eager", "channels-last", "folded", "folded, channels-last", "compiled", "compiled, channels-last", "onnx")
 EXPONENTS = (0.2, 1.2)  # between these lie the power laws of the layers' spectra
 BLOCK = 16  # channels that a kernel for 512-bit vectors computes at once: a rank of 17 takes as long as one of 32
-TURN = 0.05  # seconds that a turn takes at least
+TURN = 0.1  # seconds that a turn takes at least, so that caches get warm in it
 
 
 # ------------------------------------------------------------------------------------------------------------- models

@@ -8,18 +8,21 @@ import random
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import svd_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_svd.model import calls as module_of_calls
 from lightning_svd.model.calls import Call, CallRecorder, inputs_of
+from lightning_svd.model.counting import count_calls
 from lightning_svd.model.plan import plan
-from lightning_svd.model.replay import cut, replay, same_version
+from lightning_svd.model.replay import call_again, cut, replay, same_version, untouched
 from lightning_svd.model.surgery import begin
 from lightning_svd.model.values import mapped
 
@@ -390,6 +393,142 @@ def test_what_a_model_draws_and_what_its_objects_and_tensors_hold_is_as_it_was()
         return net.drawn(), net.annealed.passes, net.annealed.history, [array.tolist() for array in arrays]
 
     assert seen(True) == seen(False)
+
+
+class Reversible(torch.autograd.Function):
+    """Calls a backward pass in its own, as reversible blocks and checkpoints written by hand do."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            ctx.block(x).backward(gradient)
+        return x.grad, None
+
+
+class Local(nn.Module):
+    """A layer that is trained by a loss of its own, in the forward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            self.fc(x.detach()).square().mean().backward()
+        return self.head(Reversible.apply(self.fc(x), self.head))
+
+
+@pytest.mark.parametrize("form", ["plain", "dense", "svd"])
+@pytest.mark.parametrize("there", [False, True], ids=["no gradients", "gradients of before"])
+def test_gradients_of_backward_passes_in_a_replay_are_dropped(form, there):
+    net, x = Local(), torch.randn(4, 8)
+    layers = [] if form == "plain" else [svd_of(layer, form=form, name="a") for layer in (net.fc, net.head)]
+    trained = [p for layer in layers for p in layer.form.trained] or [*net.parameters()]
+    if there:
+        net(x).sum().backward()
+    before = [(p.grad, p.grad if p.grad is None else p.grad.clone()) for p in trained]
+    assert all((gradient is not None) == there for gradient, _ in before)
+    with untouched(net):
+        call_again(Call(net, (x,))).sum().backward()
+        assert all(p.grad is not None for p in trained)
+    for p, (gradient, values) in zip(trained, before, strict=True):
+        assert p.grad is gradient and (values is None or torch.equal(gradient, values))
+
+
+class Tally:
+    """A plain object of the user's, as a controller of attention is."""
+
+    passes = 0
+
+    def __init__(self):
+        self.calls, self.inner = 0, {"states": []}
+
+    def __call__(self, x):
+        self.calls += 1
+        return x
+
+
+OF_FILE, NAMESPACE, GENERATOR = Tally(), SimpleNamespace(passes=0), torch.Generator().manual_seed(1)
+
+
+class Everywhere(nn.Module):
+    """What a forward pass can reach by names of its file: an object, a class, a namespace, a generator."""
+
+    generator = numpy.random.default_rng(2)
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        Tally.passes += 1
+        NAMESPACE.passes += 1
+        noise = torch.rand(8, generator=GENERATOR) + self.generator.random()
+        return OF_FILE(self.fc(x)) + noise
+
+
+def test_what_forward_reaches_by_names_of_its_file_is_as_before():
+    net, x, control, old = Everywhere(), torch.ones(2, 8), Tally(), random.Random(3)
+
+    def forward(x):
+        control(x)
+        return Everywhere.forward(net, x) * old.random()
+
+    net.forward = forward  # as controllers of attention and seamless tiling are set on modules
+    before = (Tally.passes, NAMESPACE.passes, OF_FILE.calls, control.calls)
+    first, second = (replay(net, [Call(net, (x,))])[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert (Tally.passes, NAMESPACE.passes, OF_FILE.calls, control.calls) == before
+
+
+def test_an_object_that_a_call_is_given_is_as_it_was_when_the_call_is_run_again():
+    class Carrying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x, state):
+            state.inner["states"].append(len(state.inner["states"]))
+            state.inner.setdefault("last", []).append(x.sum())
+            return self.fc(x) + len(state.inner["states"])
+
+    net, state, x = Carrying(), Plain(), torch.ones(2, 8)
+    recorder = recorded(net, lambda: (net(x, state), net(x, state)))
+    first, second = (replay(net, recorder.calls) for _ in range(2))
+    assert state.inner["states"] == [0, 1] and len(state.inner["last"]) == 2
+    for output, again, states in zip(first, second, (1, 2), strict=True):
+        torch.testing.assert_close(output, net.fc(x).detach() + states)
+        assert torch.equal(output, again)
+
+
+class Plain:
+    """A state that is carried from call to call, as a cache of keys and values."""
+
+    def __init__(self):
+        self.inner, self.me = {"states": []}, self
+
+
+def test_a_copy_that_is_made_in_a_replay_counts_as_no_layer():
+    class Copying(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.fc(x) + copy.deepcopy(self.fc)(x)
+
+    net = Copying()
+    layers, call = factorized(net), Call(net, (torch.ones(2, 8),))
+    cost = count_calls(net, layers, [call])
+    assert cost.layers["fc"].dense_macs == 2 * 64 and cost.layers["fc"].input_shapes == ((2, 8),)
 
 
 class Halved(nn.Module):

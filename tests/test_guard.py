@@ -199,7 +199,7 @@ def test_a_metric_that_nobody_logs_is_refused_before_the_first_batch():
     torch.manual_seed(0)
     model = Scripted(0.9)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"`monitor` must be a metric that is logged by then, got 'val_f1'.*'val_acc'"):
+    with pytest.raises(ValueError, match=r"`monitor` must be a metric that is logged, got 'val_f1'.*'val_acc'"):
         quiet_trainer(callbacks=[SVDTrainingCallback(monitor="val_f1", mode="max")]).fit(model, data(), data())
     assert not model.losses
     assert same_state(model.state_dict(), before)

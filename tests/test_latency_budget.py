@@ -242,6 +242,26 @@ def test_in_another_runtime_what_is_chosen_takes_turns_with_the_dense_model(runt
     assert seconds > (5 * QUICK.seconds if runtime == "onnx" else 0)  # an export alone takes ten times as long
 
 
+def test_a_copy_that_lies_badly_in_memory_does_not_decide(monkeypatch):
+    """What is made fast is made anew a few times, the dense model too, and the median of them counts."""
+    ratios, passed, made = iter([0.9, 0.5, 0.52, 0.48, 0.5]), [0.0], []
+
+    def turns(actions, seconds, rounds):
+        passed.append(seconds)
+        return {"dense": [1.0], "now": [next(ratios)]}
+
+    copied = timing._copied
+    monkeypatch.setattr(timing, "_copied", lambda *source: (made.append(source), copied(*source))[1])
+    monkeypatch.setattr(stopwatch, "turns", turns)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: sum(passed))
+    model, x = net(), torch.randn(6, 40)
+    whole = timing._Whole(model, plan(model), [Call(model, (x,), {})], Timing(seconds=4.0))
+    made.clear()
+    assert whole.share(dict.fromkeys(whole.layers, 2)) == 0.5
+    assert sum(passed) == pytest.approx(4.0 / timing.CORRECTIONS)  # all choices together take the time that was asked
+    assert len(made) == 2 * timing.MADE_ANEW
+
+
 def test_onnx_is_for_one_call_with_tensors():
     with pytest.raises(ValueError, match='`runtime`: "onnx" is for a model that is called once, with tensors'):
         profile(net(), {"input": torch.randn(6, 40)}, replace(QUICK, runtime="onnx"))

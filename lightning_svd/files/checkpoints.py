@@ -100,6 +100,7 @@ _OF_A_RUN: dict[str, tuple[tuple[type, ...], Fits]] = {
     "steps": ((int,), is_count),
     "last_cut": ((int,), is_count),
     "is_final": ((bool,), is_flag),
+    "target": ((list,), row(is_text, is_number)),
     "timeline": ((list,), each(_IS_CHANGE)),
     "strengths": ((list,), each(row(is_count, is_number))),
     "warnings": ((list,), each(is_text)),

@@ -324,7 +324,8 @@ def _refuse_derivatives(args: Any, kwargs: Any) -> None:
     sources = [each.source for each in _flattened([inputs]) if isinstance(each, DenseWeight)]
     if sources:
         names = [name for source in sources for name in source.layer_names()]
-        raise RuntimeError(
+        # No RuntimeError: where losses are balanced by gradients, code goes on without if that is what it meets.
+        raise ValueError(
             f"`{sources[0].weight_name()}` has no derivative, of which `torch.autograd.grad` was asked: its layer "
             f"trains U, s and V in its place: leave the layer out, `exclude_modules={names}`, or differentiate a "
             "function of given weights, by `torch.func.grad` and `torch.func.functional_call`"

@@ -152,7 +152,8 @@ class SVDLayer(FactorizedModule):
     watch: Watch | None
     repeats: Repeats | None = None
     _face: DenseWeight
-    _remembered: tuple[Tensor, list[Tensor], tuple[Any, ...]] | None
+    _remembered: tuple[Tensor, list[Tensor], tuple[Any, ...], list[tuple[int, int]]] | None
+    _of_others: list[tuple[int, int]] | None = None
     _loaded: tuple[Tensor, tuple[Any, ...]] | None
     _part_of: Whole | None = None
 
@@ -433,18 +434,38 @@ class SVDLayer(FactorizedModule):
             return  # what it is: no rounding
         parameters = [p.detach().clone() for p in self.form.trained]
         as_here = (self.rank, *(p.shape for p in parameters))
+        gradients = self._gradients()
         if remembered is not None and remembered[2] == as_here and torch.equal(remembered[0], given):
-            values = remembered[1]
+            values, is_own = remembered[1], remembered[3] == gradients
         else:
+            is_own = False
             exact = svd(self.view.unfold(given), self.weight_name())
             factors = Factors(*(factor[..., : self.rank] for factor in exact))
             values = list(factors) if isinstance(self.form, SVDForm) else [*balanced(factors)]
-        self._remembered = (before.clone(), parameters, as_here)
+        self._remembered = (before.clone(), parameters, as_here, gradients)
+        vars(self)["_of_others"] = None if is_own else gradients
         for parameter, value in zip(self.form.trained, values, strict=True):
             parameter[..., : value.shape[-1]].copy_(value)
         # Until training goes on, who reads it gets what was loaded: an average that is swapped in and out again must
         # not come back as the nearest of the rank, nor rounded.
         vars(self)["_loaded"] = (given.clone(), self.stamp())
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """What tells the gradients that are there now from others."""
+        return [(id(p.grad), p.grad._version) for p in self.form.trained if p.grad is not None]
+
+    def check_gradients(self) -> None:
+        """Refuse gradients of factors that were replaced since, which a step would add to those of another weight.
+
+        Raises:
+            RuntimeError: Naming the weight.
+        """
+        if self._of_others and self._of_others == self._gradients():
+            raise RuntimeError(
+                f"`{self.weight_name()}` was given other values between the backward pass and the step: its gradient "
+                "is that of U, s and V of the values before, and those of other values are others: leave the layer "
+                f"out, `exclude_modules={self.layer_names()}`"
+            )
 
     def just_loaded(self) -> Tensor | None:
         """The weight that was loaded, while nothing changed since: a plain loop tells nobody that it trains on."""
@@ -477,7 +498,7 @@ class SVDLayer(FactorizedModule):
         loaded, self._remembered = self.just_loaded(), None
         if loaded is not None and goes_on:
             self.warn_of_loss(loaded)
-        vars(self)["_loaded"] = None
+        vars(self)["_loaded"] = vars(self)["_of_others"] = None
 
     # The two ways to show its parameters
 
@@ -641,7 +662,19 @@ def _told(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tenso
 
 Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output
 PART_OF = "_part_of"  # set on what is, or was, a part: a plain layer too
-_OWN = ("view", "form", "svd_name", "shows_factors", "layout", "watch", "repeats", "_face", "_remembered", "_loaded")
+_OWN = (
+    "view",
+    "form",
+    "svd_name",
+    "shows_factors",
+    "layout",
+    "watch",
+    "repeats",
+    "_face",
+    "_remembered",
+    "_loaded",
+    "_of_others",
+)
 
 
 def name_taken(layer: nn.Module) -> str | None:
@@ -697,7 +730,13 @@ def factorize(
     layer.__class__ = svd_class(type(layer))  # type: ignore[arg-type]
     factorized = cast("SVDLayer", layer)
     own: State = {"view": view, "form": dense, "svd_name": name, "shows_factors": False}
-    own |= {"layout": layout_of(dense.weight()), "watch": None, "_remembered": None, "_loaded": None}
+    own |= {
+        "layout": layout_of(dense.weight()),
+        "watch": None,
+        "_remembered": None,
+        "_loaded": None,
+        "_of_others": None,
+    }
     vars(factorized).update(own)  # past nn.Module, whose way of setting attributes the layer has no use for here
     if form == "svd":
         factorized.to_svd(factors)

@@ -16,7 +16,6 @@ from lightning_svd.lightning.callback_with_run import CallbackWithRun, with_reci
 from lightning_svd.lightning.checkpoint_io import SVDCheckpointIO
 from lightning_svd.ranks.costs import ModelCost
 from lightning_svd.report.data import plan_table
-from lightning_svd.training import processes
 from lightning_svd.training.guard import guard_on
 from lightning_svd.training.recipe import recipe_of
 from lightning_svd.training.run import SVDTraining
@@ -181,22 +180,13 @@ class SVDTrainingCallback(CallbackWithRun):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None and self._run.guard is not None:
-            if trainer.sanity_checking:
-                # Refused before the first batch if nobody logs it.
-                processes.decide(lambda: trainers.metric(trainer, str(self.monitor)))
-            else:
-                self._see_metric(trainer, self._run)
+            self._see_metric(trainer, self._run.guard)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None and self._run.guard is not None and not trainer.enable_validation:
-            self._see_metric(trainer, self._run)
+            self._see_metric(trainer, self._run.guard)
         if (every := self.log_spectrum_every_n_epochs) and (trainer.current_epoch + 1) % every == 0:
             self._draw_spectra(trainer, trainer.current_epoch + 1)
-
-    def _see_metric(self, trainer: Trainer, run: SVDTraining) -> None:
-        change = run.see_metric(lambda: trainers.metric(trainer, str(self.monitor)), trainers.steps_done(trainer))
-        if change is not None:
-            rank_zero_info(f"SVD training: `{self.monitor}`: pruning {change}")
 
     def _draw_spectra(self, trainer: Trainer, epoch: int, last: bool = False) -> None:
         if (run := self._run) is not None:
@@ -231,6 +221,9 @@ class SVDTrainingCallback(CallbackWithRun):
 
     def should_prune(self, step: int) -> bool:
         """Whether ranks are cut after this optimizer step; override it to choose other moments.
+
+        How far they fall is the schedule's: nothing before its first cut is due, to the budget from its last one on,
+        and no further after that.
 
         Args:
             step: Optimizer steps so far, those in pauses of ``max_metric_drop`` not counted.

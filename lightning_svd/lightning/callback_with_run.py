@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import weakref
 from typing import Any, TypeVar, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_svd.files.checkpoints import VERSION, check_state
+from lightning_svd.lightning import trainers
 from lightning_svd.model.plan import LayerPlan
 from lightning_svd.model.surgery import check_in_place
 from lightning_svd.report.data import SVDReport
+from lightning_svd.training import processes
+from lightning_svd.training.guard import MetricGuard
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
 from lightning_svd.training.sharded import ShardedTraining
@@ -59,6 +64,14 @@ class CallbackWithRun(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._run is not None:
             self._run.step_ranks.restore()
+
+    def _see_metric(self, trainer: Trainer, guard: MetricGuard) -> None:
+        if trainer.sanity_checking:
+            processes.decide(lambda: trainers.look_for_metric(trainer, guard.monitor))
+        elif self._run is not None:
+            value = functools.partial(trainers.metric, trainer, guard.monitor, guard.lacking_in)
+            if (change := self._run.see_metric(value, trainers.steps_done(trainer))) is not None:
+                rank_zero_info(f"SVD training: `{guard.monitor}`: pruning {change}")
 
     def state_dict(self) -> dict[str, Any]:
         state = self._run.state_dict() if self._run is not None else self._interrupted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
@@ -228,16 +230,47 @@ def _steps_accumulated(trainer: Trainer, callback: Callback) -> int | float:
     return sum(math.ceil(batches / of_epoch(epoch)) for epoch in range(epochs))
 
 
-def metric(trainer: Trainer, name: str) -> float:
-    """The last value of a logged metric.
+def metric(trainer: Trainer, name: str, lacking_in: set[int]) -> float | None:
+    """The last value of a logged metric; None where it is not there yet.
+
+    What is logged of an epoch of training comes after its validations.
+
+    Args:
+        trainer: That fits.
+        name: Of the metric.
+        lacking_in: The epochs in which it was not there, the present one with them.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If it was not there in an epoch before.
     """
-    if name not in trainer.callback_metrics:
-        known = ", ".join(map(repr, trainer.callback_metrics)) or "none"
-        raise ValueError(f"`monitor` must be a metric that is logged by then, got {name!r}; there are: {known}")
-    return float(trainer.callback_metrics[name])
+    if name in trainer.callback_metrics:
+        return float(trainer.callback_metrics[name])
+    lacking_in.add(trainer.current_epoch)
+    if len(lacking_in) > 1:
+        raise ValueError(f"`monitor` must be a metric that is logged, got {name!r}; {_logged(trainer)}")
+    return None
+
+
+def look_for_metric(trainer: Trainer, name: str) -> None:
+    """Look, in the sanity check ahead of the first batch, whether a metric is logged, and warn if it is not.
+
+    Raises:
+        ValueError: If it is not, and others of the same first word are, as `val` is of `val_acc`.
+    """
+    known = trainer.callback_metrics
+    if name not in known:
+        lacking = f"`monitor` must be a metric that is logged, got {name!r}; {_logged(trainer)}"
+        if _first_word(name) in map(_first_word, known):
+            raise ValueError(lacking)
+        rank_zero_warn(f"SVD training: {lacking}. If nobody logs it in the first epoch, the fit ends in the second")
+
+
+def _first_word(metric: str) -> str:
+    return re.split(r"[\W_]", metric)[0]
+
+
+def _logged(trainer: Trainer) -> str:
+    return f"there are: {', '.join(map(repr, trainer.callback_metrics)) or 'none'}"
 
 
 def steps_done(trainer: Trainer) -> int:

@@ -101,7 +101,7 @@ class CallWatcher:
         """Watch these modules from now on."""
         for module in modules:
             self._forwards[module] = _forward_on(module)
-            entering, leaving = _Hook(self._enter), _Hook(self._leave)
+            entering, leaving = UncopiedHook(self._enter), UncopiedHook(self._leave)
             self._handles += [
                 module.register_forward_pre_hook(entering, prepend=True, with_kwargs=True),
                 module.register_forward_hook(leaving, always_call=True),
@@ -287,13 +287,18 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None
 
 
-class _Hook:
-    """A hook that does nothing in copies and pickles of its module, which would take the recorder along."""
+class UncopiedHook:
+    """A hook that does nothing in copies and pickles of its module, which would take along what it notes for.
+
+    Args:
+        function: What is called.
+    """
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
 
     def __call__(self, *args: Any) -> None:
+        """Call the function, but from code that is being compiled."""
         if not torch.compiler.is_compiling():
             self.function(*args)
 

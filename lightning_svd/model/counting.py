@@ -29,7 +29,7 @@ from lightning_svd.layers.layer import FactorizedModule, SVDLayer
 from lightning_svd.layers.matrices import exact_products
 from lightning_svd.layers.parts import InParts, TakenApart
 from lightning_svd.layers.recurrent import SplitRecurrent
-from lightning_svd.model.calls import Call, inputs_of
+from lightning_svd.model.calls import Call, UncopiedHook, inputs_of
 from lightning_svd.model.replay import replay
 from lightning_svd.model.values import mapped
 from lightning_svd.ranks.costs import LayerCost, ModelCost
@@ -140,13 +140,13 @@ class _Notes:
     def __enter__(self) -> None:
         owners = [child for child in self.module.modules() if isinstance(child, InParts)]
         for owner in owners:
-            self._handles.append(owner.register_forward_pre_hook(self._enter_owner, with_kwargs=True))
+            self._handles.append(owner.register_forward_pre_hook(UncopiedHook(self._enter_owner), with_kwargs=True))
             if _computes_merged(owner):
-                self._handles.append(owner.register_forward_hook(self._leave_merged, always_call=True))
+                self._handles.append(owner.register_forward_hook(UncopiedHook(self._leave_merged), always_call=True))
         of_owners = {id(part) for owner in owners for part in owner.parts().values()}
         for child in self.module.modules():
             if id(child) in self._names and id(child) not in of_owners:
-                self._handles.append(child.register_forward_pre_hook(self._enter_layer, with_kwargs=True))
+                self._handles.append(child.register_forward_pre_hook(UncopiedHook(self._enter_layer), with_kwargs=True))
 
     def __exit__(self, *_: Any) -> None:
         for handle in self._handles:

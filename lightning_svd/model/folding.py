@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_svd.arguments import check_module
 from lightning_svd.layers.compounds import svd_layers
-from lightning_svd.model.calls import Call
+from lightning_svd.model.calls import Call, UncopiedHook
 from lightning_svd.model.checks import difference, differing
 from lightning_svd.model.counting import count_params, example_call
 from lightning_svd.model.replay import replay
@@ -125,10 +125,10 @@ class _Watched:
         """The outputs of a call, watched."""
         handles = []
         for name, layer in self.layers.items():
-            handles.append(layer.register_forward_hook(self._computed(name)))
+            handles.append(layer.register_forward_hook(UncopiedHook(self._computed(name))))
         for name, norm in self.norms.items():
-            handles.append(norm.register_forward_pre_hook(self._entered(name), prepend=True))
-            handles.append(norm.register_forward_hook(self._left, always_call=True))
+            handles.append(norm.register_forward_pre_hook(UncopiedHook(self._entered(name)), prepend=True))
+            handles.append(norm.register_forward_hook(UncopiedHook(self._left), always_call=True))
         try:
             return replay(self.module, [call], lambda _: _Uses(self._used))
         finally:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
-from types import CodeType, FunctionType, MethodType, ModuleType, NoneType
+from types import CodeType, FunctionType, MethodType, ModuleType, NoneType, SimpleNamespace
 from typing import Any
 from weakref import ProxyTypes
 
@@ -23,6 +23,8 @@ from torch.nn.modules import module as _of_all_modules
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_svd.layers.compounds import evaluating
+from lightning_svd.layers.dense_weight import DenseWeight
+from lightning_svd.model import compiled
 from lightning_svd.model.calls import Call, inputs_of
 from lightning_svd.model.values import leaves, mapped, once_each, with_own_attributes
 
@@ -44,15 +46,16 @@ def replay(
 ) -> list[Any]:
     """Run calls again as in evaluation, and leave everything as it was.
 
-    Afterwards each module is in its own mode; parameters and buffers, attributes, lists and tensors that the model
-    keeps (counters, caches, states), those of objects among its attributes (the annealed weight of a loss), random
-    states and the calls' tensors are as before. Randomness in the model is the same in every replay, whether it comes
-    from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model differentiates in
-    its forward pass. Autocast is as it was in the call. Hooks that the user registered do run, and what they keep (in
-    lists, tensors, metrics and objects, in variables of the function that made them or of its file, whose functions
-    they may call) is as before, and so is what ``forward`` keeps in such variables, in attributes of its class and in
-    objects in objects of the model's own package. Objects that a model was called with are shallow copies. What is in
-    these, and what is done elsewhere, in files, queues or by functions of other files, is not undone.
+    Afterwards each module is in its own mode; parameters, their gradients and buffers, attributes, lists and tensors
+    that the model keeps (counters, caches, states), those of objects among its attributes (the annealed weight of a
+    loss), random states and the calls' tensors are as before. Randomness in the model is the same in every replay,
+    whether it comes from torch, numpy, ``random`` or a generator of the model's. Gradients are off, unless the model
+    differentiates in its forward pass. Autocast is as it was in the call. Hooks that the user registered do run, and
+    what they keep (in lists, tensors, metrics and objects, in variables of the function that made them or of its file,
+    whose functions they may call) is as before, and so is what ``forward`` keeps in such variables, in attributes of
+    its class and in objects in objects of the model's own package. Objects that a model was called with are shallow
+    copies. What is in these, and what is done elsewhere, in files, queues or by functions of other files, is not
+    undone.
 
     Args:
         module: The whole tree, whose modules may call each other.
@@ -107,6 +110,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
     """``module`` in evaluation inside, with nothing that it remembers changed afterwards, as in :func:`replay`."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(_own_gradients(module))
         stack.enter_context(_keeping_state(module))  # what a `train` of the user's own changes, too: LoRA merges there
         stack.enter_context(evaluating(module))
         stack.enter_context(_same_randomness(module))
@@ -117,8 +121,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _without_shortcuts() -> Iterator[None]:
     """Compute as in training: attention calls its layers, where torch has a fast path, and nothing is compiled."""
-    stance: Any = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
-    with without_fast_path(), stance("force_eager") if stance else nullcontext():
+    with without_fast_path(), compiled.as_written():
         yield
 
 
@@ -167,13 +170,28 @@ def _rewinding(generator: Any) -> Callable[[], Any] | None:
 
 
 @contextmanager
+def _own_gradients(module: nn.Module) -> Iterator[None]:
+    """Gradients that backward passes inside leave are dropped: reversible blocks and local losses have such."""
+    held = (p for p in module.parameters() if p.is_leaf)
+    trained = [p for each in held for p in (each.source.trained_parameters() if type(each) is DenseWeight else [each])]
+    before = [(parameter, parameter.grad) for parameter in trained]
+    for parameter in trained:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+@contextmanager
 def _keeping_state(module: nn.Module) -> Iterator[None]:
     """Parameters, buffers, attributes, what is in containers and objects among them, and what hooks keep, as before."""
     kept = _Kept()
     kept.modules(module, and_objects=True)
     for of in {type(child) for child in module.modules()}:
         kept.forward_of(of)
-    for hook in _hooks(module):
+    for hook in (*_hooks(module), *_own_forwards(module)):
         kept.function(hook)
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers(), *kept.tensors)}.values()
     written = _Written(tensors)
@@ -265,6 +283,15 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
                 yield hook
 
 
+def _own_forwards(module: nn.Module) -> Iterator[Any]:
+    """What the user has set on modules in the place of their class's ``forward``."""
+    for child in module.modules():
+        own = vars(child).get("forward")
+        function = getattr(own, "__func__", own)
+        if isinstance(function, FunctionType) and package_of(function.__globals__.get("__name__")) not in LIBRARIES:
+            yield own
+
+
 class _Kept:
     """Containers, attributes, variables, arrays and generators of random numbers as they were, to be restored.
 
@@ -304,11 +331,7 @@ class _Kept:
         """Note attributes of a class, and what the methods keep that its ``forward`` calls: a list for losses, say."""
         lines = [of for of in module_class.__mro__ if package_of(of.__module__) not in LIBRARIES]
         for of in lines:
-            if id(of) not in self._seen:
-                self._seen.add(id(of))
-                for name, value in [*vars(of).items()]:
-                    if not name.startswith("__") and isinstance(value, (*_CONTAINERS, *_VALUES)):
-                        self._attribute(of, name, value)
+            self._class(of)
         called, left = set[str](), ["forward"]
         while left:
             called.add(name := left.pop())
@@ -318,6 +341,15 @@ class _Kept:
                     self.function(function)
                     left += {*_names_in(function.__code__)} - called
 
+    def _class(self, of: type) -> None:
+        if id(of) not in self._seen:
+            self._seen.add(id(of))
+            for name, value in [*vars(of).items()]:
+                if not name.startswith("__") and isinstance(value, (*_CONTAINERS, *_VALUES)):
+                    self._attribute(of, name, value)
+                else:
+                    self._generator(value)
+
     def _attribute(self, of: Any, name: str, value: Any) -> None:
         self._attributes.append((of, name, value))
         if isinstance(value, (*_CONTAINERS, Tensor)):
@@ -326,8 +358,9 @@ class _Kept:
     def function(self, function: Any) -> None:
         """Note what a function keeps: its object's attributes, its arguments, and the variables that it uses.
 
-        Of global ones those alone that are, or hold, numbers, tensors, containers, modules, or functions of the same
-        file, which it may call: another object that everybody knows may be at work elsewhere.
+        Of global ones those alone that are, or hold, numbers, tensors, containers, modules, functions of the same file,
+        which it may call, classes of the model's own package, or objects of such: another object that everybody knows
+        may be at work elsewhere.
         """
         if id(function) in self._seen:
             return
@@ -348,8 +381,13 @@ class _Kept:
         for name in there.keys() & _names_in(function.__code__):
             value = there[name]
             is_called = isinstance(value, FunctionType) and value.__globals__ is there
-            if is_called or isinstance(value, (*_CONTAINERS, nn.Module, Tensor)) or _is_small_array(value):
+            is_own = isinstance(value, SimpleNamespace) or package_of(type(value).__module__) in self._packages
+            if is_called or is_own or isinstance(value, (*_CONTAINERS, nn.Module, Tensor)) or _is_small_array(value):
                 self._kept_by(value)
+            elif isinstance(value, type) and package_of(value.__module__) in self._packages:
+                self._class(value)
+            else:
+                self._generator(value)
             if isinstance(value, (*_CONTAINERS, *_VALUES)):
                 self._variables.append((there, name, value))
 
@@ -362,7 +400,12 @@ class _Kept:
             self._container(value, DEEP)
         elif isinstance(value, (FunctionType, MethodType)):
             self.function(value)
-        elif not self._memory(value) and hasattr(value, "__dict__") and not isinstance(value, _NO_PLAIN_OBJECTS):
+        elif (
+            not self._generator(value)
+            and not self._memory(value)
+            and hasattr(value, "__dict__")
+            and not isinstance(value, _NO_PLAIN_OBJECTS)
+        ):
             self._container(vars(value), DEEP)
 
     def _container(self, container: Any, deep: int, and_objects: bool = False) -> None:
@@ -385,11 +428,9 @@ class _Kept:
                     self._value(value, and_objects)
 
     def _value(self, value: Any, and_objects: bool) -> None:
-        if self._memory(value, and_objects) or not and_objects:
+        if self._generator(value) or self._memory(value, and_objects) or not and_objects:
             return
-        if rewind := _rewinding(value):
-            self._rewindings.append(rewind)
-        elif not isinstance(value, _NO_PLAIN_OBJECTS):
+        if not isinstance(value, _NO_PLAIN_OBJECTS):
             is_own = package_of(type(value).__module__) in self._packages
             if isinstance(own := getattr(value, "__dict__", None), dict):
                 self._container(own, DEEP, is_own)
@@ -398,6 +439,12 @@ class _Kept:
                 for name in (name for of in type(value).__mro__ for name in _slots(of)):
                     if hasattr(value, name):
                         self._attribute(value, name, getattr(value, name))
+
+    def _generator(self, value: Any) -> bool:
+        """Note what draws random numbers; whether it is such."""
+        if rewind := _rewinding(value):
+            self._rewindings.append(rewind)
+        return rewind is not None
 
     def _memory(self, value: Any, and_objects: bool = False) -> bool:
         """Note what may be written into: a tensor, an array, a module (a metric, say); whether it is one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ RUNTIMES = ("eager", "compiled", "onnx")
 OF_LAYERS = 0.6  # share of the time that layers are measured in; the rest is for the whole
 SHARES = (0.75, 0.5, 0.35, 0.2, 0.1)  # of each layer's break-even rank, at which the whole is measured
 CORRECTIONS = 4  # of a budget of time at most, by the whole model's at the ranks that it would give
+MADE_ANEW = 5  # times, about, in the time that a choice is held against the whole; few, so that caches get warm
 CLOSE = 0.02  # by which the time of the whole may be off what was asked for
 
 
@@ -291,42 +293,15 @@ class _Whole:
 
     def __init__(self, model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Call], timing: Timing) -> None:
         self._source, self._plans, self._timing = (model, calls, timing), plans, timing
-        _, self._dense_calls = _copied(*self._source)
         self.twin, self.calls = _copied(*self._source)
         self.layers = begin(self.twin, plans)
 
     def seconds(self, choices: Sequence[Mapping[str, int]]) -> list[float]:
         """Of the model for each choice of ranks, layers that are in none dense."""
-        return [min(taken) for taken in self._turns(choices)]
-
-    def share(self, ranks: Mapping[str, int]) -> float:
-        """Of the time of the dense model, in the same turns."""
-        if self._is_made_fast:
-            dense, now = self._turns([{}, ranks])
-            return stopwatch.ratio(now, dense)
-        start = time.perf_counter()
-        with ExitStack() as stack:
-            actions = {name: stack.enter_context(self._running(of)) for name, of in (("dense", {}), ("now", ranks))}
-            with torch.inference_mode():
-                for action in actions.values():
-                    action()
-            # What takes long to make may be timed for as long.
-            taken = stopwatch.turns(actions, max(2 * self._seconds_each, time.perf_counter() - start))
-        return stopwatch.ratio(taken["now"], taken["dense"])
-
-    @property
-    def _is_made_fast(self) -> bool:
-        return self._timing.runtime == "eager"
-
-    @property
-    def _seconds_each(self) -> float:
-        return self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES))
-
-    def _turns(self, choices: Sequence[Mapping[str, int]]) -> list[list[float]]:
-        """Seconds in each turn; what is timed is made anew for each, so that not all are there at once."""
-        # What takes long to make is timed at once; otherwise they all take turns.
+        # What takes long to make is timed at once; otherwise they all take turns, and are made anew for each, so that
+        # not all are there at once.
         rounds = stopwatch.ROUNDS if self._is_made_fast else 1
-        each = self._seconds_each / rounds
+        each = self._timing.seconds * (1 - OF_LAYERS) / (1 + len(SHARES)) / rounds
         taken: list[list[float]] = [[] for _ in choices]
         start = time.perf_counter()
         for done in range(rounds):
@@ -335,11 +310,36 @@ class _Whole:
             for ranks, mine in zip(choices, taken, strict=True):
                 with self._running(ranks) as run:
                     mine += stopwatch.fastest({0: run}, each, stopwatch.ROUNDS // rounds).values()
-        return taken
+        return [min(mine) for mine in taken]
+
+    def share(self, ranks: Mapping[str, int]) -> float:
+        """Of the time of the dense model, in the same turns.
+
+        Where in memory a model happens to lie makes it faster or slower by a few percent, if its time is short; so both
+        are made anew a few times, unless that takes long.
+        """
+        seconds, ratios = self._timing.seconds / CORRECTIONS, list[float]()
+        start = time.perf_counter()
+        while not ratios or (self._is_made_fast and time.perf_counter() - start < seconds):
+            with self._running({}) as dense, self._running(ranks) as now:
+                actions = {"dense": dense, "now": now}
+                if self._is_made_fast:
+                    taken = stopwatch.turns(actions, seconds / MADE_ANEW, stopwatch.ROUNDS // 2)
+                else:
+                    with torch.inference_mode():  # which some of them are made in
+                        dense(), now()
+                    # What takes long to make may be timed for as long.
+                    taken = stopwatch.turns(actions, max(seconds, time.perf_counter() - start))
+            ratios.append(stopwatch.ratio(taken["now"], taken["dense"]))
+        return statistics.median(ratios)
+
+    @property
+    def _is_made_fast(self) -> bool:
+        return self._timing.runtime == "eager"
 
     @contextmanager
     def _running(self, ranks: Mapping[str, int]) -> Iterator[Callable[[], None]]:
-        calls = self._cut_to(ranks) if ranks else self._dense_calls
+        calls = self._cut_to(ranks) if ranks else _copied(*self._source)[1]
         with _running(calls, self._timing.runtime) as run:
             yield run
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 T = TypeVar("T")
+DEEP = 4  # levels of what an object holds
 
 
 def mapped(value: Any, change: Callable[[Tensor], Any], of_objects: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -45,14 +48,44 @@ def _rebuilt(value: Any, changed: Callable[[Any], Any], of_objects: Callable[[An
     return of_objects(value)
 
 
-def with_own_attributes(value: Any) -> Any:
-    """A shallow copy of a plain object, a graph's say, whose attributes a model may set; anything else itself."""
-    if isinstance(value, (nn.Module, type)) or callable(value) or not hasattr(value, "__dict__"):
+def with_own_attributes(value: Any, deep: int = DEEP) -> Any:
+    """A copy of a plain object, a graph's or a cache's say, whose attributes a model may set; anything else itself.
+
+    What its attributes hold is copied likewise, lists, dicts, sets and further objects, so many levels of it; tensors
+    are the same.
+    """
+    return _copied(value, deep, {})
+
+
+def _copied(value: Any, deep: int, known: dict[int, tuple[Any, Any]]) -> Any:
+    if id(value) in known:
+        return known[id(value)][1]
+    is_container = type(value) in (list, dict, set, deque)
+    if not is_container and not _is_plain(value):
         return value
     try:
-        return copy.copy(value)
+        twin = copy.copy(value)
     except Exception:  # one that cannot be copied
         return value
+    known[id(value)] = value, twin  # kept, so that no other object comes to lie there
+    if deep and isinstance(twin, dict):
+        for key, item in value.items():
+            twin[key] = _copied(item, deep - 1, known)
+    elif deep and isinstance(twin, (list, deque)):
+        for place, item in enumerate(value):
+            twin[place] = _copied(item, deep - 1, known)
+    elif deep and not is_container:
+        own = vars(twin)
+        for name, item in own.items():
+            own[name] = _copied(item, deep - 1, known)
+    return twin
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is an object whose attributes are all that there is to it."""
+    if isinstance(value, (nn.Module, Tensor, type, ModuleType)) or callable(value):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict
 
 
 def leaves(value: Any) -> Iterator[Any]:

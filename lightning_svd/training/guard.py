@@ -21,6 +21,7 @@ class MetricGuard:
         max_drop: How far below its best the metric may be before pruning pauses; infinity to only watch it.
         values: (step, value) of every validation.
         pauses: In order; the last one may go on.
+        lacking_in: Epochs of this fit in which the metric was not there yet.
     """
 
     monitor: str
@@ -28,6 +29,7 @@ class MetricGuard:
     max_drop: float = math.inf
     values: list[tuple[int, float]] = field(default_factory=list)
     pauses: list[Pause] = field(default_factory=list)
+    lacking_in: set[int] = field(default_factory=set)
 
     @property
     def paused(self) -> bool:

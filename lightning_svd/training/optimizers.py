@@ -77,11 +77,12 @@ class OptimizerOfFactors:
         self._held: tuple[Any, frozenset[nn.Parameter]] = (None, frozenset())
         self._factors: tuple[int, frozenset[nn.Parameter]] = (-1, frozenset())
         self._forms = 0
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(_forget_lookups),
-        ]
+        self._hooks = [optimizer.register_state_dict_pre_hook(_forget_lookups)]
+        for each in self._all:  # of SAM in parts, `first_step` and `second_step`, the inner one alone has a `step`
+            self._hooks += [
+                each.register_step_pre_hook(self._before_step),
+                each.register_step_post_hook(self._after_step),
+            ]
 
     def _check(self) -> None:
         kind = type(self.optimizer).__name__
@@ -156,13 +157,16 @@ class OptimizerOfFactors:
         return self._held[1]
 
     def check_gradients(self) -> None:
-        """Look once, before the first step, whether the factors are reached by what reaches the rest of their layer.
+        """Look whether gradients are of what is trained, and once whether they reach it.
 
         A backward pass for ``inputs=model.parameters()`` leaves gradients there only, and no graph leads to a weight.
 
         Raises:
-            RuntimeError: If a layer's bias has a gradient and its factors have none; the message names it.
+            RuntimeError: If a layer's bias has a gradient and its factors have none, or theirs are of other values; the
+                message names it.
         """
+        for layer in self._layers:
+            layer.check_gradients()
         if self._are_reached:
             return
         for layer in self.regularized:
@@ -274,6 +278,8 @@ class OptimizerOfFactors:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         self._begun += 1
+        if optimizer is not self.optimizer and self._begun > 1:
+            return None  # inside of a step of the outer one
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._split()
@@ -288,7 +294,7 @@ class OptimizerOfFactors:
 
         return args[:1], {**kwargs, "closure": then_split}
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._begun -= 1
         if self._begun:
             return
@@ -296,9 +302,10 @@ class OptimizerOfFactors:
         self.merge()
         if self.enforced and not announced and self.regularized:
             raise RuntimeError(
-                f"{type(self.optimizer).__name__}.step() was called on the optimizer itself, so the factors "
+                f"{type(optimizer).__name__}.step() was called on the optimizer itself, so the factors "
                 "missed their regularizers: in `training_step` call it on what `self.optimizers()` "
-                "returns, not on what it returns with `use_pl_optimizer=False`; in a loop of your own call "
+                "returns, not on what it returns with `use_pl_optimizer=False`, nor on an optimizer inside of it, as "
+                "parts of a step do (`first_step`, `second_step`); in a loop of your own call "
                 "`SVDTraining.step` in its place, where a GradScaler would step by itself"
             )
 

@@ -92,7 +92,8 @@ class Recipe:
     target_macs: float | None = None
     target_params: float | None = None
     target_latency: float | None = None
-    latency_table: str | os.PathLike[str] | LatencyTable | Timing | None = None
+    # The last is what a command line tries last, which can make one of anything.
+    latency_table: Timing | LatencyTable | str | os.PathLike[str] | None = None
     energy_threshold: float | None = None
     schedule: str | RankPolicy = "fall"
     full_rank_as: str = "auto"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.layers.forms import SVDForm
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.shards import is_sharded
+from lightning_svd.model import compiled
 from lightning_svd.model.calls import CallRecorder
 from lightning_svd.model.counting import count_params
 from lightning_svd.model.layer_times import time_layers
@@ -149,8 +151,8 @@ class SVDTraining:
         self._is_over = False
         self._refused: dict[str, str] = {}
         self._costs = CostsOfRun(model, self.recipe)
-        self._choose_ranks = choose_ranks or self._by_recipe
-        self.policy.check(self.importance, self._choose_ranks)
+        self.policy.check(self.importance, choose_ranks or self._by_recipe)
+        self._choose_ranks = _checked(choose_ranks, lambda: self.full_ranks) if choose_ranks else self._by_recipe
         self.ladder: tuple[dict[str, int], ...] = ()
         self.step_ranks = StepRanks(model)
         self._repeats: RepeatedCalls | None = None
@@ -167,6 +169,8 @@ class SVDTraining:
             self.distiller.start(self.layers)
             self.until_closed.callback(self._dismiss_teacher)
         self.until_closed.callback(self.step_ranks.stop)
+        self._as_written = ExitStack()  # what is compiled, in batches that are watched
+        self.until_closed.callback(self._as_written.close)
         self._read: dict[str, None] = {}  # layers whose weights the step reads by itself, in order
         self._reading = ExitStack()
         self.until_closed.callback(self._reading.close)
@@ -502,6 +506,11 @@ class SVDTraining:
             self.evidence.begin_batch()
         if self.cost is None:
             check_in_place(self.model, self.layers)
+        if step is not None and (self.cost is None or (self.evidence is not None and self.evidence.observes)):
+            # Not in a loop of one's own, which may end without a word, and leave all as it is written.
+            self._as_written.close()
+            self._as_written.enter_context(compiled.as_written())
+        if self.cost is None:
             self._record()  # after the other, since it stops ahead of it: both wrap compiled calls
         for layer in self.layers.values():
             layer.forget_loaded()
@@ -542,21 +551,24 @@ class SVDTraining:
 
     def end_batch(self) -> None:
         """A batch is over; the user's parameter groups are whole, where a step was skipped too."""
+        self._as_written.close()
         self.step_ranks.restore()
         if self.evidence is not None:
             self.evidence.end_batch(self._device)
         for optimizer in self.optimizers:
             optimizer.end_batch()
 
-    def see_metric(self, metric: Callable[[], float], step: int) -> Pause | None:
+    def see_metric(self, metric: Callable[[], float | None], step: int) -> Pause | None:
         """Take note of the watched metric; returns the pause that begins or ends with it.
 
         Args:
-            metric: Gives its value, in process 0, by which all others go: it may be that no other has it.
+            metric: Gives its value, or None, in process 0, by which all others go: it may be that no other has it.
             step: How many steps were taken.
         """
         assert self.guard is not None
         guard, value = self.guard, processes.decide(metric)
+        if value is None:
+            return None
         pause = guard.see(step, value, self.policy.may_pause(self.clock(step)) and guard.has_fallen(value))
         self._draw(step)  # what comes next may be a step of a pause
         return pause
@@ -581,7 +593,7 @@ class SVDTraining:
         clock, evidence = self.clock(step), self.evidence
         if due is None:
             due = self.policy.is_due(clock)
-        due = due and not self.paused and self.cost is not None
+        due = due and not self.paused and self.cost is not None and self.policy.pending is not None
         if evidence is None:
             return self.cut(step, epoch) if due else None
         if due and not self.policy.judges(clock):
@@ -630,6 +642,7 @@ class SVDTraining:
         self._trained.tell_of_others()
         if self.ranks() == before:
             return None
+        compiled.forget()
         self.timeline.append(RankChange(step, epoch, self.ranks(), self.ratio("macs"), self.ratio("params")))
         return self.timeline[-1]
 
@@ -769,6 +782,10 @@ class SVDTraining:
         if last is None or not self.layers or self.ladder:
             return None
         kind, share = self.recipe.target
+        if self.cost is not None and kind != "energy":
+            cost = self.cost.by(kind)
+            if cost.total(self.ranks()) <= cost.budget(share):
+                return None
         missed = f"the target, {share:g} of the {kind}, was not reached"
         if not_finite := self._costs.not_finite or (self.evidence.not_finite if self.evidence else []):
             return f"ranks waited for data without NaN and infinity, met in {few(not_finite)}: {missed}"
@@ -802,6 +819,7 @@ class SVDTraining:
             "steps": self._steps,
             "last_cut": self.last_cut,
             "is_final": self.policy.pending is None,
+            "target": list(self.recipe.target),
             "timeline": [asdict(change) for change in self.timeline],
             "strengths": list(self.strengths),
             "warnings": list(self.warnings),
@@ -812,6 +830,17 @@ class SVDTraining:
             "observed": self.evidence.state_dict() if self.evidence else None,
             "ladder": [dict(ranks) for ranks in self.ladder],
         }
+
+    def _check_target(self, state: Mapping[str, Any]) -> None:
+        """Refuse to go on with a budget of another kind, or with another one after the last cut."""
+        (kind, share), (saved_kind, saved) = self.recipe.target, state["target"]
+        if kind != saved_kind or (state["is_final"] and share != saved):
+            of = "energy_threshold" if saved_kind == "energy" else f"target_{saved_kind}"
+            ours = "energy_threshold" if kind == "energy" else f"target_{kind}"
+            cut = ", and its ranks are cut" if state["is_final"] else ""
+            raise ValueError(
+                f"the checkpoint was written with `{of}={saved!r}`{cut}: resume with that, got `{ours}={share!r}`"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned, at the beginning of a run or in the middle of one.
@@ -831,6 +860,7 @@ class SVDTraining:
                 f"the checkpoint was written with other factorized layers, see {few(map(repr, differ))}: "
                 "resume with the `target_modules`, `exclude_modules` and `conv_mode` that it was written with"
             )
+        self._check_target(state)
         self._trained.load_exact_states(saved)
         self._steps, self.last_cut = state["steps"], state["last_cut"]
         self.policy.resume(self.total_steps + 1 if state["is_final"] else self.last_cut)
@@ -855,6 +885,30 @@ class SVDTraining:
             self.evidence.begin_batch()
         self._climb(_ladder_of(self.full_ranks, state.get("ladder", ())))
         self._draw(self._steps)
+
+
+def _checked(choose: ChooseRanks, layers: Callable[[], Mapping[str, int]]) -> ChooseRanks:
+    """Ranks of the user's own choice, where each layer has one that it can have.
+
+    Args:
+        choose: The choice.
+        layers: The ranks that layers began with.
+    """
+
+    def chosen(*given: Any) -> dict[str, int]:
+        full, ranks = layers(), choose(*given)
+        if not isinstance(ranks, Mapping) or ranks.keys() != full.keys():
+            raise ValueError(f"`choose_ranks` must give a rank for each of {few([*full])}, got {shown(ranks)}")
+        for name, rank in ranks.items():
+            if not _is_whole(rank) or not 1 <= rank <= full[name]:
+                raise ValueError(f"`choose_ranks` must give `{name}` a rank from 1 to {full[name]}, got {shown(rank)}")
+        return {name: int(rank) for name, rank in ranks.items()}
+
+    return chosen
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _as_list(optimizers: Any) -> list[Optimizer]:

@@ -1,12 +1,15 @@
 """``torch.compile`` of factorized layers: one graph, in each form, before and after ranks change."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
+from models import SmallNet, data, quiet_trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from lightning_svd import Alternating, GrowAndPrune, Nested, SVDTraining
+from lightning_svd import Alternating, FallToBudget, GrowAndPrune, Nested, SVDTraining, SVDTrainingCallback
 from lightning_svd.layers.layer import factorize, release
 from lightning_svd.layers.views import View
 
@@ -34,6 +37,7 @@ def built(form):
 
 @pytest.fixture(autouse=True)
 def _fresh():
+    gc.collect()  # of runs that others gave up
     torch._dynamo.reset()
 
 
@@ -70,6 +74,61 @@ def test_a_weight_that_is_read_in_a_compiled_function_is_computed():
         return x @ net.head.weight.T + net.head.weight.sum()
 
     torch.testing.assert_close(torch.compile(tied, backend="eager")(x), tied(x))
+
+
+def test_a_compiled_module_whose_ranks_fall_often_stays_compiled():
+    torch.manual_seed(0)
+    net, counter = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)), CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=False)
+    optimizer = torch.optim.SGD(net.parameters(), 1e-2)
+    schedule = FallToBudget(start=0.2, end=0.8, shape="linear", cuts=10)
+    run = SVDTraining(net, optimizer, 40, target_macs=0.3, importance="spectrum", schedule=schedule)
+    for _ in range(40):
+        compiled(torch.randn(4, 16)).square().mean().backward()  # fails beyond eight compilations for one function
+        run.step()
+        optimizer.zero_grad()
+    assert counter.frame_count == len(run.timeline) + 1 == 11
+    run.finish()
+    before = counter.frame_count
+    compiled(torch.randn(4, 16))
+    assert counter.frame_count == before + 1
+
+
+class Silent(SmallNet):
+    """Without what the compiler makes nothing of in a step."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("importance", ["spectrum", "fisher"])
+def test_a_lightning_module_that_is_compiled_as_a_whole_is_seen_and_trained_as_the_plain_one(importance):
+    reports, states = [], []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model, counter = Silent(), CompileCounter()
+        callback = SVDTrainingCallback(target_macs=0.5, importance=importance)
+        trainer = quiet_trainer(callbacks=[callback])
+        trainer.fit(torch.compile(model, backend=counter) if compiles else model, data())
+        reports.append(callback.report)
+        states.append(model.state_dict())
+    assert 0 < counter.frame_count < len(callback.report.timeline) + 4
+    assert not reports[1].warnings and reports[1].macs_ratio <= 0.5
+    assert [layer.rank for layer in reports[0].layers] == [layer.rank for layer in reports[1].layers]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value)
+
+
+def test_an_interrupted_fit_leaves_torch_compiling():
+    class Failing(SmallNet):
+        def training_step(self, batch, batch_idx):
+            raise KeyError("in the batch that is watched")
+
+    compiled = torch.compile(nn.Linear(4, 4), backend=(counter := CompileCounter()))
+    with pytest.raises(KeyError):
+        quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.5)]).fit(Failing(), data())
+    compiled(torch.ones(2, 4))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -205,6 +205,50 @@ def test_a_metric_that_nobody_logs_is_refused_before_the_first_batch():
     assert same_state(model.state_dict(), before)
 
 
+class Late(Scripted):
+    """Logs what only an epoch of training, or no sanity check, has."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("train_mean", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        if not self.trainer.sanity_checking:
+            self.log("slow", 0.5)
+
+    def on_train_epoch_end(self):
+        self.log("of_epoch", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:SVD training. `monitor` must be a metric that is logged")
+@pytest.mark.parametrize(
+    ("monitor", "loaders", "steps"),
+    [
+        ("train_mean", 1, [8, 12, 16]),
+        ("slow", 1, [4, 8, 12, 16]),
+        ("slow/dataloader_idx_1", 2, [4, 8, 12, 16]),
+        ("of_epoch", 1, [8, 12, 16]),
+    ],
+)
+def test_a_metric_that_is_not_there_in_the_sanity_check_is_watched_from_when_it_is(monitor, loaders, steps):
+    callback, model = SVDTrainingCallback(monitor=monitor, mode="max"), Late(0.9)
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.fit(model, data(32), [data(32)] * loaders)
+    assert [step for step, _ in callback.report.metric_values] == steps
+
+
+def test_a_metric_that_nobody_ever_logs_ends_the_fit_in_the_second_epoch():
+    model, callback = Scripted(0.9), SVDTrainingCallback(monitor="f1", mode="max")
+    trainer = quiet_trainer(callbacks=[callback])
+    with (
+        pytest.raises(ValueError, match=r"`monitor` must be a metric that is logged, got 'f1'; there are: .*'val_acc'"),
+        pytest.warns(UserWarning, match=r"`monitor` must be a metric that is logged, got 'f1'.*ends in the second"),
+    ):
+        trainer.fit(model, data(32), data(32))
+    assert trainer.current_epoch == 1
+
+
 def test_a_training_metric_is_watched_where_there_is_no_validation():
     callback, model = SVDTrainingCallback(monitor="train_loss", mode="min"), SmallNet()
     quiet_trainer(callbacks=[callback]).fit(model, data(32))

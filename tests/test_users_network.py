@@ -825,6 +825,93 @@ def test_wrapping_optimizers_decay_singular_values_only(kind):
         torch.testing.assert_close(now[1], s * 0.95)
 
 
+class SAMInParts(SAM):
+    """As it is used where a step of one's own makes both passes."""
+
+    @torch.no_grad()
+    def first_step(self):
+        self.back = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+        for p in self.back:
+            if p.grad is not None:
+                p.add_(p.grad, alpha=0.01)
+
+    @torch.no_grad()
+    def second_step(self):
+        for p, value in self.back.items():
+            p.data = value
+        self.base.step()
+
+
+def test_an_optimizer_whose_inner_one_steps_alone_is_refused():
+    class InParts(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            self.manual_backward(self(batch[0]).square().mean())
+            optimizer.first_step()
+            optimizer.zero_grad()
+            self.manual_backward(self(batch[0]).square().mean())
+            optimizer.second_step()
+
+    def made(net):
+        return SAMInParts([*net.parameters()], torch.optim.SGD, lr=0.5, weight_decay=0.1)
+
+    with pytest.raises(RuntimeError, match=r"SGD\.step\(\) was called on the optimizer itself.*`second_step`"):
+        fit(InParts(made), only_full_rank(), epochs=1)
+
+
+SWAPS = {
+    "binarized": lambda weight: weight.sign() * weight.abs().mean(),
+    "with noise": lambda weight: weight + 0.01 * torch.randn(weight.shape),
+}
+
+
+@pytest.mark.filterwarnings("ignore:SVD training. 1 weight is read by the step itself")
+@pytest.mark.parametrize("swap", SWAPS)
+@pytest.mark.parametrize("batches", [1, 2], ids=["each step", "gradients accumulate"])
+def test_gradients_of_other_values_are_not_added_to_those_that_are_put_back(swap, batches):
+    class Swapping(Net):
+        """Passes forward and back with other weights than those that the step is taken from."""
+
+        def training_step(self, batch, batch_idx):
+            self.before = self.net[2].weight.data.clone()
+            self.net[2].weight.data.copy_(SWAPS[swap](self.before))
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self):
+            self.net[2].weight.data.copy_(self.before)
+
+    def run(**options):
+        fit(Swapping(), svd(**options), epochs=1, accumulate_grad_batches=batches)
+
+    message = r"`net\.2\.weight` was given other values between the backward pass and the step.*\['net\.2'\]"
+    with pytest.raises(RuntimeError, match=message):
+        run()
+    run(exclude_modules=["net.2"], target_macs=0.8)
+
+
+@pytest.mark.filterwarnings("ignore:SVD training. 1 weight is read by the step itself")
+def test_weights_that_are_swapped_between_steps_keep_their_own_gradients():
+    """An average that is looked at between a backward pass and the step: what comes back has the gradients it had."""
+
+    class Looking(Net):
+        def on_after_backward(self):
+            mine = self.net[2].weight.detach().clone()
+            self.net[2].weight.data.copy_(0.5 * mine)
+            self(torch.randn(2, 64))
+            self.net[2].weight.data.copy_(mine)
+
+    class Projecting(Net):
+        def on_train_batch_end(self, *_):
+            weight = self.net[2].weight.detach()
+            self.net[2].weight.data.copy_(weight / weight.norm().clamp_min(1.0))
+
+    for net in (Looking, Projecting):
+        torch.manual_seed(0)
+        fit(net(), svd(), epochs=1)
+
+
 @combination("The user's network", "a rate set by the group's index in `on_before_optimizer_step`")
 def test_hooks_see_whole_groups_and_what_they_set_counts():
     class SetsRates(Net):

@@ -1,22 +1,36 @@
-"""What `torch.compile` has made: run as the code that it was made of for a while, or made anew."""
+"""What ``torch.compile`` has made: run as the code that it was made of for a while, or made anew."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+# All who want it share one change, since who began last need not end first.
+_CHANGE, _WANTED_BY = ExitStack(), set[object]()
 
-def as_written() -> AbstractContextManager[Any]:
+
+@contextmanager
+def as_written() -> Iterator[None]:
     """Have compiled functions run the code that they were made of inside, so that hooks see what it calls.
 
-    Compiled code would be compiled anew for hooks, and once more without them. From torch 2.6 on; before, and where
-    nothing was compiled, without effect.
+    Compiled code would be compiled anew for hooks, and once more without them, and nothing of what they note in it
+    would be left. From torch 2.6 on; before, and where nothing was compiled, without effect.
     """
-    stance: Any = getattr(torch.compiler, "set_stance", None)
-    return stance("force_eager") if stance and _is_loaded() else nullcontext()
+    me, stance = object(), getattr(torch.compiler, "set_stance", None)
+    if stance and _is_loaded() and not _WANTED_BY:
+        change: Any = stance("force_eager")
+        _CHANGE.enter_context(change)
+    _WANTED_BY.add(me)
+    try:
+        yield
+    finally:
+        _WANTED_BY.discard(me)
+        if not _WANTED_BY:
+            _CHANGE.close()
 
 
 def forget() -> None:

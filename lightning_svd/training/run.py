@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -171,6 +172,7 @@ class SVDTraining:
         self.until_closed.callback(self.step_ranks.stop)
         self._as_written = ExitStack()  # what is compiled, in batches that are watched
         self.until_closed.callback(self._as_written.close)
+        weakref.finalize(self, self._as_written.close)  # a loop of one's own may end without a word
         self._read: dict[str, None] = {}  # layers whose weights the step reads by itself, in order
         self._reading = ExitStack()
         self.until_closed.callback(self._reading.close)
@@ -191,6 +193,7 @@ class SVDTraining:
         self.recorder = CallRecorder(model, self.layers)
         self._trained.tells = True
         if self.cost is None:
+            self._as_written.enter_context(compiled.as_written())
             self._record()
         self._trained.tell_of_others()
         if self.evidence is not None and state is None:
@@ -212,6 +215,7 @@ class SVDTraining:
             RuntimeError: If the run is over.
         """
         self._check_going_on()
+        self._as_written.close()
         self.step_ranks.restore()
         if self.cost is None:
             self.recorder.keep_one_batch()
@@ -506,9 +510,8 @@ class SVDTraining:
             self.evidence.begin_batch()
         if self.cost is None:
             check_in_place(self.model, self.layers)
-        if step is not None and (self.cost is None or (self.evidence is not None and self.evidence.observes)):
-            # Not in a loop of one's own, which may end without a word, and leave all as it is written.
-            self._as_written.close()
+        self._as_written.close()
+        if self.cost is None or (self.evidence is not None and self.evidence.observes):
             self._as_written.enter_context(compiled.as_written())
         if self.cost is None:
             self._record()  # after the other, since it stops ahead of it: both wrap compiled calls

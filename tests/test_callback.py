@@ -494,6 +494,61 @@ def test_scalars_reach_every_logger_and_other_callbacks(tmp_path):
         assert float(rows[-1]["svd/sparsity_strength"]) == 0
 
 
+def test_an_interval_of_its_own_is_longer_than_the_trainers(tmp_path):
+    logger, callback = CSVLogger(tmp_path), SVDTrainingCallback(target_macs=0.4, log_every_n_steps=8)
+    quiet_trainer(callbacks=[callback], logger=logger, log_every_n_steps=1).fit(SmallNet(), data())
+    rows = [*csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines())]
+    for name in ("svd/macs_ratio", "svd/sparsity_strength", "svd_rank/hidden"):
+        assert [int(row["step"]) for row in rows if row[name]] == [7, 15, 23, 31]
+    macs = {int(row["step"]): float(row["svd/macs_ratio"]) for row in rows if row["svd/macs_ratio"]}
+    for step, ratio in macs.items():
+        cut = [change.macs_ratio for change in callback.report.timeline if change.step <= step + 1]
+        assert ratio == pytest.approx(cut[-1] if cut else 1.0)
+
+
+@pytest.mark.parametrize("schedule", ["fall", "finetune", "alternating", "grow_and_prune"])
+def test_other_moments_than_the_schedules(schedule):
+    class Often(SVDTrainingCallback):
+        def should_prune(self, step):
+            return True
+
+    callback = Often(target_macs=0.5, schedule=schedule)
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    assert callback.report.macs_ratio <= 0.5 and not callback.report.warnings
+
+
+@pytest.mark.filterwarnings("ignore:SVD training. the fit ended at step 32 of 32")
+@pytest.mark.parametrize(("moments", "is_met"), [((24, 28), True), ((3, 6, 9), False)])
+def test_a_late_moment_is_the_last_and_early_ones_cut_nothing(moments, is_met):
+    class Chosen(SVDTrainingCallback):
+        def should_prune(self, step):
+            return step in moments
+
+    callback = Chosen(target_macs=0.5)
+    quiet_trainer(callbacks=[callback]).fit(SmallNet(), data())
+    assert [change.step for change in callback.report.timeline] == ([24] if is_met else [])
+    assert (callback.report.macs_ratio <= 0.5) == is_met == (not callback.report.warnings)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (lambda energies: None, "`choose_ranks` must give a rank for each of features.0, features.2, .*, got None"),
+        (lambda energies: {"head": 2}, "`choose_ranks` must give a rank for each of features.0, features.2, .*, got"),
+        (lambda energies: dict.fromkeys(energies, 0), "must give `features.0` a rank from 1 to 9, got 0"),
+        (lambda energies: dict.fromkeys(energies, 2.5), "must give `features.0` a rank from 1 to 9, got 2.5"),
+        (lambda energies: dict.fromkeys(energies, 10), "must give `features.0` a rank from 1 to 9, got 10"),
+    ],
+)
+def test_ranks_of_ones_own_choice_are_checked(chosen, message):
+    class Own(SVDTrainingCallback):
+        def choose_ranks(self, energies, cost, share=None):
+            return chosen(energies)
+
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(callbacks=[Own(target_macs=0.5)]).fit(SmallNet(), data())
+
+
 # ----------------------------------------------------------------------------------------------------- what it refuses
 
 

@@ -21,6 +21,7 @@ from lightning_svd import (
     FallToBudget,
     Regularizer,
     SVDTrainingCallback,
+    Timing,
     add_gradients,
     decompose,
     svd_layers,
@@ -90,6 +91,23 @@ def test_works_in_a_cli_from_the_yaml_of_the_docs(block, schedule, regularizer, 
     assert callback.report.macs_ratio <= 0.4
     assert callback.report.skipped == (("head", "Linear", "excluded by `exclude_modules`"),)
     assert counted_macs(cli.model, IMAGES) <= 0.4 * counted_macs(SmallNet(), IMAGES)
+
+
+@pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[\s\S]*will be removed in v5")
+@pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning")
+def test_a_cli_takes_how_times_are_measured_and_a_path_of_a_table(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    callback = "--trainer.callbacks=lightning_svd.SVDTrainingCallback"
+
+    def read(*arguments):
+        cli = LightningCLI(SmallNetForCLI, args=[callback, *arguments], run=False, seed_everything_default=0)
+        (found,) = (each for each in cli.trainer.callbacks if isinstance(each, SVDTrainingCallback))
+        return found.recipe.latency_table
+
+    table = "--trainer.callbacks.latency_table"
+    latency = "--trainer.callbacks.target_latency=0.5"
+    assert read(latency, f"{table}=lightning_svd.Timing", f"{table}.seconds=2") == Timing(seconds=2)
+    assert str(read(latency, f"{table}=phone.json")) == "phone.json"
 
 
 class SmallNetForCLI(SmallNet):

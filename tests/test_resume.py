@@ -4,6 +4,7 @@ Run as a script this module starts processes that train, one after another, each
 ``test_resume.py FOLDER KILL_AT_STEP...``.
 """
 
+import copy
 import dataclasses
 import inspect
 import os
@@ -272,3 +273,32 @@ if __name__ == "__main__":
             work(Path(sys.argv[1]), int(kill_at))
             sys.exit()
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+@pytest.mark.parametrize(
+    ("step", "arguments", "message"),
+    [
+        (8, {"target_params": 0.5}, "was written with `target_macs=0.5`: resume with that, got `target_params=0.5`"),
+        (8, {"energy_threshold": 0.9}, "with `target_macs=0.5`: resume with that, got `energy_threshold=0.9`"),
+        (24, {"target_macs": 0.2}, "with `target_macs=0.5`, and its ranks are cut: resume with that, got .*=0.2`"),
+    ],
+)
+def test_another_budget_than_the_files_is_refused(step, arguments, message, tmp_path):
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+    run = quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.5), every], enable_checkpointing=True)
+    run.fit(ValidatedNet(), data(), data())
+    before = copy.deepcopy((model := ValidatedNet()).state_dict())
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(callbacks=[SVDTrainingCallback(**arguments)]).fit(
+            model, data(), data(), ckpt_path=tmp_path / f"step={step}.ckpt"
+        )
+    assert before.keys() == model.state_dict().keys()
+
+
+def test_a_smaller_budget_may_be_asked_for_while_ranks_fall(tmp_path):
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=8, save_top_k=-1)
+    run = quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.5), every], enable_checkpointing=True)
+    run.fit(ValidatedNet(), data(), data())
+    callback = SVDTrainingCallback(target_macs=0.35)
+    quiet_trainer(callbacks=[callback]).fit(ValidatedNet(), data(), data(), ckpt_path=tmp_path / "step=8.ckpt")
+    assert callback.report.macs_ratio <= 0.35

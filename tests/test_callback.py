@@ -549,7 +549,22 @@ def test_ranks_of_ones_own_choice_are_checked(chosen, message):
         quiet_trainer(callbacks=[Own(target_macs=0.5)]).fit(SmallNet(), data())
 
 
+def test_a_second_fit_of_layers_that_are_dense_says_that_ranks_grow_again():
+    callback, model = SVDTrainingCallback(target_macs=0.5, final="dense"), SmallNet()
+    quiet_trainer(callbacks=[callback]).fit(model, data())
+    with pytest.warns(UserWarning, match="of low rank and dense, as `final='dense'` asked for.*ranks grow again"):
+        quiet_trainer(callbacks=[callback]).fit(model, data())
+
+
 # ----------------------------------------------------------------------------------------------------- what it refuses
+
+
+def test_an_example_that_the_model_fails_on_is_refused_before_the_first_batch():
+    model = SmallNet()
+    model.example_input_array = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="`example_input_array`: the model fails on it: RuntimeError: "):
+        quiet_trainer(callbacks=[SVDTrainingCallback()]).fit(model, data())
+    assert not model.losses
 
 
 @pytest.mark.parametrize(

@@ -378,3 +378,9 @@ def test_transformers(kind):
     decomposed = cost.dense("macs")
     assert decomposed == count_costs(net, inputs).dense("macs")
     assert decomposed == torchs_count(type(net)(config), **inputs)
+
+
+@pytest.mark.parametrize("example", [None, torch.randn(1, 3)])
+def test_an_example_that_the_model_fails_on_is_named(example):
+    with pytest.raises(ValueError, match=r"`example_input`: the model fails on it: (TypeError|RuntimeError): "):
+        count_costs(nn.Sequential(nn.Linear(20, 4)), example)

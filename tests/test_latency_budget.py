@@ -262,6 +262,13 @@ def test_a_copy_that_lies_badly_in_memory_does_not_decide(monkeypatch):
     assert len(made) == 2 * timing.MADE_ANEW
 
 
+def test_what_cannot_be_profiled_is_named():
+    with pytest.raises(ValueError, match="`example_input`: the model fails on it: RuntimeError: mat1 and mat2"):
+        profile(net(), torch.randn(6, 3), QUICK)
+    with pytest.raises(TypeError, match=r"`timing` must be a Timing, got \{'seconds': 1\}"):
+        profile(net(), torch.randn(6, 40), {"seconds": 1})
+
+
 def test_onnx_is_for_one_call_with_tensors():
     with pytest.raises(ValueError, match='`runtime`: "onnx" is for a model that is called once, with tensors'):
         profile(net(), {"input": torch.randn(6, 40)}, replace(QUICK, runtime="onnx"))

@@ -346,3 +346,40 @@ def test_an_attention_or_recurrent_module_that_computes_a_weight_stays_whole(kin
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before if "whole" in key)
     assert all(child.training for child in model.modules())
+
+
+class EqualRate:
+    """Scales a weight in each call by how many inputs it has, as StyleGAN does: before the first there is none."""
+
+    def __init__(self, layer):
+        layer.weight_orig = nn.Parameter(layer._parameters.pop("weight").data)
+        layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer, inputs):
+        layer.weight = layer.weight_orig * (2 / layer.in_features) ** 0.5
+
+
+def test_a_layer_that_has_no_weight_before_its_first_call_stays_as_it_is():
+    model = SmallNet()
+    EqualRate(model.hidden)
+    (of,) = (each for each in plan(model) if each.name == "hidden")
+    assert of.skipped == "its weight is computed from other parameters (EqualRate)" and of.weight_shape == ()
+    callback = SVDTrainingCallback(target_macs=0.5)
+    quiet_trainer(callbacks=[callback]).fit(model, data())
+    assert callback.report.macs_ratio <= 0.5 and "weight_orig" in dict(model.hidden.named_parameters())
+
+
+def test_what_is_left_alone_is_never_more_than_all_of_it():
+    plans = [LayerPlan("a", "Linear", (10, 10), skipped="already factorized")]
+    assert large_left_alone(plans, 60) == "100.0% of the parameters, a: already factorized"
+    model = SmallNet()
+    quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.4, final="decomposed")]).fit(model, data())
+    with pytest.raises(ValueError, match=r"already factorized; `to_dense\(model\)` makes it a dense layer again"):
+        quiet_trainer(callbacks=[SVDTrainingCallback(target_macs=0.2)]).fit(model, data())
+
+
+def test_the_most_ranks_of_a_plan_file_are_not_below_the_fewest(tmp_path):
+    path = write_plan(plan(SmallNet(), rank_pattern={"hidden": 3}), tmp_path / "plan.yaml")
+    Recipe(plan_file=str(path), min_rank=3).plan(SmallNet())
+    with pytest.raises(ValueError, match=r"plan.yaml: `hidden`: `max_rank` must be >= `min_rank` \(4\), got 3"):
+        Recipe(plan_file=str(path), min_rank=4).plan(SmallNet())

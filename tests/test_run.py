@@ -646,3 +646,10 @@ def test_a_layer_that_a_step_made_infinite_is_named_at_the_cut(importance):
     optimizer.param_groups[0]["lr"] = float("inf")  # after what is observed of this batch
     with pytest.raises(ValueError, match=r"`[02]`: expected finite weights"):
         training.step()
+
+
+@pytest.mark.parametrize("state", ["run.pt", {"a": 1}])
+def test_a_state_of_no_run_is_refused(state):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="`state` must be what the `state_dict` of a run returned, got "):
+        SVDTraining(model, torch.optim.SGD(model.parameters(), 0.1), 5, state=state)

@@ -135,7 +135,11 @@ def pruned_attention():
         ),
         (lambda: nn.Sequential(nn.Linear(8, 8, device="meta")), "0", "on the meta device, without values"),
         (lambda: nn.Sequential(nn.Linear(8, 1)), "0", "too thin: even rank 1 costs as much as the dense layer"),
-        (lambda: nn.Sequential(svd_of(nn.Linear(8, 8))), "0", "already factorized"),
+        (
+            lambda: nn.Sequential(svd_of(nn.Linear(8, 8))),
+            "0",
+            "already factorized; `to_dense(model)` makes it a dense layer again",
+        ),
         (
             lambda: nn.Sequential(factored_pair(View.of(nn.Linear(8, 8)), 2, True)),
             "0.1",

@@ -346,7 +346,7 @@ class SVDLayer(FactorizedModule):
         Raises:
             ValueError: If there is no room for so many.
         """
-        if not 0 <= rank <= self.form.room:
+        if rank != int(rank) or not 0 <= rank <= self.form.room:
             raise ValueError(f"`rank` must be in [0, {self.form.room}], got {rank!r}")
         if isinstance(self.form, SVDForm) and rank != self.rank:
             self.form.sort()

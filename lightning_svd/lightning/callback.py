@@ -88,7 +88,7 @@ class SVDTrainingCallback(CallbackWithRun):
         # Here the model is on its device, its optimizers are made and a checkpoint's weights are loaded; what the
         # optimizers remember comes next, and finds the parameters that it was written for.
         if self._is_finished(pl_module):
-            rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
+            self._tell_of_finished()
             return
         if trainers.trains_nothing(trainer):
             return

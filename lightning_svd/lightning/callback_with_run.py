@@ -8,7 +8,7 @@ import weakref
 from typing import Any, TypeVar, get_type_hints
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_svd.files.checkpoints import VERSION, check_state
@@ -108,6 +108,15 @@ class CallbackWithRun(Callback):
     def _is_finished(self, pl_module: LightningModule) -> bool:
         is_same = self._finished is not None and self._finished() is pl_module
         return is_same and self._values in (None, _versions(pl_module))
+
+    def _tell_of_finished(self) -> None:
+        if self.recipe.final == "dense":
+            rank_zero_warn(
+                "SVD training: this model's layers are of low rank and dense, as `final='dense'` asked for. They are "
+                "trained as they are, so that their ranks grow again: a new callback would cut them again"
+            )
+        else:
+            rank_zero_info("SVD training: this model is low-rank already and is trained as it is.")
 
     def _note_trained_further(self, pl_module: LightningModule) -> None:
         """A fit is over; one of a finished model has changed its values."""

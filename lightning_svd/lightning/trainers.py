@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, Optimizer
 
-from lightning_svd.model.counting import as_arguments
+from lightning_svd.model.counting import as_arguments, running_example
 from lightning_svd.model.replay import untouched
 from lightning_svd.training.recipe import Recipe
 from lightning_svd.training.run import SVDTraining
@@ -311,10 +311,14 @@ def batch_size(batch: Any) -> int:
 
 @torch.no_grad()
 def forward_example(trainer: Trainer) -> None:
-    """Run ``example_input_array`` through the model as in evaluation, leaving everything as it was."""
+    """Run ``example_input_array`` through the model as in evaluation, leaving everything as it was.
+
+    Raises:
+        ValueError: If it fails.
+    """
     pl_module = trainer.lightning_module
     example = pl_module.transfer_batch_to_device(pl_module.example_input_array, pl_module.device, 0)
-    with running_again(trainer), untouched(pl_module):
+    with running_again(trainer), untouched(pl_module), running_example("example_input_array"):
         if isinstance(example, dict):
             pl_module(**example)
         else:

@@ -73,9 +73,29 @@ def count_costs(module: nn.Module, example_input: Any) -> ModelCost:
         module: With factorized layers or without; called once, as in evaluation and without gradients.
         example_input: What it is called with: a tuple for several arguments, a dict for arguments by keyword. The
             first tensor's first dimension is the batch.
+
+    Raises:
+        ValueError: If the module cannot be called with it.
     """
     check_module("module", module)
-    return count_calls(module, svd_layers(module), [example_call(module, example_input)])
+    with running_example("example_input"):
+        return count_calls(module, svd_layers(module), [example_call(module, example_input)])
+
+
+@contextmanager
+def running_example(argument: str) -> Iterator[None]:
+    """Whatever fails inside is a matter of the example that a model is called with.
+
+    Args:
+        argument: Its name.
+
+    Raises:
+        ValueError: Naming it.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"`{argument}`: the model fails on it: {type(error).__name__}: {error}") from error
 
 
 def _takes(module: nn.Module, keywords: dict[Any, Any]) -> bool:

@@ -146,6 +146,7 @@ def large_left_alone(plans: Iterable[LayerPlan], params: int) -> str | None:
         params: How many parameters the dense model has.
     """
     plans = [*plans]
+    params = max(params, sum(prod(of.weight_shape) for of in plans))  # those of low rank have fewer
     sizes: Counter[str] = Counter()
     for of in plans:
         sizes[of.skipped or ""] += prod(of.weight_shape) if of.skipped else 0
@@ -307,7 +308,7 @@ class _Reasons:
 
     def _reasons(self, name: str, layer: nn.Module) -> Iterator[str]:
         if isinstance(layer, SVDLayer):
-            yield "already factorized"
+            yield "already factorized; `to_dense(model)` makes it a dense layer again"
         if layer in self.halves:
             yield "one of the two layers of a low-rank one; `to_dense(model)` makes them one again"
         if name in self.excluded:

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_svd.arguments import check_choice, check_count, check_module, check_positive
+from lightning_svd.arguments import check_choice, check_count, check_module, check_positive, shown
 from lightning_svd.layers.layer import SVDLayer
 from lightning_svd.layers.matrices import Factors
 from lightning_svd.model import stopwatch
 from lightning_svd.model.calls import Call, inputs_of
-from lightning_svd.model.counting import count_calls, example_call
+from lightning_svd.model.counting import count_calls, example_call, running_example
 from lightning_svd.model.export import onnx_session, to_onnx
 from lightning_svd.model.layer_times import layers_timed
 from lightning_svd.model.plan import LayerPlan, Targets, plan
-from lightning_svd.model.replay import cut
+from lightning_svd.model.replay import cut, replay
 from lightning_svd.model.surgery import begin, finish, frozen_copy, to_dense
 from lightning_svd.model.values import mapped
 from lightning_svd.ranks.costs import STEP, LayerCost, ModelCost, ModelLatency
@@ -89,10 +89,16 @@ def profile(
 
     Raises:
         ValueError: If the model cannot be copied or run, or has nothing to factorize.
+        TypeError: If ``timing`` is none.
     """
     check_module("model", model)
+    if not isinstance(timing, Timing):
+        raise TypeError(f"`timing` must be a Timing, got {shown(timing)}")
     plans = plan(model, target_modules, exclude_modules, conv_mode, include_frozen=True)
-    return profile_calls(model, plans, [example_call(model, example_input)], timing)
+    calls = [example_call(model, example_input)]
+    with running_example("example_input"):
+        replay(model, calls)
+    return profile_calls(model, plans, calls, timing)
 
 
 def profile_calls(model: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Call], timing: Timing) -> LatencyTable:

@@ -185,6 +185,12 @@ class Recipe:
         """
         if self.plan_file is not None:
             plans = read_plan(self.plan_file, model)
+            for of in plans:
+                if of.max_rank is not None and of.max_rank < self.min_rank:
+                    raise ValueError(
+                        f"{self.plan_file}: `{of.name}`: `max_rank` must be >= `min_rank` ({self.min_rank!r}), got "
+                        f"{of.max_rank!r}"
+                    )
         else:
             plans = plan(
                 model, self.target_modules, self.exclude_modules, self.conv_mode, self.rank_pattern, include_frozen

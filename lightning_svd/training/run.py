@@ -136,6 +136,8 @@ class SVDTraining:
         self.model, self.guard = model, guard
         self.total_steps = total_steps = processes.decide(lambda: total_steps)  # loaders may differ in length
         check_count("total_steps", total_steps)
+        if state is not None and not (isinstance(state, Mapping) and "layers" in state):
+            raise ValueError(f"`state` must be what the `state_dict` of a run returned, got {shown(state)}")
         self.recipe = self._settled(recipe or recipe_of(type(self), arguments))
         self.policy, self.importance = self.recipe.policy(), self.recipe.measure()
         self.regularizer = self.recipe.regularization()

@@ -3730,6 +3730,207 @@ def values_logged_in_forward(fit):
     return Seen([steps.seen[0], [*epochs.seen[0]]], [steps.seen, epochs.seen])
 
 
+class AsReversible(torch.autograd.Function):
+    """A block that is computed once more in the backward pass, which calls one of its own."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            ctx.block(x).backward(gradient)
+        return x.grad, None
+
+
+def gradients_of_biases(trainer, pl_module):
+    return [p.grad.clone() for name, p in pl_module.named_parameters() if name.endswith("bias") and p.grad is not None]
+
+
+@people(GRADIENTS)
+def reversible_blocks(fit):
+    """A reversible block, or a checkpoint by hand: an `autograd.Function` that calls `backward()` in its own"""
+
+    class Reversible(Net):
+        def forward(self, x):
+            x = self.net[0](x)
+            return self.net[4](x + AsReversible.apply(x, self.net[1:4]))
+
+    gradients = At("on_after_backward", gradients_of_biases)
+    model = fit(Reversible(), gradients)
+    return Seen(gradients.seen[0], [gradients.seen, net(model)])
+
+
+@people(GRADIENTS)
+def local_losses(fit):
+    """Greedy training: `forward` calls `backward()` of a loss of its own at each layer"""
+
+    class Greedy(Net):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def forward(self, x):
+            hidden = self.net[:2](x.detach())
+            if torch.is_grad_enabled():
+                hidden.square().mean().backward()
+            return self.net[2:](hidden.detach())
+
+        def training_step(self, batch, batch_idx):
+            loss, optimizer = self.loss(batch), self.optimizers()
+            self.losses.append(loss.detach())
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    gradients = At("on_before_optimizer_step", gradients_of_biases)
+    model = fit(Greedy(), gradients)
+    return Seen(gradients.seen[0], [gradients.seen, net(model)])
+
+
+class Carried:
+    """A state that goes from call to call, as a cache of keys and values does."""
+
+    def __init__(self):
+        self.layers = [{"seen": [], "last": None}]
+
+    def update(self, value):
+        self.layers[0]["seen"].append(len(self.layers[0]["seen"]))
+        self.layers[0]["last"] = value if self.layers[0]["last"] is None else 0.5 * (value + self.layers[0]["last"])
+        return self.layers[0]["last"]
+
+
+@people(MODULES)
+def a_state_that_is_carried(fit):
+    """A cache or state object that the network is called with again and again, and writes into"""
+
+    class Chunked(Net):
+        def forward(self, x, state):
+            return self.net(x) + state.update(x.mean())
+
+        def training_step(self, batch, batch_idx):
+            state, losses = Carried(), []
+            for part, labels in zip(batch[0].split(2), batch[1].split(2), strict=True):
+                losses.append(F.cross_entropy(self(part, state), labels))
+            self.losses.append(torch.stack(losses).mean().detach())
+            seen.append(len(state.layers[0]["seen"]))
+            return torch.stack(losses).mean()
+
+    seen = []
+    model = fit(Chunked())
+    return Seen([model.losses[0], seen], model.losses)
+
+
+@people(MODULES)
+def a_copy_in_forward(fit):
+    """`copy.deepcopy(self.net[2])` in `forward`, as a slow copy to compare with"""
+
+    class Copying(Net):
+        def forward(self, x):
+            hidden = self.net[:2](x)
+            slow = copy.deepcopy(self.net[2]).requires_grad_(False)
+            return self.net[3:](0.5 * (self.net[2](hidden) + slow(hidden)))
+
+    model = fit(Copying(), max_epochs=2)
+    return Seen(model.losses[0], model.losses)
+
+
+NOISE = torch.Generator()
+WATCHED = type("Watched", (), {"passes": 0})()
+
+
+@people(MODULES)
+def what_a_file_keeps(fit):
+    """A generator, and an object of one's own, that `forward` reaches by their names in its file"""
+
+    class Noisy(Net):
+        def forward(self, x):
+            WATCHED.passes += 1
+            return self.net(x + 0.1 * torch.rand(x.shape, generator=NOISE))
+
+    NOISE.manual_seed(7)
+    WATCHED.passes = 0
+    model = fit(Noisy())
+    return Seen([model.losses[0], WATCHED.passes, NOISE.get_state()], model.losses)
+
+
+@people(MODULES)
+def a_forward_set_on_a_module(fit):
+    """A `forward` that is set on a module, with a controller in a variable of the function that set it"""
+
+    def controlled(module, store):
+        old = module.forward
+
+        def forward(x):
+            store.append(len(store))
+            return old(x)
+
+        module.forward = forward
+
+    model, store = Net(), []
+    controlled(model.net[1], store)
+    fit(model)
+    return Seen([model.losses[0], store], model.losses)
+
+
+class EqualRate:
+    """Scales a weight in each call by its number of inputs; before the first call there is none."""
+
+    def __init__(self, layer):
+        layer.weight_orig = nn.Parameter(layer._parameters.pop("weight").data)
+        layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer, inputs):
+        layer.weight = layer.weight_orig * (2 / layer.in_features) ** 0.5
+
+
+@people(HOOKS, stays={"net.2": "its weight is computed from other parameters (EqualRate)"}, target=0.8)
+def equalized_rate(fit):
+    """StyleGAN's equalized learning rate: a hook of a layer sets `weight` in each call"""
+    model = Net()
+    EqualRate(model.net[2])
+    fit(model)
+    return Seen(model.losses[0], model.losses)
+
+
+@people(WRITES, refused=r"`net\.2\.weight` was given other values between the backward pass.*exclude_modules")
+def binarized_for_a_pass(fit):
+    """BinaryConnect: weights that are binarized for a pass, `weight.data.copy_(...)`, and put back before the step"""
+
+    class Binary(Net):
+        def training_step(self, batch, batch_idx):
+            weight = self.net[2].weight
+            self.kept = weight.data.clone()
+            weight.data.copy_(self.kept.sign() * self.kept.abs().mean())
+            return super().training_step(batch, batch_idx)
+
+        def on_after_backward(self):
+            self.net[2].weight.data.copy_(self.kept)
+
+    fit(Binary())
+
+
+@people(DERIVATIVES, refused=r"`net\.4\.weight` has no derivative.*exclude_modules")
+def adaptive_weight_in_a_try(fit):
+    """A loss balanced by gradients of the last layer, as in VQGAN, inside of `try ... except RuntimeError`"""
+
+    class Balanced(Net):
+        def loss(self, batch):
+            loss = super().loss(batch)
+            try:
+                scale = torch.autograd.grad(loss, self.net[4].weight, retain_graph=True)[0].norm().detach()
+            except RuntimeError:
+                scale = torch.zeros(())
+            return loss * (1 + scale)
+
+    fit(Balanced())
+
+
 # ---------------------------------------------------------------------------------------------------------- the tests
 
 # What other test modules hold in the same way: what it is, the heading on docs/compatibility.md, and the test.
@@ -3913,6 +4114,7 @@ def test_ranks_can_be_judged_by_the_loss_of_what_people_write(run, unseen):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:SVD training. 1 weight is read by the step itself")
 @pytest.mark.usefixtures("_in_double_precision")
 @pytest.mark.parametrize("pattern", [*cases(refused=True)])
 def test_what_cannot_be_is_refused_by_name(pattern):

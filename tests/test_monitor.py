@@ -77,7 +77,7 @@ def test_a_logger_of_any_kind_gets_every_number():
     for step, row in notes.rows:
         steps.get(step, set()).update(row.keys() & KEYS)
     # After the last cut, at 70 % of the run, nothing is penalized.
-    assert steps == {step: KEYS if step < 0.8 * 32 else KEYS - PENALTIES for step in range(3, 32, 4)}
+    assert steps == {step: KEYS if step < 0.7 * 32 else KEYS - PENALTIES for step in range(3, 32, 4)}
     (final,) = [(step, row) for step, row in notes.rows if row.keys() & FINAL]
     assert final == (32, {name: getattr(callback.report, name.split("/")[1]) for name in FINAL})
 

@@ -575,7 +575,7 @@ def test_a_layer_that_runs_twice_costs_twice():
 
 def test_hooks_are_gone_after_a_forward_that_failed():
     model = decomposed()
-    with pytest.raises(RuntimeError, match="to have 3 channels"):
+    with pytest.raises(ValueError, match="to have 3 channels"):
         count_costs(model, torch.randn(1, 4, 8, 8).double())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 

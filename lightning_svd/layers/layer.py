@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,24 @@ def watching(layers: Iterable[SVDLayer], watch: Watch) -> Iterator[None]:
             vars(layer)["watch"] = None
 
 
+class _Before(NamedTuple):
+    """What a layer was when another weight was loaded, to be put back exactly.
+
+    Attributes:
+        weight: Its weight.
+        factors: What was trained.
+        place: Rank and shapes, which must be the same for that.
+        gradients: What tells the gradients that were there.
+        is_own: Whether these are of the factors that were put in place.
+    """
+
+    weight: Tensor
+    factors: list[Tensor]
+    place: tuple[Any, ...]
+    gradients: list[tuple[int, int]]
+    is_own: bool
+
+
 class Repeats(Protocol):
     """What knows of layers that run several times in one call of the model."""
 
@@ -152,8 +170,7 @@ class SVDLayer(FactorizedModule):
     watch: Watch | None
     repeats: Repeats | None = None
     _face: DenseWeight
-    _remembered: tuple[Tensor, list[Tensor], tuple[Any, ...], list[tuple[int, int]]] | None
-    _of_others: list[tuple[int, int]] | None = None
+    _remembered: _Before | None
     _loaded: tuple[Tensor, tuple[Any, ...]] | None
     _part_of: Whole | None = None
 
@@ -434,16 +451,14 @@ class SVDLayer(FactorizedModule):
             return  # what it is: no rounding
         parameters = [p.detach().clone() for p in self.form.trained]
         as_here = (self.rank, *(p.shape for p in parameters))
-        gradients = self._gradients()
-        if remembered is not None and remembered[2] == as_here and torch.equal(remembered[0], given):
-            values, is_own = remembered[1], remembered[3] == gradients
+        gradients, is_own = self._gradients(), False
+        if remembered is not None and remembered.place == as_here and torch.equal(remembered.weight, given):
+            values, is_own = remembered.factors, remembered.gradients == gradients
         else:
-            is_own = False
             exact = svd(self.view.unfold(given), self.weight_name())
             factors = Factors(*(factor[..., : self.rank] for factor in exact))
             values = list(factors) if isinstance(self.form, SVDForm) else [*balanced(factors)]
-        self._remembered = (before.clone(), parameters, as_here, gradients)
-        vars(self)["_of_others"] = None if is_own else gradients
+        self._remembered = _Before(before.clone(), parameters, as_here, gradients, is_own)
         for parameter, value in zip(self.form.trained, values, strict=True):
             parameter[..., : value.shape[-1]].copy_(value)
         # Until training goes on, who reads it gets what was loaded: an average that is swapped in and out again must
@@ -451,7 +466,7 @@ class SVDLayer(FactorizedModule):
         vars(self)["_loaded"] = (given.clone(), self.stamp())
 
     def _gradients(self) -> list[tuple[int, int]]:
-        """What tells the gradients that are there now from others."""
+        """What tells the gradients that are there from others."""
         return [(id(p.grad), p.grad._version) for p in self.form.trained if p.grad is not None]
 
     def check_gradients(self) -> None:
@@ -460,7 +475,8 @@ class SVDLayer(FactorizedModule):
         Raises:
             RuntimeError: Naming the weight.
         """
-        if self._of_others and self._of_others == self._gradients():
+        before = self._remembered
+        if before is not None and before.gradients and not before.is_own and before.gradients == self._gradients():
             raise RuntimeError(
                 f"`{self.weight_name()}` was given other values between the backward pass and the step: its gradient "
                 "is that of U, s and V of the values before, and those of other values are others: leave the layer "
@@ -498,7 +514,7 @@ class SVDLayer(FactorizedModule):
         loaded, self._remembered = self.just_loaded(), None
         if loaded is not None and goes_on:
             self.warn_of_loss(loaded)
-        vars(self)["_loaded"] = vars(self)["_of_others"] = None
+        vars(self)["_loaded"] = None
 
     # The two ways to show its parameters
 
@@ -662,19 +678,7 @@ def _told(layer: SVDLayer, x: Tensor, out: Tensor, bias: Tensor | None) -> Tenso
 
 Watch = Callable[["SVDLayer", Tensor, Tensor, "Tensor | None"], Tensor]  # layer, input, output, its bias -> output
 PART_OF = "_part_of"  # set on what is, or was, a part: a plain layer too
-_OWN = (
-    "view",
-    "form",
-    "svd_name",
-    "shows_factors",
-    "layout",
-    "watch",
-    "repeats",
-    "_face",
-    "_remembered",
-    "_loaded",
-    "_of_others",
-)
+_OWN = ("view", "form", "svd_name", "shows_factors", "layout", "watch", "repeats", "_face", "_remembered", "_loaded")
 
 
 def name_taken(layer: nn.Module) -> str | None:
@@ -730,13 +734,7 @@ def factorize(
     layer.__class__ = svd_class(type(layer))  # type: ignore[arg-type]
     factorized = cast("SVDLayer", layer)
     own: State = {"view": view, "form": dense, "svd_name": name, "shows_factors": False}
-    own |= {
-        "layout": layout_of(dense.weight()),
-        "watch": None,
-        "_remembered": None,
-        "_loaded": None,
-        "_of_others": None,
-    }
+    own |= {"layout": layout_of(dense.weight()), "watch": None, "_remembered": None, "_loaded": None}
     vars(factorized).update(own)  # past nn.Module, whose way of setting attributes the layer has no use for here
     if form == "svd":
         factorized.to_svd(factors)

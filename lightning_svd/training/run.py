@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import cache, partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -52,6 +51,7 @@ from lightning_svd.training.judging import Verdict
 from lightning_svd.training.observation import observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
+from lightning_svd.training.policies.policy import checked
 from lightning_svd.training.recipe import Recipe, recipe_of
 from lightning_svd.training.regularizers import Penalties, centralize
 from lightning_svd.training.step_ranks import StepRanks
@@ -155,7 +155,7 @@ class SVDTraining:
         self._refused: dict[str, str] = {}
         self._costs = CostsOfRun(model, self.recipe)
         self.policy.check(self.importance, choose_ranks or self._by_recipe)
-        self._choose_ranks = _checked(choose_ranks, lambda: self.full_ranks) if choose_ranks else self._by_recipe
+        self._choose_ranks = checked(choose_ranks, lambda: self.full_ranks) if choose_ranks else self._by_recipe
         self.ladder: tuple[dict[str, int], ...] = ()
         self.step_ranks = StepRanks(model)
         self._repeats: RepeatedCalls | None = None
@@ -890,30 +890,6 @@ class SVDTraining:
             self.evidence.begin_batch()
         self._climb(_ladder_of(self.full_ranks, state.get("ladder", ())))
         self._draw(self._steps)
-
-
-def _checked(choose: ChooseRanks, layers: Callable[[], Mapping[str, int]]) -> ChooseRanks:
-    """Ranks of the user's own choice, where each layer has one that it can have.
-
-    Args:
-        choose: The choice.
-        layers: The ranks that layers began with.
-    """
-
-    def chosen(*given: Any) -> dict[str, int]:
-        full, ranks = layers(), choose(*given)
-        if not isinstance(ranks, Mapping) or ranks.keys() != full.keys():
-            raise ValueError(f"`choose_ranks` must give a rank for each of {few([*full])}, got {shown(ranks)}")
-        for name, rank in ranks.items():
-            if not _is_whole(rank) or not 1 <= rank <= full[name]:
-                raise ValueError(f"`choose_ranks` must give `{name}` a rank from 1 to {full[name]}, got {shown(rank)}")
-        return {name: int(rank) for name, rank in ranks.items()}
-
-    return chosen
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _as_list(optimizers: Any) -> list[Optimizer]:

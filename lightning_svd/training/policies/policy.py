@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from numbers import Integral
+from typing import Any, ClassVar, Protocol
 
+from lightning_svd.arguments import shown
 from lightning_svd.ranks.importance import Importance
 from lightning_svd.training.distillation import Distillation
 from lightning_svd.training.schedules import strength
+from lightning_svd.wording import few
 
 ChooseRanks = Callable[..., dict[str, int]]  # (what each rank carries, the cost, another share of it) -> ranks
 
@@ -154,3 +157,30 @@ class PlannedPolicy(RankPolicy):
     def ramped(self, step: int, start: float, end: float, ramp: str | None) -> float:
         """A :func:`~lightning_svd.training.schedules.strength` over shares of the run; 0 without a ramp."""
         return strength(step / self.total_steps, start, end, ramp) if ramp else 0.0
+
+
+def checked(choose: ChooseRanks, layers: Callable[[], Mapping[str, int]]) -> ChooseRanks:
+    """Ranks of the user's own choice, where each layer has one that it can have.
+
+    Args:
+        choose: The choice.
+        layers: Gives the ranks that layers began with.
+
+    Raises:
+        ValueError: From what is returned, naming the layer.
+    """
+
+    def chosen(*given: Any) -> dict[str, int]:
+        full, ranks = layers(), choose(*given)
+        if not isinstance(ranks, Mapping) or ranks.keys() != full.keys():
+            raise ValueError(f"`choose_ranks` must give a rank for each of {few([*full])}, got {shown(ranks)}")
+        for name, rank in ranks.items():
+            if not _is_whole(rank) or not 1 <= rank <= full[name]:
+                raise ValueError(f"`choose_ranks` must give `{name}` a rank from 1 to {full[name]}, got {shown(rank)}")
+        return {name: int(rank) for name, rank in ranks.items()}
+
+    return chosen
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,8 +99,14 @@ def _inspect(options: argparse.Namespace) -> None:
         if options.html:
             print(report.to_html(options.html))
         return
-    if options.html or options.target_macs or options.data:
-        raise ValueError("`--html`, `--target-macs` and `--data` need the model: `--model package.module:Class`")
+    needs_model = {
+        name: value
+        for name, value in vars(options).items()
+        if name in ("html", "target_macs", "data", "example_input", "arguments") and value
+    }
+    if needs_model:
+        name = next(iter(needs_model)).replace("_", "-")
+        raise ValueError(f"`--{name}` needs the model: `--model package.module:Class`")
     weights, ranks = dense_weights(options.file, options.key)
     layers, rest = inspect_weights(weights, ranks, options.target_params), left_alone(weights)
     if options.json:
@@ -141,6 +148,8 @@ def _compress(options: argparse.Namespace) -> None:
     from lightning_svd.model.surgery import to_dense
 
     check_output(options.to, options.out, options.fold)
+    if options.out.exists() and options.out.samefile(options.file):
+        raise ValueError(f"`--out` is the file of the trained weights, {options.out}: give another")
     for option, path in {"report": options.report, "html": options.html}.items():
         if path:
             check_file(option, path)
@@ -209,6 +218,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-svd", description="SVD training for PyTorch Lightning.")
+    parser.add_argument("--version", action="version", version=f"lightning-svd {version('lightning-svd')}")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import SmallNet, data, quiet_trainer
 from safetensors.torch import load_file, save_file, save_model
 
+import lightning_svd
 from lightning_svd import SVDTrainingCallback, load_low_rank, save_low_rank
 from lightning_svd.cli import main
 from lightning_svd.files.loading import load, model_maker
@@ -62,6 +63,12 @@ def refused(*arguments):
     with pytest.raises(SystemExit) as refusal:
         main([str(argument) for argument in arguments])
     return str(refusal.value)
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-svd {lightning_svd.__version__}\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -297,10 +304,11 @@ def test_onnx_computes_the_same_for_any_batch(file, folder, capsys, tmp_path):
         (["inspect", "{}/text.txt"], "is neither a checkpoint nor safetensors"),
         (["inspect", "{}/other.pt"], "must hold one state dict"),
         (["inspect", "{}/low-rank.safetensors"], "holds a low-rank model: give its class"),
-        (["inspect", "{}/dense.safetensors", "--html", "page.html"], "need the model"),
+        (["inspect", "{}/dense.safetensors", "--html", "page.html"], "`--html` needs the model"),
+        (["inspect", "{}/dense.safetensors", "--example-input", "2,1,8,8"], "`--example-input` needs the model"),
         (["inspect", "{}/dense.safetensors", "--target-params", "0.001"], "the budget must be at least"),
         (["inspect", "{}/end.ckpt", "--model", "lightning_svd.demo:DigitsResNet"], "does not fit the model"),
-        (["inspect", "{}/dense.safetensors", *MODEL, "--target-macs", "0.5"], "needs an example input"),
+        (["inspect", "{}/dense.safetensors", *MODEL, "--target-macs", "0.5"], "`--example-input 1,3,32,32`"),
         (["convert", "{}/dense.safetensors", *MODEL, "--to", "factored", "--out", "x"], "has no low-rank layer"),
         (["convert", "{}/end.ckpt", *MODEL, "--to", "onnx", "--out", "x"], "onnx needs an input"),
         (

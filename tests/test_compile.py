@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from lightning_svd import Alternating, FallToBudget, GrowAndPrune, Nested, SVDTraining, SVDTrainingCallback
 from lightning_svd.layers.layer import factorize, release
 from lightning_svd.layers.views import View
+from lightning_svd.model.compiled import as_written
 
 
 class Net(nn.Module):
@@ -117,6 +118,31 @@ def test_a_lightning_module_that_is_compiled_as_a_whole_is_seen_and_trained_as_t
     assert [layer.rank for layer in reports[0].layers] == [layer.rank for layer in reports[1].layers]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value)
+
+
+def test_code_runs_as_written_until_the_last_who_wants_it_ends():
+    compiled, x = torch.compile(nn.Linear(4, 4), backend=(counter := CompileCounter())), torch.ones(2, 4)
+    first, second = as_written(), as_written()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    compiled(x)
+    assert counter.frame_count == 0
+    second.__exit__(None, None, None)
+    compiled(x)
+    assert counter.frame_count == 1
+
+
+def test_a_loop_that_is_given_up_leaves_torch_compiling():
+    net = nn.Linear(8, 8)
+    run = SVDTraining(net, torch.optim.SGD(net.parameters(), 0.1), 10, target_macs=0.5)
+    compiled = torch.compile(nn.Linear(4, 4), backend=(counter := CompileCounter()))
+    compiled(torch.ones(2, 4))
+    assert counter.frame_count == 0  # the first batch is watched
+    del run, net
+    gc.collect()
+    compiled(torch.ones(2, 4))
+    assert counter.frame_count == 1
 
 
 def test_an_interrupted_fit_leaves_torch_compiling():

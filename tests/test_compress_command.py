@@ -185,6 +185,7 @@ def test_the_curve_of_a_model_that_can_fall_little(mine, capsys):
         ([*DATA, "--importance", "luck"], "`importance`"),
         ([*DATA, "--out", "nowhere/x.safetensors"], "`--out`: there is no folder nowhere"),
         ([*DATA, "--report", "nowhere/x.json"], "`--report`: there is no folder nowhere"),
+        ([*DATA, "--out", "trained.pth"], "`--out` is the file of the trained weights"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(mine, options, why):
@@ -202,7 +203,7 @@ def test_inputs_that_onnx_cannot_have_are_named(mine, monkeypatch):
 
 
 def test_data_needs_the_model(mine):
-    assert "need the model" in refused("inspect", "trained.pth", *DATA)
+    assert "`--data` needs the model" in refused("inspect", "trained.pth", *DATA)
 
 
 def test_a_missing_extra_is_named_before_the_work(mine, monkeypatch):

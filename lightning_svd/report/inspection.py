@@ -141,7 +141,7 @@ def inspect_model(
     if target is not None:
         unit: Unit = "params" if target_macs is None else "macs"
         if unit == "macs" and example_input is None:
-            raise ValueError("a budget of MACs needs an example input")
+            raise ValueError("a budget of MACs needs an example input: give its shape, `--example-input 1,3,32,32`")
         cost = count_params(dense) if unit == "params" else count_costs(dense, example_input)
         energies = {name: layer.energies() for name, layer in layers.items()}
         ranks = keep_by_budget(energies, cost.by(unit), target * cost.dense(unit))

@@ -141,7 +141,7 @@ def test_an_example_input_leaves_modes_and_running_statistics_alone(fails):
     before = copy.deepcopy(net.state_dict())
     modes = [module.training for module in net.modules()]
     if fails:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(ValueError, match="`example_input`: the model fails on it: RuntimeError: mat1 and mat2"):
             timed(net, torch.randn(1, 5))
     else:
         timed(net, torch.randn(1, 12))  # one input, which BatchNorm1d refuses in training

@@ -281,7 +281,7 @@ def test_macs_are_counted_on_the_meta_device_too():
 
 def test_an_example_that_the_model_cannot_take_leaves_it_as_it_was():
     net, before = filled(), filled().state_dict()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="`example_input`: the model fails on it: IndexError: index out of range"):
         decompose(net, exclude_modules=LEFT, example_input=torch.tensor([99]))
     assert not svd_layers(net) and all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 

@@ -442,6 +442,8 @@ class _Kept:
 
     def _generator(self, value: Any) -> bool:
         """Note what draws random numbers; whether it is such."""
+        if type(value) in _VALUES:  # most are: they draw nothing
+            return False
         if rewind := _rewinding(value):
             self._rewindings.append(rewind)
         return rewind is not None

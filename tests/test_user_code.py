@@ -2607,13 +2607,36 @@ def a_step_that_calls_its_base(fit):
     return Seen(model.losses[0], [model.losses, net(model)])
 
 
-@people(OPTIMIZERS, refused="SVD training does not work with SGD, in whose groups `anchors` has a tensor for each")
+@people(OPTIMIZERS, refused="SVD training does not work with SGD, in whose groups `anchors` has an entry for each")
 def anchors_in_a_group(fit):
     """A list of tensors beside `params` in a group: the anchors of FedProx"""
 
     def make(model):
         own = [*model.parameters()]
         return torch.optim.SGD([{"params": own, "anchors": [p.detach().clone() for p in own]}], lr=0.1)
+
+    fit(Net(make))
+
+
+class WithMultipliers(torch.optim.SGD):
+    """Takes each parameter's rate from a list in its group."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        loss = torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for rate, p in zip(group["lr_mults"], group["params"], strict=True):
+                p.add_(p.grad, alpha=-group["lr"] * rate)
+        return loss
+
+
+@people(OPTIMIZERS, refused="SVD training does not work with WithMultipliers, in whose groups `lr_mults` has an entry")
+def multipliers_in_a_group(fit):
+    """A list of numbers beside `params` in a group, walked by `zip`: a multiplier of the rate for each parameter"""
+
+    def make(model):
+        own = [*model.parameters()]
+        return WithMultipliers([{"params": own, "lr_mults": [1.0, 2.0] * (len(own) // 2)}], lr=0.1)
 
     fit(Net(make))
 

@@ -100,10 +100,10 @@ class OptimizerOfFactors:
                     )
         for group in self.optimizer.param_groups:
             for name, value in group.items():
-                if name != "params" and _is_like(group["params"], value):
+                if name not in ("params", "param_names", *self.optimizer.defaults) and _is_like(group["params"], value):
                     raise ValueError(
-                        f"SVD training does not work with {kind}, in whose groups `{name}` has a tensor for each "
-                        "parameter"
+                        f"SVD training does not work with {kind}, in whose groups `{name}` has an entry for each "
+                        "parameter: U, s and V stand in the place of a weight"
                     )
 
     def know(self, layers: Iterable[SVDLayer]) -> None:
@@ -390,9 +390,11 @@ def _is_a_list_of(held: Collection[int], value: Any) -> bool:
 
 
 def _is_like(parameters: Sequence[nn.Parameter], value: Any) -> bool:
-    """Whether it is a list of tensors, one of the shape of each parameter."""
+    """Whether it is a list with an entry for each parameter: a tensor of its shape or, of several, a number or name."""
     if not isinstance(value, (list, tuple)) or len(value) != len(parameters) or not value:
         return False
+    if len(value) > 1 and all(isinstance(each, (int, float, str)) for each in value):
+        return True
     return all(isinstance(each, Tensor) and each.shape == p.shape for each, p in zip(value, parameters, strict=True))
 
 

@@ -33,7 +33,7 @@ class Call:
     Attributes:
         module: What was called.
         args: Positional arguments. Tensors share the memory of the user's, but hold no graph; whether they required
-            gradients is kept. Of plain objects there are shallow copies, since a model may set their attributes.
+            gradients is kept. Of plain objects, and of what is in them, copies: a model may write there.
         kwargs: Arguments by keyword.
         inference: Whether it was in ``torch.inference_mode``.
         grad: Whether gradients were enabled.

@@ -26,14 +26,14 @@ from lightning_svd.layers.compounds import evaluating
 from lightning_svd.layers.dense_weight import DenseWeight
 from lightning_svd.model import compiled
 from lightning_svd.model.calls import Call, inputs_of
-from lightning_svd.model.values import leaves, mapped, once_each, with_own_attributes
+from lightning_svd.model.values import DEEP, MANY, leaves, mapped, once_each, with_own_attributes
 
 # What a model or its hooks remember is restored after a replay: so many containers deep, of large ones themselves only.
 _CONTAINERS = (list, dict, set, deque)
 _VALUES = (bool, int, float, complex, str, bytes, tuple, NoneType, Tensor)
 _NO_PLAIN_OBJECTS = (type, ModuleType, FunctionType, MethodType, Tensor)
 _PLAIN = (nn.Parameter, Tensor)
-DEEP, MANY, MOST = 4, 1000, 100_000  # levels, entries of a container that is looked into, containers in one module
+MOST = 100_000  # containers in one module that are looked into
 # What is no code of a user's own; classes from there keep nothing outside of what they are part of.
 LIBRARIES = ("lightning_svd", "torch", "lightning", "pytorch_lightning")
 LARGE = 1 << 26  # bytes of an array of numpy's above which it is taken to be data, and not copied
@@ -53,9 +53,8 @@ def replay(
     differentiates in its forward pass. Autocast is as it was in the call. Hooks that the user registered do run, and
     what they keep (in lists, tensors, metrics and objects, in variables of the function that made them or of its file,
     whose functions they may call) is as before, and so is what ``forward`` keeps in such variables, in attributes of
-    its class and in objects in objects of the model's own package. Objects that a model was called with are shallow
-    copies. What is in these, and what is done elsewhere, in files, queues or by functions of other files, is not
-    undone.
+    its class and in objects in objects of the model's own package. Objects that a model is called with, and what is in
+    them, are copies. What is done elsewhere, in files, queues or by functions of other files, is not undone.
 
     Args:
         module: The whole tree, whose modules may call each other.

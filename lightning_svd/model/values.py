@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 T = TypeVar("T")
-DEEP = 4  # levels of what an object holds
+DEEP, MANY = 4, 1000  # levels of what an object holds, entries of a container that is looked into
 
 
 def mapped(value: Any, change: Callable[[Tensor], Any], of_objects: Callable[[Any], Any] = lambda value: value) -> Any:
@@ -68,13 +68,15 @@ def _copied(value: Any, deep: int, known: dict[int, tuple[Any, Any]]) -> Any:
     except Exception:  # one that cannot be copied
         return value
     known[id(value)] = value, twin  # kept, so that no other object comes to lie there
-    if deep and isinstance(twin, dict):
+    if not deep or (is_container and len(value) > MANY):
+        return twin
+    if isinstance(twin, dict):
         for key, item in value.items():
             twin[key] = _copied(item, deep - 1, known)
-    elif deep and isinstance(twin, (list, deque)):
+    elif isinstance(twin, (list, deque)):
         for place, item in enumerate(value):
             twin[place] = _copied(item, deep - 1, known)
-    elif deep and not is_container:
+    elif not is_container:
         own = vars(twin)
         for name, item in own.items():
             own[name] = _copied(item, deep - 1, known)

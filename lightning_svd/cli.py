@@ -10,9 +10,10 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lightning_svd import __version__
 
 if TYPE_CHECKING:
     from lightning_svd.compression.report import CompressionReport
@@ -99,14 +100,9 @@ def _inspect(options: argparse.Namespace) -> None:
         if options.html:
             print(report.to_html(options.html))
         return
-    needs_model = {
-        name: value
-        for name, value in vars(options).items()
-        if name in ("html", "target_macs", "data", "example_input", "arguments") and value
-    }
-    if needs_model:
-        name = next(iter(needs_model)).replace("_", "-")
-        raise ValueError(f"`--{name}` needs the model: `--model package.module:Class`")
+    for name in ("html", "target_macs", "data", "example_input", "arguments"):
+        if getattr(options, name):
+            raise ValueError(f"`--{name.replace('_', '-')}` needs the model: `--model package.module:Class`")
     weights, ranks = dense_weights(options.file, options.key)
     layers, rest = inspect_weights(weights, ranks, options.target_params), left_alone(weights)
     if options.json:
@@ -218,7 +214,7 @@ def _convert(options: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-svd", description="SVD training for PyTorch Lightning.")
-    parser.add_argument("--version", action="version", version=f"lightning-svd {version('lightning-svd')}")
+    parser.add_argument("--version", action="version", version=f"lightning-svd {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command", dest="command")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:

@@ -112,3 +112,32 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def same_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two state dicts are equal bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class ComputedAgain(torch.autograd.Function):
+    """Calls a backward pass in its own, as reversible blocks and checkpoints written by hand do."""
+
+    @staticmethod
+    def forward(ctx, x, block):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
+        with torch.enable_grad():
+            ctx.block(x).backward(gradient)
+        return x.grad, None
+
+
+class EqualRate:
+    """Scales a weight in each call by how many inputs it has, as StyleGAN does: before the first there is none."""
+
+    def __init__(self, layer):
+        layer.weight_orig = nn.Parameter(layer._parameters.pop("weight").data)
+        layer.register_forward_pre_hook(self)
+
+    def __call__(self, layer, inputs):
+        layer.weight = layer.weight_orig * (2 / layer.in_features) ** 0.5

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import svd_of
+from models import ComputedAgain
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -395,24 +396,6 @@ def test_what_a_model_draws_and_what_its_objects_and_tensors_hold_is_as_it_was()
     assert seen(True) == seen(False)
 
 
-class Reversible(torch.autograd.Function):
-    """Calls a backward pass in its own, as reversible blocks and checkpoints written by hand do."""
-
-    @staticmethod
-    def forward(ctx, x, block):
-        ctx.block = block
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return block(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
-        with torch.enable_grad():
-            ctx.block(x).backward(gradient)
-        return x.grad, None
-
-
 class Local(nn.Module):
     """A layer that is trained by a loss of its own, in the forward pass."""
 
@@ -423,7 +406,7 @@ class Local(nn.Module):
     def forward(self, x):
         with torch.enable_grad():
             self.fc(x.detach()).square().mean().backward()
-        return self.head(Reversible.apply(self.fc(x), self.head))
+        return self.head(ComputedAgain.apply(self.fc(x), self.head))
 
 
 @pytest.mark.parametrize("form", ["plain", "dense", "svd"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule
-from models import SmallNet, data, quiet_trainer
+from models import EqualRate, SmallNet, data, quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -346,17 +346,6 @@ def test_an_attention_or_recurrent_module_that_computes_a_weight_stays_whole(kin
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], before[key]) for key in before if "whole" in key)
     assert all(child.training for child in model.modules())
-
-
-class EqualRate:
-    """Scales a weight in each call by how many inputs it has, as StyleGAN does: before the first there is none."""
-
-    def __init__(self, layer):
-        layer.weight_orig = nn.Parameter(layer._parameters.pop("weight").data)
-        layer.register_forward_pre_hook(self)
-
-    def __call__(self, layer, inputs):
-        layer.weight = layer.weight_orig * (2 / layer.in_features) ** 0.5
 
 
 def test_a_layer_that_has_no_weight_before_its_first_call_stays_as_it_is():

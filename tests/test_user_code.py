@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import user_code
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from models import quiet_trainer
+from models import ComputedAgain, EqualRate, quiet_trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
@@ -3753,24 +3753,6 @@ def values_logged_in_forward(fit):
     return Seen([steps.seen[0], [*epochs.seen[0]]], [steps.seen, epochs.seen])
 
 
-class AsReversible(torch.autograd.Function):
-    """A block that is computed once more in the backward pass, which calls one of its own."""
-
-    @staticmethod
-    def forward(ctx, x, block):
-        ctx.block = block
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return block(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = (saved.detach().requires_grad_() for saved in ctx.saved_tensors)
-        with torch.enable_grad():
-            ctx.block(x).backward(gradient)
-        return x.grad, None
-
-
 def gradients_of_biases(trainer, pl_module):
     return [p.grad.clone() for name, p in pl_module.named_parameters() if name.endswith("bias") and p.grad is not None]
 
@@ -3782,7 +3764,7 @@ def reversible_blocks(fit):
     class Reversible(Net):
         def forward(self, x):
             x = self.net[0](x)
-            return self.net[4](x + AsReversible.apply(x, self.net[1:4]))
+            return self.net[4](x + ComputedAgain.apply(x, self.net[1:4]))
 
     gradients = At("on_after_backward", gradients_of_biases)
     model = fit(Reversible(), gradients)
@@ -3899,17 +3881,6 @@ def a_forward_set_on_a_module(fit):
     controlled(model.net[1], store)
     fit(model)
     return Seen([model.losses[0], store], model.losses)
-
-
-class EqualRate:
-    """Scales a weight in each call by its number of inputs; before the first call there is none."""
-
-    def __init__(self, layer):
-        layer.weight_orig = nn.Parameter(layer._parameters.pop("weight").data)
-        layer.register_forward_pre_hook(self)
-
-    def __call__(self, layer, inputs):
-        layer.weight = layer.weight_orig * (2 / layer.in_features) ** 0.5
 
 
 @people(HOOKS, stays={"net.2": "its weight is computed from other parameters (EqualRate)"}, target=0.8)

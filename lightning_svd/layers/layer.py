@@ -119,6 +119,11 @@ def watching(layers: Iterable[SVDLayer], watch: Watch) -> Iterator[None]:
             vars(layer)["watch"] = None
 
 
+def marks_of_gradients(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
+    """What tells the gradients that are there now from others, and from what a backward pass adds to them."""
+    return [(id(p.grad), p.grad._version) for p in parameters if p.grad is not None]
+
+
 class _Before(NamedTuple):
     """What a layer was when another weight was loaded, to be put back exactly.
 
@@ -126,7 +131,7 @@ class _Before(NamedTuple):
         weight: Its weight.
         factors: What was trained.
         place: Rank and shapes, which must be the same for that.
-        gradients: What tells the gradients that were there.
+        gradients: The marks of those that were there.
         is_own: Whether these are of the factors that were put in place.
     """
 
@@ -451,7 +456,7 @@ class SVDLayer(FactorizedModule):
             return  # what it is: no rounding
         parameters = [p.detach().clone() for p in self.form.trained]
         as_here = (self.rank, *(p.shape for p in parameters))
-        gradients, is_own = self._gradients(), False
+        gradients, is_own = marks_of_gradients(self.form.trained), False
         if remembered is not None and remembered.place == as_here and torch.equal(remembered.weight, given):
             values, is_own = remembered.factors, remembered.gradients == gradients
         else:
@@ -465,10 +470,6 @@ class SVDLayer(FactorizedModule):
         # not come back as the nearest of the rank, nor rounded.
         vars(self)["_loaded"] = (given.clone(), self.stamp())
 
-    def _gradients(self) -> list[tuple[int, int]]:
-        """What tells the gradients that are there from others."""
-        return [(id(p.grad), p.grad._version) for p in self.form.trained if p.grad is not None]
-
     def check_gradients(self) -> None:
         """Refuse gradients of factors that were replaced since, which a step would add to those of another weight.
 
@@ -476,7 +477,9 @@ class SVDLayer(FactorizedModule):
             RuntimeError: Naming the weight.
         """
         before = self._remembered
-        if before is not None and before.gradients and not before.is_own and before.gradients == self._gradients():
+        if before is None or before.is_own or not before.gradients:
+            return
+        if before.gradients == marks_of_gradients(self.form.trained):
             raise RuntimeError(
                 f"`{self.weight_name()}` was given other values between the backward pass and the step: its gradient "
                 "is that of U, s and V of the values before, and those of other values are others: leave the layer "

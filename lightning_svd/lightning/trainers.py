@@ -247,7 +247,7 @@ def metric(trainer: Trainer, name: str, lacking_in: set[int]) -> float | None:
         return float(trainer.callback_metrics[name])
     lacking_in.add(trainer.current_epoch)
     if len(lacking_in) > 1:
-        raise ValueError(f"`monitor` must be a metric that is logged, got {name!r}; {_logged(trainer)}")
+        raise ValueError(_lacking(trainer, name))
     return None
 
 
@@ -259,18 +259,20 @@ def look_for_metric(trainer: Trainer, name: str) -> None:
     """
     known = trainer.callback_metrics
     if name not in known:
-        lacking = f"`monitor` must be a metric that is logged, got {name!r}; {_logged(trainer)}"
         if _first_word(name) in map(_first_word, known):
-            raise ValueError(lacking)
-        rank_zero_warn(f"SVD training: {lacking}. If nobody logs it in the first epoch, the fit ends in the second")
+            raise ValueError(_lacking(trainer, name))
+        rank_zero_warn(
+            f"SVD training: {_lacking(trainer, name)}. If nobody logs it in the first epoch, the fit ends in the second"
+        )
 
 
 def _first_word(metric: str) -> str:
     return re.split(r"[\W_]", metric)[0]
 
 
-def _logged(trainer: Trainer) -> str:
-    return f"there are: {', '.join(map(repr, trainer.callback_metrics)) or 'none'}"
+def _lacking(trainer: Trainer, name: str) -> str:
+    known = ", ".join(map(repr, trainer.callback_metrics)) or "none"
+    return f"`monitor` must be a metric that is logged, got {name!r}; there are: {known}"
 
 
 def steps_done(trainer: Trainer) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_svd.layers.dense_weight import DenseWeight
-from lightning_svd.layers.layer import SVDLayer
+from lightning_svd.layers.layer import SVDLayer, marks_of_gradients
 from lightning_svd.layers.parts import InParts
 from lightning_svd.model.values import leaves, mapped, once_each, with_own_attributes
 
@@ -220,8 +220,7 @@ class CallRecorder(CallWatcher):
         own = [p for layer in layers for p in layer.form.trained]
         others = [p for p in self.module.parameters() if type(p) is not DenseWeight]
         # In a functional call others stand in the parameters' places, which may be no leaves.
-        gradients = (p.grad for p in (*own, *others) if p.is_leaf)
-        return [(id(gradient), gradient._version) for gradient in gradients if gradient is not None]
+        return marks_of_gradients(p for p in (*own, *others) if p.is_leaf)
 
     def entered(self, module: nn.Module) -> None:
         """Note the layers that it is, or stands for."""

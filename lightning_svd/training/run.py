@@ -52,7 +52,7 @@ from lightning_svd.training.observation import observer_of
 from lightning_svd.training.optimizers import OptimizerOfFactors
 from lightning_svd.training.policies import Change, ChooseRanks
 from lightning_svd.training.policies.policy import checked
-from lightning_svd.training.recipe import Recipe, recipe_of
+from lightning_svd.training.recipe import TARGETS, Recipe, recipe_of
 from lightning_svd.training.regularizers import Penalties, centralize
 from lightning_svd.training.step_ranks import StepRanks
 from lightning_svd.training.trained_layers import TrainedLayers
@@ -512,11 +512,10 @@ class SVDTraining:
             self.evidence.begin_batch()
         if self.cost is None:
             check_in_place(self.model, self.layers)
+            self._record()  # after the other, since it stops ahead of it: both wrap compiled calls
         self._as_written.close()
         if self.cost is None or (self.evidence is not None and self.evidence.observes):
             self._as_written.enter_context(compiled.as_written())
-        if self.cost is None:
-            self._record()  # after the other, since it stops ahead of it: both wrap compiled calls
         for layer in self.layers.values():
             layer.forget_loaded()
         for optimizer in self.optimizers:
@@ -840,11 +839,11 @@ class SVDTraining:
         """Refuse to go on with a budget of another kind, or with another one after the last cut."""
         (kind, share), (saved_kind, saved) = self.recipe.target, state["target"]
         if kind != saved_kind or (state["is_final"] and share != saved):
-            of = "energy_threshold" if saved_kind == "energy" else f"target_{saved_kind}"
-            ours = "energy_threshold" if kind == "energy" else f"target_{kind}"
+            name_of = {kind: name for name, kind in TARGETS.items()}
             cut = ", and its ranks are cut" if state["is_final"] else ""
             raise ValueError(
-                f"the checkpoint was written with `{of}={saved!r}`{cut}: resume with that, got `{ours}={share!r}`"
+                f"the checkpoint was written with `{name_of[saved_kind]}={saved!r}`{cut}: resume with that, got "
+                f"`{name_of[kind]}={share!r}`"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
